@@ -1,0 +1,50 @@
+"""Every error longfit raises on purpose, so that callers can catch a kind and the command line can print it without a traceback.
+
+    LongfitError
+    ├── ConfigError (ValueError)        a setting is wrong: the message says what, got, allowed, do
+    │   └── ContextError                context, group size or RoPE settings do not go together
+    ├── DataError (ValueError)          the text cannot be read, or nothing in it can be trained on
+    ├── ModelError (ValueError)         the model cannot be loaded, quantised, extended, adapted or saved
+    ├── RunError                        a run directory is missing, incomplete, or belongs to another run
+    ├── PlanError                       the run cannot fit the memory it is given
+    ├── BackendError (RuntimeError)     a forced kernel backend is not available on this machine
+    └── PagingError (RuntimeError)      paged optimiser state is damaged, vanished, or belongs to another run
+
+Plain ``ValueError`` and ``TypeError`` stay what they are in Python: a function of ``numerics`` called with bad arguments.
+"""
+
+
+class LongfitError(Exception):
+    """Base of all errors raised on purpose; its text is meant for the user."""
+
+
+class ConfigError(LongfitError, ValueError):
+    """A setting is wrong."""
+
+
+class ContextError(ConfigError):
+    """Context length, group size or RoPE settings do not go together."""
+
+
+class DataError(LongfitError, ValueError):
+    """The text cannot be read, or nothing in it can be trained on."""
+
+
+class ModelError(LongfitError, ValueError):
+    """The model cannot be loaded, quantised, extended, adapted or saved."""
+
+
+class RunError(LongfitError):
+    """A run directory is missing, incomplete, or belongs to another run."""
+
+
+class PlanError(LongfitError):
+    """The run cannot fit the memory it is given."""
+
+
+class BackendError(LongfitError, RuntimeError):
+    """A forced kernel backend is not available on this machine."""
+
+
+class PagingError(LongfitError, RuntimeError):
+    """Paged optimiser state is damaged, vanished, or belongs to another run."""

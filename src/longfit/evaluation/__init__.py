@@ -1,0 +1,1 @@
+"""Floor 7: does the tuned model really read further?"""

@@ -1,0 +1,1 @@
+"""Floor 1: fast twins of ``numerics`` with the same signatures and the same bits."""

@@ -1,0 +1,1 @@
+"""Floor 4: a pretrained model loaded, quantised, extended, adapted and saved."""
