@@ -1,0 +1,241 @@
+"""The settings of a run: eight sections, each a handful of fields with type, default, allowed values and meaning.
+
+Defaults follow QLoRA (NF4 with double quantisation, adapters on all linear layers, learning rate 2e-4) and LongLoRA
+(20 steps of warm-up, groups of a quarter of the context, section 3.2). The text below a field is its documentation and is
+shown by ``longfit train --explain``.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+TOKEN_UNITS = {"": 1, "k": 1024, "m": 1024**2}
+BYTE_UNITS = {
+    **{"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+    **{"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
+}
+
+
+def parse_tokens(value: object) -> object:
+    """Read a number of tokens; ``k`` is 1,024 tokens and ``m`` 1,048,576, so ``"32k"`` is 32,768."""
+    return _parse_amount(value, TOKEN_UNITS, "a number of tokens such as 8192 or 16k (= 16,384)")
+
+
+def parse_bytes(value: object) -> object:
+    """Read a number of bytes, such as ``"24GiB"`` (binary) or ``"24GB"`` (decimal)."""
+    return _parse_amount(value, BYTE_UNITS, "a number of bytes such as 24GiB, 512MiB or 24GB")
+
+
+def _parse_amount(value: object, units: Mapping[str, int], allowed: str) -> object:
+    if not isinstance(value, str | bool):
+        return value
+    match = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(value).strip())
+    if match is None or match[2].lower() not in units:
+        raise PydanticCustomError("amount", "must be {allowed}", {"allowed": allowed})
+    amount = float(re.sub("[_,]", "", match[1])) * units[match[2].lower()]
+    if amount != int(amount):
+        raise PydanticCustomError("amount", "must be {allowed}, a whole number", {"allowed": allowed})
+    return int(amount)
+
+
+def _even(value: int) -> int:
+    if value % 2:
+        raise PydanticCustomError("even", "must be an even number of tokens, at least 2", {"fix": value + 1})
+    return value
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise PydanticCustomError("power", "must be a power of two", {"fix": 1 << (value.bit_length() - 1)})
+    return value
+
+
+def quarter(context: int) -> int:
+    """Return the largest even number of tokens within a quarter of the context: LongLoRA's group size (section 3.2)."""
+    return max(2, context // 4 // 2 * 2)
+
+
+Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1)]
+EvenTokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1), AfterValidator(_even)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _contradiction(text: str, **values: object) -> PydanticCustomError:
+    """Return the error of two settings of one section that do not go together."""
+    return PydanticCustomError("together", text, values)  # type: ignore[arg-type]  # its stubs want literal strings
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are refused, values are fixed once made and finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    name: str = Field(min_length=1)
+    """Base model: a folder, a Hugging Face hub id, or a .gguf file."""
+    quant: Literal["nf4", "fp4", "int4", "none"] = "nf4"
+    """How the frozen linear layers are stored; none keeps them in dtype."""
+    double_quant: bool = True
+    """Quantise the block constants again (QLoRA, section 3): 4.127 instead of 4.5 bits a parameter."""
+    block_size: Annotated[int, Field(ge=16, le=4096), AfterValidator(_power_of_two)] = 64
+    """Weights that share one absmax."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Compute dtype, and storage dtype of what is not quantised; auto takes what the model was saved in."""
+    device: str = "auto"
+    """Where the model runs: auto, cpu, cuda, cuda:1."""
+
+
+class ContextSection(Section):
+    context: Tokens | None = None
+    """Tokens in a training window; unset: the native context of the base model."""
+    rope: Literal["yarn", "linear", "ntk", "theta", "none"] = "yarn"
+    """How rotary positions are scaled when context exceeds the native context."""
+    attention: Literal["exact", "shifted"] = "exact"
+    """Attention while training; shifted is LongLoRA's S2-Attn. Evaluation is always exact."""
+    group_size: EvenTokens | None = None
+    """Tokens in a shifted-attention group; unset: a quarter of the context."""
+
+    @model_validator(mode="after")
+    def _group_size_fits(self) -> "ContextSection":
+        if self.group_size is not None and self.attention == "exact":
+            raise _contradiction(
+                "group_size only acts with shifted attention; add --attention shifted or drop group_size"
+            )
+        if self.group_size is not None and self.context is not None and self.group_size > self.context:
+            text = "group_size {group_size} is longer than the context {context}; try {fix}"
+            raise _contradiction(text, group_size=self.group_size, context=self.context, fix=quarter(self.context))
+        return self
+
+
+class AdapterSection(Section):
+    rank: int = Field(default=16, ge=1)
+    """Rank of the low-rank update; alpha / rank scales it."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Numerator of the scaling alpha / rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the input of the adapters, while training."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Layers that get an adapter: all-linear (QLoRA) or a list of names such as [q_proj, v_proj]."""
+    train_embeddings: bool = False
+    """Also train the input embeddings (LongLoRA, section 3.3)."""
+    train_norms: bool = False
+    """Also train the normalisation layers (LongLoRA, section 3.3)."""
+
+
+class DataSection(Section):
+    path: str = Field(min_length=1)
+    """Text to train on: a file or a folder."""
+    validation: str | None = None
+    """Held-out text, read like path; unset: none, unless validation_fraction is given."""
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the documents held out for validation, chosen by train.seed."""
+    validation_windows: int = Field(default=16, ge=1)
+    """At most this many windows are evaluated each time."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_validation(self) -> "DataSection":
+        if self.validation is not None and self.validation_fraction:
+            raise _contradiction("validation and validation_fraction exclude each other; drop one")
+        return self
+
+
+class TrainSection(Section):
+    steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps; unset: as many as epochs needs."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the data; unset: 1, unless steps is given."""
+    batch_size: int = Field(default=1, ge=1)
+    """Windows in one forward pass, per process."""
+    gradient_accumulation: int = Field(default=1, ge=1)
+    """Forward passes per optimiser step; every trained token weighs the same."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps of linear warm-up; unset: 20 (LongLoRA), or a tenth of a shorter run."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate after the warm-up; cosine falls to zero at the end of the run."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay; never on norms and biases."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients with a larger global norm are scaled down to it."""
+    seed: int = Field(default=0, ge=0)
+    """Decides adapter initialisation, held-out documents, order of windows and dropout."""
+    save_every: int = Field(default=50, ge=1)
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+    eval_every: int = Field(default=50, ge=1)
+    """Steps between validation losses, if there is validation text."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSection":
+        if self.steps is not None and self.epochs is not None:
+            raise _contradiction("steps and epochs exclude each other; drop one")
+        if self.steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.steps:
+            text = "warmup_steps {warmup} must be smaller than steps {steps}, or the run ends before its warm-up"
+            raise _contradiction(text, warmup=self.warmup_steps, steps=self.steps)
+        return self
+
+
+class OptimSection(Section):
+    optim: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW with 32-bit or 8-bit state."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of the first and of the second moment."""
+    budget: Bytes | None = None
+    """Bytes of optimiser state kept resident, the rest is paged out; unset: all of it."""
+    file: str | None = None
+    """File that holds the optimiser state beyond the budget."""
+
+    @model_validator(mode="after")
+    def _file_needs_budget(self) -> "OptimSection":
+        if self.file is not None and self.budget is None:
+            raise _contradiction("file only acts with a budget; add --optim-budget 2GiB or drop file")
+        return self
+
+
+class EngineSection(Section):
+    engine: Literal["sweep", "plain"] = "sweep"
+    """How layers are differentiated: swept tile by tile, or plain gradient checkpointing."""
+    tile: Tokens | None = None
+    """Tokens the sweep handles at once; unset: chosen by the engine."""
+
+    @model_validator(mode="after")
+    def _tile_needs_sweep(self) -> "EngineSection":
+        if self.tile is not None and self.engine == "plain":
+            raise _contradiction("tile only acts with engine sweep; drop tile")
+        return self
+
+
+class OutputSection(Section):
+    run_dir: str | None = None
+    """Directory of the run; unset: the first free one below runs/."""
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "context": ContextSection,
+    "adapter": AdapterSection,
+    "data": DataSection,
+    "train": TrainSection,
+    "optim": OptimSection,
+    "engine": EngineSection,
+    "output": OutputSection,
+}
+
+
+def known_keys() -> list[str]:
+    """Return every dotted key, in order."""
+    return [f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields]
+
+
+def meaning(key: str) -> str:
+    """Return the documentation of a dotted key."""
+    section, _, name = key.partition(".")
+    field: Any = SECTIONS[section].model_fields[name]
+    return field.description or ""
