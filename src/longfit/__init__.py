@@ -1,0 +1,56 @@
+"""longfit: fine-tune large language models lighter (QLoRA) and longer (LongLoRA).
+
+The names below are the public library. They are imported when they are first used, so that ``import longfit`` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "load": "longfit.model.load",
+    "extend_context": "longfit.model.context",
+    "add_adapters": "longfit.model.adapters",
+    "save_adapter": "longfit.model.save",
+    "load_adapter": "longfit.model.save",
+    "training_loss": "longfit.engine.loss",
+    "check_gradients": "longfit.engine.check",
+    "PagedAdamW": "longfit.optim.adamw",
+    "quantize_4bit": "longfit.kernels.dispatch",
+    "dequantize_4bit": "longfit.kernels.dispatch",
+    "use_backend": "longfit.kernels.dispatch",
+    "QuantState": "longfit.numerics.quant_state",
+    "Linear4bit": "longfit.layers.linear4bit",
+    "train": "longfit.training.loop",
+    "RunConfig": "longfit.config",
+    "perplexity": "longfit.evaluation.perplexity",
+    "LongfitError": "longfit.errors",
+}
+__all__ = [*_HOME, "__version__"]
+
+if TYPE_CHECKING:
+    from longfit.config import RunConfig
+    from longfit.engine.check import check_gradients
+    from longfit.engine.loss import training_loss
+    from longfit.errors import LongfitError
+    from longfit.evaluation.perplexity import perplexity
+    from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit, use_backend
+    from longfit.layers.linear4bit import Linear4bit
+    from longfit.model.adapters import add_adapters
+    from longfit.model.context import extend_context
+    from longfit.model.load import load
+    from longfit.model.save import load_adapter, save_adapter
+    from longfit.numerics.quant_state import QuantState
+    from longfit.optim.adamw import PagedAdamW
+    from longfit.training.loop import train
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'longfit' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,120 @@
+"""A frozen linear layer whose weight is stored in 4 bits (QLoRA, section 3).
+
+The weight is ONE uint8 parameter. Its rows hold a row's packed codes and, behind them, the block constants of that row, so that the
+layer can be sharded by rows without ever splitting a block, moved, copied and pickled like any parameter, and never be cast by
+``model.to(dtype)``. The few bytes that all rows share (the constants of the double quantisation) are a uint8 buffer.
+
+The 16-bit weight exists only inside a matmul: forward de-quantises, backward de-quantises again, nothing keeps the copy. This layer has
+no gradient for its own weight; training goes through the adapter of ``qlora.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longfit.kernels.dispatch import dequantize_rows, linear_4bit, linear_4bit_grad_input, quantize_4bit
+from longfit.numerics.quant_state import QuantState
+from longfit.numerics.row_format import RowFormat, from_rows, to_rows
+
+
+class FrozenMatmul(torch.autograd.Function):
+    """``Y = X dq(W)^T`` and ``dX = dY dq(W)``; saves the packed rows, never the de-quantised weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, constants: Tensor, row_format: RowFormat) -> Tensor:
+        ctx.save_for_backward(rows, constants)
+        ctx.row_format = row_format
+        return linear_4bit(x, rows, constants, row_format)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        rows, constants = ctx.saved_tensors
+        return linear_4bit_grad_input(grad, rows, constants, ctx.row_format), None, None, None
+
+
+class Linear4bit(nn.Linear):
+    """``nn.Linear`` with a frozen 4-bit weight; computes in the dtype of its input.
+
+    Args:
+        row_format: sizes, data type and block sizes of the stored weight.
+        rows: uint8 ``[row_format.rows, row_format.row_bytes]``: per row the packed codes, then the block constants.
+        constants: uint8, what all rows share; empty without double quantisation.
+        bias: ``[out_features]`` or None; kept as it is.
+
+    Source: QLoRA, section 3, equation 5 without the adapter.
+    """
+
+    def __init__(self, row_format: RowFormat, rows: Tensor, constants: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(row_format.in_features, row_format.out_features, bias=False, device="meta")
+        self.row_format = row_format
+        self.weight = nn.Parameter(rows, requires_grad=False)
+        self.register_buffer("constants", constants)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        absmax_block_size: int = 256,
+    ) -> Linear4bit:
+        """Quantise a dense layer; the dense layer is left as it was."""
+        packed, state = quantize_4bit(
+            linear.weight.detach(),
+            quant_type=quant_type,
+            block_size=block_size,
+            double_quant=double_quant,
+            absmax_block_size=absmax_block_size,
+        )
+        return cls.from_packed(packed, state, bias=linear.bias)
+
+    @classmethod
+    def from_packed(cls, packed: Tensor, state: QuantState, *, bias: Tensor | None = None) -> Linear4bit:
+        """Adopt a weight that is already quantised, for example one read from a bitsandbytes file."""
+        rows, constants = to_rows(packed, state)
+        return cls(RowFormat.of(state), rows, constants, None if bias is None else bias.detach())
+
+    @classmethod
+    def placeholder(cls, row_format: RowFormat, *, bias: bool, bias_dtype: torch.dtype, device: Any) -> Linear4bit:
+        """A layer of the right shapes with undefined bytes, to be filled by a loader."""
+        rows = torch.empty(row_format.rows, row_format.row_bytes, dtype=torch.uint8, device=device)
+        constants = torch.empty(row_format.constant_bytes, dtype=torch.uint8, device=device)
+        bias_values = torch.empty(row_format.out_features, dtype=bias_dtype, device=device) if bias else None
+        return cls(row_format, rows, constants, bias_values)
+
+    def packed(self) -> tuple[Tensor, QuantState]:
+        """The weight as ``numerics.quant_state`` (and bitsandbytes files) know it: flat packed bytes and their state."""
+        return from_rows(self.weight.data, self.constants, self.row_format)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight ``[out_features, in_features]``; ``dtype`` defaults to the dtype that was quantised."""
+        return dequantize_rows(self.weight.data, self.constants, self.row_format, dtype or self.row_format.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x`` (or of autocast, where it is on)."""
+        x = autocast_input(x)
+        y = FrozenMatmul.apply(x, self.weight, self.constants, self.row_format)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        f = self.row_format
+        double = f", double_quant (absmax_block_size={f.absmax_block_size})" if f.double_quant else ""
+        return (
+            f"in_features={f.in_features}, out_features={f.out_features}, bias={self.bias is not None}, "
+            f"{f.quant_type}, block_size={f.block_size}{double}"
+        )
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast asks for; unchanged where autocast is off, as ``F.linear`` would do."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x

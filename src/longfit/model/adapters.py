@@ -1,0 +1,129 @@
+"""Low-rank adapters on every linear layer, and LongLoRA's extra trainable parts (QLoRA, section 3; LongLoRA, section 3.3).
+
+LoRA on all linear layers is what QLoRA needs to match full fine-tuning; embeddings and norms, a few per cent of the parameters, are what
+LongLoRA needs to close the gap at long context. All of it is ordinary PEFT: ``target_modules`` and ``modules_to_save``, one adapter file.
+
+Embeddings and norms keep the dtype of the base. At LongLoRA's learning rate a bfloat16 norm weight would never move, so they must be
+trained by an optimiser with fp32 masters (``longfit.PagedAdamW``). Adapter weights are fp32 from the start.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from longfit.errors import ModelError
+from longfit.layers.linear4bit import Linear4bit
+from longfit.layers.qlora import QLoRALinear
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What is trained: layers with an adapter, modules trained whole, and parameter counts."""
+
+    adapted: tuple[str, ...]
+    trained_whole: tuple[str, ...]
+    trainable_params: int
+    total_params: int
+
+
+def add_adapters(
+    model: Any,
+    *,
+    rank: int = 16,
+    alpha: float = 32,
+    dropout: float = 0.0,
+    targets: str | list[str] = "all-linear",
+    train_embeddings: bool = False,
+    train_norms: bool = False,
+) -> PeftModel:
+    """Put an adapter on the target layers and freeze everything else.
+
+    The layers are replaced inside ``model``, which therefore trains as well as the returned ``PeftModel`` does.
+
+    Args:
+        rank: R; columns of A and rows of B.
+        alpha: the adapter's output is scaled by ``alpha / rank``.
+        dropout: probability, on the adapter's input only.
+        targets: ``"all-linear"`` (all but the output head) or the last parts of layer names.
+        train_embeddings: train the token embeddings whole; a tied output head follows them.
+        train_norms: train all normalisation weights whole.
+    Returns: the ``PeftModel``; ``adapter_report`` tells what it trains.
+    Raises: ModelError: a target that matches nothing, no norms or embeddings where they are asked for, or adapters already there.
+    """
+    if rank < 1:
+        raise ModelError(f"rank={rank}: must be at least 1; 16 is a good start")
+    if not 0.0 <= dropout < 1.0:
+        raise ModelError(f"dropout={dropout}: must be at least 0 and below 1")
+    if isinstance(model, PeftModel) or any(isinstance(module, QLoRALinear) for module in model.modules()):
+        raise ModelError("add_adapters: this model has adapters already; load it again or merge them first")
+    if isinstance(targets, list):
+        require_targets(model, targets)
+    trained_whole = whole_modules(model, train_embeddings=train_embeddings, train_norms=train_norms)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        modules_to_save=trained_whole or None,
+        ensure_weight_tying=train_embeddings and bool(model.all_tied_weights_keys),
+        task_type="CAUSAL_LM",
+    )
+    register_layers(config)
+    return get_peft_model(model, config)
+
+
+def register_layers(config: LoraConfig) -> None:
+    """Tell PEFT which adapter layer belongs on a ``Linear4bit``; not written to its files."""
+    config._register_custom_module({Linear4bit: QLoRALinear})
+
+
+def require_targets(model: nn.Module, targets: list[str]) -> None:
+    """Raise ModelError naming the targets that match no linear layer, and what there is."""
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [target for target in targets if target.rsplit(".", 1)[-1] not in names]
+    if unknown:
+        raise ModelError(f"targets {', '.join(unknown)}: no such linear layers; this model has {', '.join(sorted(names))}")
+
+
+def whole_modules(model: Any, *, train_embeddings: bool, train_norms: bool) -> list[str]:
+    """Last parts of the names of the modules that are trained whole."""
+    embeddings = model.get_input_embeddings()
+    names = []
+    for name, module in model.named_modules():
+        leaf = name.rsplit(".", 1)[-1]
+        if (train_embeddings and module is embeddings) or (train_norms and is_norm(module)):
+            names.append(leaf)
+    if train_norms and not any(is_norm(module) for module in model.modules()):
+        raise ModelError("train_norms: no normalisation layers with weights in this model")
+    return sorted(set(names))
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A normalisation layer with a weight vector, whatever the family calls its class."""
+    return "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
+
+
+def adapter_report(model: nn.Module) -> AdapterReport:
+    """List what a model with adapters trains."""
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    modules = list(model.named_modules())
+    return AdapterReport(
+        adapted=tuple(name for name, module in modules if isinstance(module, LoraLayer)),
+        trained_whole=tuple(name for name, module in modules if isinstance(module, ModulesToSaveWrapper)),
+        trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_params=sum(
+            module.in_features * module.out_features if isinstance(module, Linear4bit) else own_params(module)
+            for _, module in modules
+        ),
+    )
+
+
+def own_params(module: nn.Module) -> int:
+    """Parameters that belong to this module itself."""
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))

@@ -1,0 +1,265 @@
+"""How transformers is told to build a model of ``Linear4bit`` layers: a registered quantiser, nothing patched.
+
+transformers builds the model without memory, asks the quantiser which modules to replace, then hands over one dense tensor after the
+other (or, for a bitsandbytes checkpoint, the packed tensors of one layer). Each is turned into rows at once, so the dense model never
+exists. Saving goes the other way: files carry bitsandbytes' keys and configuration, so that anyone can load them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import (
+    HfQuantizer,
+    get_module_from_name,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from longfit.kernels.dispatch import quantize_4bit
+from longfit.layers.linear4bit import Linear4bit
+from longfit.numerics.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
+from longfit.numerics.row_format import RowFormat, to_rows
+
+QUANT_METHOD = "longfit"
+BITSANDBYTES_KEYS = {
+    quant_type: [
+        "weight",
+        "weight.absmax",
+        "weight.nested_absmax",
+        "weight.nested_quant_map",
+        "weight.quant_map",
+        f"weight.quant_state.bitsandbytes__{quant_type}",
+    ]
+    for quant_type in ("nf4", "fp4")
+}
+
+
+@register_quantization_config(QUANT_METHOD)
+class LongfitQuantizationConfig(QuantizationConfigMixin):
+    """What to store linear layers in.
+
+    Args:
+        quant_type: ``"nf4"``, ``"fp4"`` or ``"int4"``.
+        block_size: weights per absmax.
+        double_quant: store the absmax values as 8-bit codes (QLoRA, section 3).
+        absmax_block_size: absmax values per constant of the double quantisation.
+        skip_modules: names of linear layers to leave dense, beside the output head and tied weights.
+        dtype: of the dense weights, as transformers resolves it; recorded in files.
+    """
+
+    def __init__(
+        self,
+        *,
+        quant_type: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        absmax_block_size: int = 256,
+        skip_modules: list[str] | None = None,
+        dtype: str = "bfloat16",
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
+        self.absmax_block_size, self.skip_modules, self.dtype = absmax_block_size, skip_modules, dtype
+
+    @classmethod
+    def from_bitsandbytes(cls, block: dict[str, Any]) -> LongfitQuantizationConfig:
+        """Read the ``quantization_config`` block of a bitsandbytes 4-bit checkpoint."""
+        return cls(
+            quant_type=block.get("bnb_4bit_quant_type", "fp4"),
+            double_quant=block.get("bnb_4bit_use_double_quant", False),
+            skip_modules=block.get("llm_int8_skip_modules"),
+            dtype=block.get("bnb_4bit_compute_dtype", "float32"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The block written into ``config.json``: bitsandbytes' own where its files can hold the data type."""
+        if self.quant_type not in BITSANDBYTES_KEYS or self.block_size != 64 or self.absmax_block_size != 256:
+            return dict(self.__dict__)
+        return {
+            "_load_in_4bit": True,
+            "_load_in_8bit": False,
+            "bnb_4bit_compute_dtype": self.dtype,
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_use_double_quant": self.double_quant,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": self.skip_modules,
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "quant_method": "bitsandbytes",
+        }
+
+
+class QuantizeWeight(ConversionOps):
+    """One dense weight in, its packed rows and constants out."""
+
+    def __init__(self, quantizer: LongfitQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
+        converted = {}
+        for name in list(input_dict):
+            value = input_dict.pop(name)
+            weight = value[0] if isinstance(value, list) else value
+            del value
+            layer, _ = get_module_from_name(model, name)
+            packed, state = quantize_4bit(
+                weight,
+                quant_type=layer.row_format.quant_type,
+                block_size=layer.row_format.block_size,
+                double_quant=layer.row_format.double_quant,
+                absmax_block_size=layer.row_format.absmax_block_size,
+            )
+            del weight
+            converted |= adopt(layer, name, packed, state)
+        return converted
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return PassThrough()
+
+
+class ReadBitsandbytes(ConversionOps):
+    """The packed tensors of one bitsandbytes layer in, the same bytes as rows and constants out."""
+
+    def __init__(self, quantizer: LongfitQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: nn.Module, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        if len(tensors) == 1:  # a weight that this checkpoint keeps dense
+            return tensors
+        layer, _ = get_module_from_name(model, full_layer_name)
+        packed, state = from_bitsandbytes(
+            {key.removeprefix("weight").lstrip(".") or "weight": value for key, value in tensors.items()}
+        )
+        return adopt(layer, full_layer_name, packed, state)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return PassThrough()
+
+
+class PassThrough(ConversionOps):
+    """Saving needs no conversion: ``LongfitQuantizer.get_state_dict_and_metadata`` has already written bitsandbytes' keys."""
+
+    def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return self
+
+
+def adopt(layer: Linear4bit, weight_name: str, packed: Tensor, state: Any) -> dict[str, Tensor]:
+    """Make ``layer`` expect the format just read; return its tensors under their full names."""
+    rows, constants = to_rows(packed, state)
+    layer.row_format = RowFormat.of(state)
+    layer.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return {
+        weight_name: nn.Parameter(rows, requires_grad=False),
+        weight_name.removesuffix("weight") + "constants": constants,
+    }
+
+
+@register_quantizer(QUANT_METHOD)
+class LongfitQuantizer(HfQuantizer):
+    """Builds, fills and saves ``Linear4bit`` layers; ``skipped`` tells which linear layers stayed dense and why."""
+
+    requires_calibration = False
+    quantization_config: LongfitQuantizationConfig
+
+    def __init__(self, quantization_config: LongfitQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.skipped: dict[str, str] = {}
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 0.5
+
+    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        self.dtype = dtype or torch.bfloat16
+        self.quantization_config.dtype = str(self.dtype).removeprefix("torch.")
+        return self.dtype
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Linear4bit) and name == "weight"
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        self.skipped = skipped_linears(model, config.skip_modules or [])
+        for name, module in list(model.named_modules()):
+            if type(module) is not nn.Linear or name in self.skipped:
+                continue
+            row_format = RowFormat(
+                out_features=module.out_features,
+                in_features=module.in_features,
+                quant_type=config.quant_type,
+                block_size=config.block_size,
+                double_quant=config.double_quant,
+                absmax_block_size=config.absmax_block_size,
+                dtype=self.dtype,
+            )
+            replacement = Linear4bit.placeholder(
+                row_format, bias=module.bias is not None, bias_dtype=self.dtype, device="meta"
+            )
+            model.set_submodule(name, replacement)
+
+    def get_quantize_ops(self) -> QuantizeWeight:
+        return QuantizeWeight(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"deserialize": ReadBitsandbytes}
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
+        return {"weight": BITSANDBYTES_KEYS.get(self.quantization_config.quant_type, ["weight"])}
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The state dict with every ``Linear4bit`` written under bitsandbytes' keys."""
+        state_dict = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, Linear4bit):
+                del state_dict[f"{name}.constants"]
+                for key, tensor in to_bitsandbytes(*module.packed()).items():
+                    state_dict[f"{name}.weight" if key == "weight" else f"{name}.weight.{key}"] = tensor
+        return state_dict, {}
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return self.quantization_config.quant_type in BITSANDBYTES_KEYS
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def skipped_linears(model: Any, skip_modules: list[str]) -> dict[str, str]:
+    """Which linear layers stay dense, and why: name to reason."""
+    head = model.get_output_embeddings()
+    tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
+    reasons = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if name in skip_modules or any(name.endswith("." + skip) for skip in skip_modules):
+            reasons[name] = "named in skip_modules"
+        elif name in tied:
+            reasons[name] = "shares its weight with the embeddings"
+        elif module is head:
+            reasons[name] = "output head: its error goes into every logit"
+        elif type(module) is not nn.Linear:
+            reasons[name] = f"a {type(module).__name__}, not a plain nn.Linear"
+        elif module.in_features % 2:
+            reasons[name] = f"odd number of input features ({module.in_features})"
+    return reasons

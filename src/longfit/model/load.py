@@ -1,0 +1,195 @@
+"""Load a pretrained causal language model, quantised tensor by tensor on the way in (QLoRA, section 3).
+
+A model is a hub id, a folder with safetensors, or one ``.gguf`` file. Remote code is never run, pickle files are never read. What was
+quantised, what was not and why comes back with the model as a ``LoadReport``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+
+from longfit.errors import ModelError
+from longfit.layers.linear4bit import Linear4bit
+from longfit.model import gguf
+from longfit.model.hf_quantizer import LongfitQuantizationConfig
+
+QUANT_TYPES = ("nf4", "fp4", "int4")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did to a model.
+
+    Attributes:
+        source: where the weights came from.
+        quantized: names of the layers now stored in 4 bits.
+        dense: names of linear layers and other large parameters left as they were, with the reason.
+        quantized_bytes: of the 4-bit layers, block constants included.
+        dense_bytes: of everything else.
+        half_bytes: of the whole model if every weight were 16-bit.
+        bits_per_param: of the 4-bit layers.
+    """
+
+    source: str
+    quantized: tuple[str, ...]
+    dense: dict[str, str] = field(default_factory=dict)
+    quantized_bytes: int = 0
+    dense_bytes: int = 0
+    half_bytes: int = 0
+    bits_per_param: float = 0.0
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights together."""
+        return self.quantized_bytes + self.dense_bytes
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    quant: str = "nf4",
+    double_quant: bool = True,
+    block_size: int = 64,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    skip_modules: list[str] | None = None,
+) -> tuple[Any, Any]:
+    """Load a model and its tokenizer.
+
+    Args:
+        name: hub id, folder in Hugging Face format (a bitsandbytes 4-bit checkpoint too), or ``.gguf`` file.
+        quant: ``"nf4"``, ``"fp4"``, ``"int4"``, or ``"none"`` for dense weights.
+        double_quant: quantise the block constants again.
+        block_size: weights per block constant.
+        dtype: of dense weights and of matmuls; bfloat16 unless the device cannot compute in it.
+        device: where the weights go; the first CUDA device if there is one, else the CPU.
+        skip_modules: names of linear layers to leave dense.
+    Returns: the model in eval mode and its tokenizer; ``load_report(model)`` tells what was done.
+    Raises: ModelError: nothing at ``name``, not a causal language model, or an unknown ``quant``.
+    """
+    if quant not in (*QUANT_TYPES, "none"):
+        raise ModelError(f"quant={quant!r}: must be one of {', '.join(QUANT_TYPES)} or none")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or default_dtype(device)
+    path = Path(name)
+    arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
+    if quant != "none":
+        arguments["quantization_config"] = LongfitQuantizationConfig(
+            quant_type=quant, block_size=block_size, double_quant=double_quant, skip_modules=skip_modules
+        )
+    if gguf.is_gguf(path):
+        config, tokenizer = gguf.read_config(path), gguf.read_tokenizer(path)
+        state_dict = gguf.lazy_state_dict(path, config)
+        model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state_dict, **arguments)
+        model.config.name_or_path = str(path)
+        return model, tokenizer
+    if path.suffix == ".gguf":
+        problem = "does not start with GGUF's magic bytes" if path.exists() else "no such file"
+        raise ModelError(f"{path}: {problem}; give a .gguf file, a folder, or a hub id")
+    config = read_config(name)
+    block = getattr(config, "quantization_config", None)
+    if block is not None:
+        arguments["quantization_config"] = None
+        config.quantization_config = prequantized(name, block).__dict__
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, config=config, use_safetensors=True, trust_remote_code=False, **arguments
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:
+        raise ModelError(f"{name}: {first_line(error)}") from error
+    return model, tokenizer
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, or float16 on a CUDA device that cannot compute in bfloat16 (T4, V100)."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def read_config(name: str | os.PathLike[str]) -> PretrainedConfig:
+    """The configuration of a causal language model at a folder or hub id.
+
+    Raises: ModelError: there is none, it is damaged, or it describes another kind of model.
+    """
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        found = sorted(entry.name for entry in Path(name).iterdir())[:5]
+        raise ModelError(f"{name}: no config.json in this folder (found {', '.join(found) or 'nothing'}); give a model folder")
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{name}: neither a model folder, nor a .gguf file, nor a reachable hub id ({first_line(error)})"
+        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"{name}: a {config.model_type} model is not a causal language model; longfit trains decoders only")
+    return config
+
+
+def prequantized(name: str | os.PathLike[str], block: Any) -> LongfitQuantizationConfig:
+    """The configuration for reading a checkpoint that is quantised already.
+
+    Raises: ModelError: quantised by something other than bitsandbytes 4-bit or longfit.
+    """
+    block = block if isinstance(block, dict) else block.to_dict()
+    method = block.get("quant_method")
+    if method == "bitsandbytes" and (block.get("load_in_4bit") or block.get("_load_in_4bit")):
+        return LongfitQuantizationConfig.from_bitsandbytes(block)
+    if method == "longfit":
+        return LongfitQuantizationConfig(**block)
+    raise ModelError(
+        f"{name}: quantised with {method!r}; longfit reads dense checkpoints and bitsandbytes 4-bit ones: use the original model"
+    )
+
+
+def load_report(model: nn.Module) -> LoadReport:
+    """Count what a loaded model stores and name what is not in 4 bits, and why."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    stored = {
+        tensor.data_ptr(): tensor
+        for layer in layers.values()
+        for tensor in (layer.weight, layer.constants)
+        if tensor.numel()
+    }
+    quantized_bytes = sum(tensor.nbytes for tensor in stored.values())
+    quantized_params = sum(layer.in_features * layer.out_features for layer in layers.values())
+    everything = {tensor.data_ptr(): tensor for tensor in model.parameters() if tensor.data_ptr() not in stored}
+    dense_bytes = sum(tensor.nbytes for tensor in everything.values())
+    dense_params = sum(tensor.numel() for tensor in everything.values())
+    return LoadReport(
+        source=str(getattr(model.config, "name_or_path", "")),
+        quantized=tuple(layers),
+        dense=dense_reasons(model),
+        quantized_bytes=quantized_bytes,
+        dense_bytes=dense_bytes,
+        half_bytes=2 * (quantized_params + dense_params),
+        bits_per_param=8 * quantized_bytes / quantized_params if quantized_params else 16.0,
+    )
+
+
+def dense_reasons(model: Any) -> dict[str, str]:
+    """Matrices that are not in 4 bits, each with its reason."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    reasons = dict(quantizer.skipped) if quantizer is not None else {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding):
+            reasons[name] = "embeddings are looked up, not multiplied"
+        elif isinstance(module, nn.Linear) and not isinstance(module, Linear4bit):
+            reasons.setdefault(name, "loaded with quant='none'")
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 2:
+            reasons[name] = f"a {parameter.dim()}-dimensional parameter (experts), not a linear layer"
+    return reasons
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message of another library."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,73 @@
+"""Save what was trained so that plain transformers and PEFT load it, and load it back.
+
+An adapter folder holds PEFT's two files, the tokenizer, and ``config.json``: the base model's configuration with the extended RoPE
+settings, which a PEFT adapter cannot carry itself. Without longfit it is loaded like this:
+
+    config = AutoConfig.from_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(base_name, config=config)
+    model = PeftModel.from_pretrained(base, folder)
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, PretrainedConfig
+
+from longfit.errors import ModelError
+from longfit.model.adapters import register_layers
+
+
+def save_adapter(model: PeftModel, tokenizer: Any, path: str | os.PathLike[str]) -> Path:
+    """Write adapter, tokenizer and extended configuration into a folder.
+
+    Returns: the folder.
+    Raises: ModelError: ``model`` has no adapter.
+    """
+    if not isinstance(model, PeftModel):
+        raise ModelError("save_adapter: this model has no adapter; pass the model that add_adapters returned")
+    folder = Path(path)
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    plain_config(model.get_base_model().config).save_pretrained(str(folder))
+    return folder
+
+
+def load_adapter(model: Any, path: str | os.PathLike[str], *, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter on a base model whose positions have already been extended.
+
+    Raises: ModelError: no adapter at ``path``, or the RoPE settings it was trained with are not those of ``model``.
+    """
+    folder = Path(path)
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: no adapter_config.json; give the adapter folder of a run")
+    require_same_positions(model.config, folder)
+    config = PeftConfig.from_pretrained(str(folder))
+    register_layers(config)
+    return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+
+
+def require_same_positions(config: PretrainedConfig, folder: Path) -> None:
+    """An adapter trained at other positions gives fluent nonsense, so refuse it."""
+    if not (folder / "config.json").is_file():
+        return
+    trained = AutoConfig.from_pretrained(str(folder))
+    for key in ("rope_parameters", "max_position_embeddings"):
+        expected, got = getattr(trained, key, None), getattr(config, key, None)
+        if expected != got:
+            raise ModelError(
+                f"{folder}: trained with {key} = {expected}, but this model has {got}; "
+                "extend the model's context as the run did, or load it with the config.json of this folder"
+            )
+
+
+def plain_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the dense base: what quantisation added is taken out."""
+    plain = copy.deepcopy(config)
+    if getattr(plain, "quantization_config", None) is not None:
+        del plain.quantization_config
+    return plain

@@ -1,0 +1,90 @@
+"""The shape of the house: imports point down, the public surface is what it says, every file opens with why it exists."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import longfit
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "longfit"
+FILES = sorted(PACKAGE.rglob("*.py"))
+FLOORS = {
+    "errors": 0,
+    "numerics": 0,
+    "kernels": 1,
+    "layers": 2,
+    "optim": 2,
+    "engine": 3,
+    "model": 4,
+    "data": 4,
+    "config": 5,
+    "planning": 5,
+    "training": 6,
+    "evaluation": 7,
+    "demo": 7,
+    "cli": 8,
+    "__main__": 8,
+}
+
+
+def room(module: str) -> str:
+    """``longfit.engine.sweep`` lives in ``engine``."""
+    return module.split(".")[1]
+
+
+def imported(path: Path) -> set[str]:
+    """Names of the longfit modules that a file imports, wherever in the file it does so."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the full name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] == "longfit"}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.parent != PACKAGE or f.name != "__init__.py"], ids=module_name)
+def test_imports_point_down(path: Path) -> None:
+    own = room(module_name(path))
+    for name in imported(path):
+        assert name.count(".") > 0 and room(name) in FLOORS, f"{path}: import the module, not the package root ({name})"
+        other = room(name)
+        assert other == own or FLOORS[other] < FLOORS[own], f"{path}: {own} (floor {FLOORS[own]}) imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_a_file_opens_with_why_it_exists(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text())), f"{path}: no module docstring"
+
+
+def test_public_names_exist_and_are_few() -> None:
+    assert len(longfit.__all__) <= 20
+    for name in longfit.__all__:
+        assert getattr(longfit, name) is not None
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = "{'torch', 'transformers', 'peft', 'triton', 'bitsandbytes'}"
+    code = f"import sys, longfit; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT / "src")
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_paper_map_names_what_exists() -> None:
+    rows = re.findall(r"`(src/longfit/[\w/]+\.py):(\w+)`", (ROOT / "docs" / "paper_map.md").read_text())
+    assert len(rows) > 20
+    for file, symbol in rows:
+        assert getattr(importlib.import_module(module_name(ROOT / file)), symbol) is not None
+    for file in re.findall(r"`((?:tests|benchmarks)/[\w/]+\.py)`", (ROOT / "docs" / "paper_map.md").read_text()):
+        assert (ROOT / file).is_file(), file
