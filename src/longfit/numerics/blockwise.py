@@ -6,7 +6,7 @@
     x'        = level[code] * absmax                                        fp32, rounded once to the target dtype
 
 Two rules make the codes reproducible bit by bit on any machine: the order of the fp32 operations above, and that a
-value exactly on a threshold goes to the lower level. Codebooks in any order are sorted first and the rank is mapped back.
+value exactly on a threshold goes to the lower level. A codebook in any order is sorted and the rank mapped back.
 
 Defined corners: the last block may be short. A block of zeros has absmax 0 and the code of level 0 (NF4: 7). A block
 with a NaN or an infinity has absmax NaN and the code of the highest level throughout, and decodes to NaN; other blocks

@@ -3,8 +3,8 @@
 A codebook is a float32 vector of levels; a code is an index into it, in the order of the file format, which need not be
 ascending. NF4 holds the levels that a normally distributed weight reaches about equally often: quantiles of N(0, 1),
 computed apart for the negative and the positive half so that 0 is a level (zeros and padding stay exact), scaled to
-[-1, 1]. `normal_float_4` is that construction. The literal `NF4` is what every checkpoint was written with; it was made
-in fp32 and differs from the fp64 construction by up to 4.3e-8, so the literal is the one used.
+[-1, 1]. `normal_float_4` is that construction. The literal `NF4` is what every checkpoint was written with; it
+differs from the construction by up to 4.3e-8 (the rounding of other arithmetic), so the literal is the one used.
 
 The functions return new tensors; nothing here can be changed by a caller.
 """
@@ -44,9 +44,9 @@ INT4 = tuple((code - 16 if code >= 8 else code) / 7 for code in range(16))
 
 QUANT_TYPES = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 
-# The probability whose quantile becomes level 1.0, as the quantile of probability 1 is infinite: the mean of 1 - 1/32 and
-# 1 - 1/30, half a step inside grids of 16 and 15 levels. Its seven digits are those NF4 was made with; with all digits
-# the levels come out up to 1.9e-7 away.
+# The probability whose quantile becomes level 1.0, as the quantile of probability 1 is infinite: the mean of 1 - 1/32
+# and 1 - 1/30, half a step inside grids of 16 and 15 levels. NF4 was made with these seven digits and with fp32
+# probabilities; all digits and fp64 would move its levels by up to 1.9e-7.
 _NF4_OUTERMOST = 0.9677083
 
 
@@ -72,11 +72,15 @@ def normal_float_4() -> Tensor:
 
     Returns: fp64 ``[16]``, ascending, in [-1, 1]; equal to `NF4` to 1e-7.
     """
-    normal = torch.special.ndtri  # the quantile function of N(0, 1)
-    positive = normal(torch.linspace(_NF4_OUTERMOST, 0.5, 9, dtype=torch.float64, device="cpu")[:-1])  # [8]
-    negative = -normal(torch.linspace(_NF4_OUTERMOST, 0.5, 8, dtype=torch.float64, device="cpu")[:-1])  # [7]
+    positive, negative = _upper_quantiles(8), -_upper_quantiles(7)
     levels = torch.cat([negative, positive.new_zeros(1), positive.flip(0)])
     return levels / levels.max()
+
+
+def _upper_quantiles(num_levels: int) -> Tensor:
+    """Return quantiles of N(0, 1) from the outermost probability down to just above 1/2: fp64, descending."""
+    probabilities = torch.linspace(_NF4_OUTERMOST, 0.5, num_levels + 1, dtype=torch.float32, device="cpu")[:-1]
+    return torch.special.ndtri(probabilities.double())
 
 
 def dynamic_map(signed: bool, *, device: torch.device | str = "cpu") -> Tensor:

@@ -1,7 +1,7 @@
 """Double quantisation: the block constants quantised again, 8 bits each (QLoRA, section 3, "Double Quantization").
 
 Blocks of 64 with an fp32 absmax cost 32 / 64 = 0.5 bit per weight. An absmax is positive, so its mean is subtracted
-first; what remains is quantised block-wise, 256 constants to a block, and the cost falls to 8/64 + 32/(64 * 256) = 0.127.
+first; what remains is quantised block-wise, 256 constants to a block, and the cost is 8/64 + 32/(64 * 256) = 0.127 bit.
 
     offset = mean(absmax)                                                          fp32
     codes, nested absmax = quantize_blockwise(absmax - offset, 8-bit codebook)

@@ -1,19 +1,18 @@
 """A 4-bit weight laid out row by row, so that it can be cut along its rows (the output features).
 
-The flat format keeps all codes in one tensor and all block constants in another. Here a row of the weight matrix is one row
-of bytes:
+The flat format keeps all codes in one tensor and all block constants in another. Here a row of the weight matrix is one
+row of bytes:
 
-    rows [out, row_bytes] uint8  =  code bytes (2 codes a byte, high nibble first)  |  block constants of the row
-                                                                                       1 byte each with double
-                                                                                       quantisation, else 4 (fp32)
-    constants uint8              =  fp32 nested absmax values, then the fp32 offset (nothing without double quantisation)
+    rows       uint8 [out, row_bytes]    the row's code bytes, then its block constants: one byte each with double
+                                         quantisation, else four (fp32)
+    constants  uint8 [constant_bytes]    fp32 nested absmax values, then the fp32 offset; empty without double quant
 
-Any run of rows de-quantises from its own bytes, the few shared constants, and the number of its first row: block j of row r
-is block ``r * (in_features / block_size) + j`` of the weight, which tells its nested absmax. That is what sharding by rows
-needs, and both directions are exact inverses of the flat format.
+Any run of rows de-quantises from its own bytes, the few shared constants, and the number of its first row: block j of
+row r is block ``r * (in_features / block_size) + j`` of the weight, which tells its nested absmax. Sharding by rows
+needs just that. The conversion to the flat format and back moves bytes and changes none.
 
-When ``in_features`` is not a multiple of ``block_size``, blocks run across rows; then the whole weight is laid out as one
-row (``rows == 1``) and cannot be cut. Byte order is the machine's (little-endian everywhere torch runs).
+When ``in_features`` is not a multiple of ``block_size``, blocks run across rows; then the whole weight is laid out as
+one row (``rows == 1``) and cannot be cut. Floats have the machine's byte order.
 """
 
 from dataclasses import dataclass
@@ -63,7 +62,10 @@ class RowFormat:
         if double is not None and double.storage != "dynamic8":
             raise ValueError(f'storage: got {double.storage!r}; rows hold block constants as "dynamic8" only')
         absmax_block_size = 256 if double is None else double.absmax_block_size
-        return cls(*state.shape, state.quant_type, state.block_size, double is not None, absmax_block_size, state.dtype)
+        rows, columns = state.shape
+        return cls(
+            rows, columns, state.quant_type, state.block_size, double is not None, absmax_block_size, state.dtype
+        )
 
     @property
     def numel(self) -> int:
@@ -138,15 +140,15 @@ def from_rows(rows: Tensor, constants: Tensor, fmt: RowFormat) -> tuple[Tensor, 
     Raises: ValueError: the bytes do not fit ``fmt``.
     """
     _check_rows(rows, constants, fmt, num_rows=fmt.rows)
-    packed, scales = rows[:, : fmt.code_bytes].reshape(-1), rows[:, fmt.code_bytes :].reshape(-1)
+    packed, scales = _copy_flat(rows[:, : fmt.code_bytes]), _copy_flat(rows[:, fmt.code_bytes :])
     absmax: Tensor | DoubleQuant
     if fmt.double_quant:
-        shared = _as_floats(constants)
-        absmax = DoubleQuant(scales.clone(), shared[:-1].clone(), shared[-1].clone(), fmt.absmax_block_size)
+        nested, offset = _as_floats(constants[:-4]), _as_floats(constants[-4:])[0]
+        absmax = DoubleQuant(scales, nested, offset, fmt.absmax_block_size)
     else:
-        absmax = _as_floats(scales)
+        absmax = scales.view(torch.float32)
     shape = (fmt.out_features, fmt.in_features)
-    return packed.clone(), QuantState(fmt.quant_type, fmt.block_size, shape, fmt.dtype, absmax)
+    return packed, QuantState(fmt.quant_type, fmt.block_size, shape, fmt.dtype, absmax)
 
 
 def dequantize_rows(
@@ -177,9 +179,9 @@ def dequantize_rows(
 
 def _row_absmax(scales: Tensor, constants: Tensor, fmt: RowFormat, *, first_row: int) -> Tensor:
     """Return the fp32 absmax of every block of a run of rows ``[num_rows * blocks_per_row]``."""
-    flat = scales.reshape(-1)
     if not fmt.double_quant:
-        return _as_floats(flat)
+        return _as_floats(scales)
+    flat = scales.reshape(-1)
     shared = _as_floats(constants)
     first_block = first_row * fmt.blocks_per_row
     block = torch.arange(first_block, first_block + flat.numel(), device=flat.device)  # index in the whole weight
@@ -192,7 +194,11 @@ def _as_bytes(floats: Tensor) -> Tensor:
 
 
 def _as_floats(raw: Tensor) -> Tensor:
-    return raw.clone(memory_format=torch.contiguous_format).view(torch.float32)  # a copy is aligned to four bytes
+    return _copy_flat(raw).view(torch.float32)
+
+
+def _copy_flat(raw: Tensor) -> Tensor:
+    return raw.clone(memory_format=torch.contiguous_format).view(-1)  # a copy is aligned for any type
 
 
 def _check_rows(rows: Tensor, constants: Tensor, fmt: RowFormat, *, num_rows: int) -> None:
