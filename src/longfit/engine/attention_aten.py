@@ -1,0 +1,217 @@
+"""Tile attention through torch's CPU flash kernel, which takes and returns the log-sum-exp.
+
+The kernel knows three shapes of visibility: everything, the causal square (aligned top-left), and an additive mask. A
+schedule is cut into pieces of these. Queries that share their first key see a rectangle of earlier keys and their own
+causal square; the two results are merged by their log-sum-exp, and the backward needs no merging, because gradients of
+parts add up when each is given the log-sum-exp of the whole row (Dao et al., FlashAttention, 2022, section 3). Runs of
+queries too short for that (sliding windows, tiny documents) share one small mask of at most ``MASK_BLOCK`` queries.
+
+Keys and values are not repeated: a class of heads that cuts through a key/value head is called in up to three parts.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longfit.engine.schedule import Schedule
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+SHORT_RUN = 64
+"""Below so many queries with one first key, a rectangle and a square cost more than a share in a masked block."""
+
+MASK_BLOCK = 256
+"""Queries that share a mask."""
+
+
+class Part(NamedTuple):
+    """Keys ``[low, high)`` that one call of the kernel shows to a piece's queries: all, causally, or by mask."""
+
+    low: int
+    high: int
+    visible: str  # "all" | "causal" | "mask"
+
+
+class Piece(NamedTuple):
+    """Queries ``[low, high)`` of the whole sequence and the parts that together show them their keys."""
+
+    low: int
+    high: int
+    parts: tuple[Part, ...]
+
+
+class Call(NamedTuple):
+    """A piece for some rows of the batch and some heads."""
+
+    rows: slice
+    heads: slice
+    kv_heads: slice
+    first_key: Tensor  # [t] of the whole tile
+    piece: Piece
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, *, start: int, scaling: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """See ``attention.tile_forward``."""
+    assert softcap is None
+    q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
+    batch, num_heads, num_queries, head_dim = q.shape
+    sum_dtype = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty(batch, num_queries, num_heads, head_dim).transpose(1, 2)  # [B, H, t, D]
+    lse = q.new_empty(batch, num_heads, num_queries, dtype=sum_dtype)  # [B, H, t]
+    for call in _calls(schedule, start, num_queries, num_heads // k.shape[1]):
+        queries = slice(call.piece.low - start, call.piece.high - start)
+        here = (call.rows, call.heads, queries)
+        for number, part in enumerate(call.piece.parts):
+            there = (call.rows, call.kv_heads, slice(part.low, part.high))
+            mask = _mask(call, part, start, q.dtype)
+            causal = part.visible == "causal"
+            part_out, part_lse = _flash(q[here], k[there], v[there], 0.0, causal, attn_mask=mask, scale=scaling)
+            if number:
+                part_out, part_lse = _merge(out[here], lse[here], part_out, part_lse)
+            out[here], lse[here] = part_out, part_lse
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    schedule: Schedule,
+    *,
+    start: int,
+    scaling: float,
+    softcap: float | None,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> Tensor:
+    """See ``attention.tile_backward``."""
+    assert softcap is None
+    grad_out, q, k, v, out = (_rows_contiguous(x) for x in (grad_out, q, k, v, out))
+    grad_q = torch.empty_like(q)
+    for call in _calls(schedule, start, q.shape[2], q.shape[1] // k.shape[1]):
+        queries = slice(call.piece.low - start, call.piece.high - start)
+        here = (call.rows, call.heads, queries)
+        shares = []
+        for part in call.piece.parts:
+            there = (call.rows, call.kv_heads, slice(part.low, part.high))
+            part_q, part_k, part_v = _flash_backward(
+                grad_out[here],
+                q[here],
+                k[there],
+                v[there],
+                out[here],
+                lse[here],
+                0.0,
+                part.visible == "causal",
+                attn_mask=_mask(call, part, start, q.dtype),
+                scale=scaling,
+            )
+            grad_k[there] += part_k
+            grad_v[there] += part_v
+            shares.append(part_q)
+        grad_q[here] = torch.stack(shares).sum(0, dtype=lse.dtype)
+    return grad_q
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str | None:
+    """Say why the kernel cannot take this call; None when it can."""
+    if q.device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {q.device.type}"
+    if softcap is not None:
+        return "it has no soft cap"
+    if v.shape[-1] != q.shape[-1]:
+        return f"values of {v.shape[-1]} dimensions must be as wide as queries, {q.shape[-1]}"
+    return None
+
+
+def pieces(first_key: Tensor, start: int) -> Iterator[Piece]:
+    """Cut a tile into pieces; every query is in exactly one.
+
+    Args:
+        first_key: int ``[t]`` on the CPU, of the queries ``start .. start + t``.
+        start: of the tile.
+    """
+    firsts, counts = torch.unique_consecutive(first_key, return_counts=True)
+    low = start
+    block: list[tuple[int, int, int]] = []  # short runs (first key, low, high) waiting to share a mask
+    for first, count in zip(firsts.tolist(), counts.tolist(), strict=True):
+        high = low + count
+        full = block and (high - block[0][1] > MASK_BLOCK or first - block[0][0] > MASK_BLOCK)
+        if count >= SHORT_RUN or full:
+            yield from _shared(block)
+            block = []
+        if count >= SHORT_RUN:
+            yield _run(first, low, high)
+        else:
+            block.append((first, low, high))
+        low = high
+    yield from _shared(block)
+
+
+def _shared(block: list[tuple[int, int, int]]) -> Iterator[Piece]:
+    if len(block) == 1:
+        yield _run(*block[0])
+    elif block:
+        low, high = block[0][1], block[-1][2]
+        yield Piece(low, high, (Part(block[0][0], high, "mask"),))
+
+
+def _run(first: int, low: int, high: int) -> Piece:
+    if high - low == 1:
+        return Piece(low, high, (Part(first, high, "all"),))
+    square = Part(low, high, "causal")
+    return Piece(low, high, (Part(first, low, "all"), square) if first < low else (square,))
+
+
+def _calls(schedule: Schedule, start: int, num_queries: int, repeats: int) -> Iterator[Call]:
+    batch = schedule.first_key.shape[1]
+    classes = zip(pairwise(schedule.head_bounds), schedule.tile(start, num_queries), strict=True)
+    for (low, high), first_key in classes:  # first_key [B, t]
+        alike = bool((first_key == first_key[:1]).all())
+        for row in range(1 if alike else batch):
+            rows = slice(None) if alike else slice(row, row + 1)
+            for piece in pieces(first_key[row], start):
+                for heads, kv_heads in _shared_heads(low, high, repeats):
+                    yield Call(rows, heads, kv_heads, first_key[row], piece)
+
+
+def _shared_heads(low: int, high: int, repeats: int) -> Iterator[tuple[slice, slice]]:
+    """Cut query heads [low, high) where whole groups of ``repeats`` begin and end; add the key/value heads of each."""
+    whole_low, whole_high = -(-low // repeats) * repeats, high // repeats * repeats
+    if whole_low > whole_high:  # inside one group
+        bounds = [low, high]
+    else:
+        bounds = sorted({low, whole_low, whole_high, high})
+    for a, b in pairwise(bounds):
+        yield slice(a, b), slice(a // repeats, (b - 1) // repeats + 1)
+
+
+def _mask(call: Call, part: Part, start: int, dtype: torch.dtype) -> Tensor | None:
+    """Additive mask [1, 1, Q, S]; the kernel reads it in the dtype of the queries."""
+    if part.visible != "mask":
+        return None
+    first = call.first_key[call.piece.low - start : call.piece.high - start, None]
+    keys = torch.arange(part.low, part.high)
+    queries = torch.arange(call.piece.low, call.piece.high)[:, None]
+    hidden = (keys < first) | (keys > queries)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[None, None]
+
+
+def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Two softmaxes over different keys as one over both."""
+    both = torch.logaddexp(lse, other_lse)
+    share, other_share = (lse - both).exp_()[..., None], (other_lse - both).exp_()[..., None]
+    return out * share + other * other_share, both
+
+
+def _rows_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
