@@ -2,15 +2,15 @@
 
     key here                        in the file, for layer p               what
     weight                          p.weight                               uint8 [(numel + 1) // 2, 1]
-    absmax                          p.weight.absmax                        uint8 codes, or fp32 without double quantisation
+    absmax                          p.weight.absmax                        uint8 codes; fp32 without double quantisation
     quant_map                       p.weight.quant_map                     fp32 [16]
     nested_absmax                   p.weight.nested_absmax                 fp32, double quantisation only
     nested_quant_map                p.weight.nested_quant_map              fp32 [256], double quantisation only
     quant_state.bitsandbytes__nf4   p.weight.quant_state.bitsandbytes__nf4 JSON text as uint8: types, sizes, the offset
 
 Three traps that this file exists for. The offset is a float32 printed as a double: it must be read as float32 whatever
-torch's default dtype is. Weights stored as bf16 or fp32 are uint8 bytes under another name: they are viewed, never cast.
-And a level table in a file may not be the one of its type: then the file is refused, as its codes mean something else.
+torch's default dtype is. Weights stored as bf16 or fp32 are uint8 bytes under another name: viewed, never cast. And a
+level table in a file may not be the one of its type: such a file is refused, as its codes mean something else.
 
 What bitsandbytes cannot read (INT4, fp64, FP8 constants, other nested block sizes) is refused when writing.
 """

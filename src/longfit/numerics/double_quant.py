@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from longfit.numerics.absmax import check_absmax, check_block_size
 from longfit.numerics.blockwise import dequantize_blockwise, quantize_blockwise
 from longfit.numerics.codebooks import dynamic_map, fp8_e4m3_map
 
@@ -38,6 +39,7 @@ class DoubleQuant:
         offset: fp32 ``[]``.
         absmax_block_size: constants per nested absmax.
         storage: "dynamic8" (codes of `dynamic_map(signed=True)`) or "fp8_e4m3" (bit patterns).
+    Raises: ValueError: unknown storage, wrong dtypes, or a nested absmax that does not fit the codes.
     """
 
     codes: Tensor
@@ -45,6 +47,15 @@ class DoubleQuant:
     offset: Tensor
     absmax_block_size: int = 256
     storage: str = "dynamic8"
+
+    def __post_init__(self) -> None:
+        check_storage(self.storage)
+        check_absmax(self.absmax, self.codes.numel(), check_block_size(self.absmax_block_size))
+        if self.codes.dtype != torch.uint8 or self.offset.dtype != torch.float32 or self.offset.dim() != 0:
+            raise ValueError(
+                f"double_quant: got codes {self.codes.dtype}, offset {self.offset.dtype} {list(self.offset.shape)}; "
+                "needs uint8 and float32 []; do not cast a model's quantised constants"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +104,12 @@ def _quantize_fp8(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple
     return patterns[ranks.int()], absmax
 
 
-def _storage_codebook(storage: str) -> Tensor:
+def check_storage(storage: str) -> None:
+    """Raise ValueError unless block constants can be stored so."""
     if storage not in STORAGES:
         raise ValueError(f'storage: got {storage!r}; allowed: {", ".join(STORAGES)}; try storage="dynamic8"')
+
+
+def _storage_codebook(storage: str) -> Tensor:
+    check_storage(storage)
     return dynamic_map(signed=True) if storage == "dynamic8" else fp8_e4m3_map()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from longfit.numerics.absmax import flatten_floats, num_blocks
+from longfit.numerics.absmax import check_absmax, flatten_floats, num_blocks
 from longfit.numerics.blockwise import (
     block_slices,
     dequantize_blockwise,
@@ -52,10 +52,11 @@ class QuantState:
 
     def __post_init__(self) -> None:
         check_format(self.quant_type, self.block_size)
-        constants = self.absmax.codes if isinstance(self.absmax, DoubleQuant) else self.absmax
-        if constants.shape != (self.num_blocks,):
+        if not isinstance(self.absmax, DoubleQuant):
+            check_absmax(self.absmax, self.numel, self.block_size)
+        elif self.absmax.codes.shape != (self.num_blocks,):
             raise ValueError(
-                f"absmax: got {list(constants.shape)} constants; shape {list(self.shape)} in blocks of "
+                f"absmax: got {list(self.absmax.codes.shape)} codes; shape {list(self.shape)} in blocks of "
                 f"{self.block_size} needs [{self.num_blocks}]"
             )
 
