@@ -1,0 +1,379 @@
+"""Documents become tokens, and tokens become windows of at most `context` tokens that a model is trained on.
+
+A *piece* is a run of one document's tokens; a *window* is a row of pieces. Position ids restart at 0 in every piece,
+which is how attention tells pieces apart (no piece sees another), and the first token of a piece is never a target,
+because nothing it could be predicted from is in its window. Documents within the context stay whole. Longer ones fill
+whole windows, without overlap, and what remains of them is packed with the short ones, best fit first, longest first
+(Johnson 1974: at most 11/9 of the fewest windows, and a constant).
+
+What this is not: LongLoRA's own preparation, which joins documents with an end token, ignores their boundaries and
+pads. And the windows are descriptions: token ids stay where the tokenizer put them until a window is asked for.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longfit.data.formats import TRAIN_TURNS, chat_template, encode_chat
+from longfit.data.sources import PROBLEMS_SHOWN, Document
+from longfit.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100  # label of a token that is not a target: what torch's cross_entropy ignores
+LONG_CHAT = ("error", "split", "truncate_left", "truncate_right", "drop")
+TOKENIZE_CHARS = (
+    4 << 20
+)  # texts are tokenised together up to this size: enough for every core, little beside the result
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenizedDocument:
+    """One document as tokens.
+
+    Plain text has no `trained` mask (every token is a target) and gets an end token when packed; a chat has both its
+    mask and, from its template, its end tokens.
+    """
+
+    name: str
+    input_ids: np.ndarray  # int32 [N]
+    trained: np.ndarray | None = None  # bool [N]
+    num_special: int = 0  # special tokens that were spelled out in the text itself
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether only some of the tokens are targets."""
+        return self.trained is not None
+
+
+def tokenize_documents(
+    documents: Iterable[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    template: str | None = None,
+    train_turns: str = "all",
+    on_document: Callable[[int], None] | None = None,
+) -> list[TokenizedDocument]:
+    """Turn documents into tokens, 4 bytes each, reading one batch of texts at a time.
+
+    Text is given to the tokenizer as it is, so a model whose tokenizer begins texts with BOS gets it once per document.
+
+    Args:
+        documents: texts or chats.
+        template: for chats: None for the tokenizer's own, "chatml", or Jinja text.
+        train_turns: for chats: train on "all" assistant turns or only the "last".
+        on_document: called with the number of documents done, for progress.
+    Returns: one entry per document, in order.
+    Raises:
+        DataError: chats the template refuses or nothing of which is trained (all of them, by place); no answer in the
+            whole set ends with the tokenizer's EOS, so that the model would never learn to stop.
+        ConfigError: chats without a template.
+    """
+    if train_turns not in TRAIN_TURNS:
+        raise ConfigError(f"train_turns {train_turns!r}: allowed are {', '.join(TRAIN_TURNS)}")
+    special_ids = np.asarray(tokenizer.all_special_ids, dtype=np.int32)
+    tokenized: list[TokenizedDocument] = []
+    problems: list[str] = []
+    chosen_template: str | None = None
+    texts: list[Document] = []
+    num_chars = 0
+
+    def flush() -> None:
+        if texts:
+            encoded = tokenizer([document.text for document in texts], verbose=False)["input_ids"]
+            for document, ids in zip(texts, encoded, strict=True):
+                array = np.asarray(ids, dtype=np.int32)
+                num_special = int(np.isin(array[1:], special_ids).sum())  # the first may be BOS
+                tokenized.append(TokenizedDocument(document.name, array, num_special=num_special))
+            texts.clear()
+            if on_document is not None:
+                on_document(len(tokenized))
+
+    for document in documents:
+        if document.messages is None:
+            texts.append(document)
+            num_chars += document.num_chars()
+            if num_chars >= TOKENIZE_CHARS:
+                flush()
+                num_chars = 0
+            continue
+        flush()
+        chosen_template = chosen_template or chat_template(tokenizer, template)
+        try:
+            chat = encode_chat(document.messages, tokenizer, template=chosen_template, train_turns=train_turns)
+        except DataError as error:
+            problems.append(f"{document.name}: {error}")
+            continue
+        spelled = sum(
+            message["content"].count(token) for message in document.messages for token in tokenizer.all_special_tokens
+        )
+        tokenized.append(TokenizedDocument(document.name, chat.input_ids, chat.trained, num_special=spelled))
+        if on_document is not None:
+            on_document(len(tokenized))
+    flush()
+    if problems:
+        more = [f"... and {len(problems) - PROBLEMS_SHOWN:,} more rows"] if len(problems) > PROBLEMS_SHOWN else []
+        raise DataError("\n".join(problems[:PROBLEMS_SHOWN] + more))
+    _check_answers_stop(tokenized, tokenizer)
+    return tokenized
+
+
+def _check_answers_stop(tokenized: Sequence[TokenizedDocument], tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a set of chats in which the end token is never a target: a model trained on it never stops."""
+    chats = [document for document in tokenized if document.trained is not None]
+    eos = tokenizer.eos_token_id
+    if not chats or any((chat.input_ids[chat.trained] == eos).any() for chat in chats):
+        return
+    ending = tokenizer.decode(chats[0].input_ids[chats[0].trained][-4:].tolist())
+    raise DataError(
+        f"no answer ends with the end token {tokenizer.eos_token!r}, so the model would never learn to stop "
+        f"(answers end with {ending!r}); set tokenizer.eos_token to the token that ends a turn, "
+        "or set chat_template='chatml'"
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """Runs of documents' tokens, as parallel arrays; `stop` may be one past the stored ids, for the end token."""
+
+    document: np.ndarray  # int64 [P], index into the documents
+    start: np.ndarray  # int64 [P]
+    stop: np.ndarray  # int64 [P]
+
+    def __len__(self) -> int:
+        return len(self.document)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each piece, int64 ``[P]``."""
+        return self.stop - self.start
+
+
+class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Windows ready to train on, made by `pack`.
+
+    Indexing gives one window as int64 tensors ``[T]``: `input_ids`; `position_ids`, restarting at 0 in every piece;
+    `labels`, the token itself where it is a target and -100 elsewhere (not shifted: the loss shifts). `at(position)`
+    walks the windows epoch after epoch in a shuffled order that is a function of the seed alone, so resuming is
+    arithmetic: step s of a run that takes n windows a step continues at position s * n.
+    """
+
+    def __init__(
+        self,
+        documents: Sequence[TokenizedDocument],
+        pieces: Pieces,
+        windows: np.ndarray,
+        *,
+        context: int,
+        eos_token_id: int | None,
+        pad_token_id: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Args: windows: int64 ``[W + 1]``, window w holds pieces windows[w] to windows[w + 1]."""
+        self.documents, self.pieces, self.windows = documents, pieces, windows
+        self.context, self.eos_token_id, self.pad_token_id, self.seed = context, eos_token_id, pad_token_id, seed
+        self._order: tuple[int, np.ndarray] | None = None  # the epoch last asked for, and its order
+
+    def __len__(self) -> int:
+        return len(self.windows) - 1
+
+    @property
+    def window_lengths(self) -> np.ndarray:
+        """Tokens of each window without padding, int64 ``[W]``."""
+        return np.add.reduceat(self.pieces.lengths, self.windows[:-1])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        index %= len(self)
+        spans = range(self.windows[index], self.windows[index + 1])
+        used = int(self.pieces.lengths[spans.start : spans.stop].sum())
+        length = used if self.pad_token_id is None else self.context
+        input_ids = np.full(length, self.pad_token_id or 0, dtype=np.int64)
+        labels = np.full(length, IGNORED, dtype=np.int64)
+        position_ids = np.zeros(length, dtype=np.int64)
+        position_ids[used:] = np.arange(length - used)  # padding is a document of its own, so no mask is needed
+        eos = IGNORED if self.eos_token_id is None else self.eos_token_id  # without one, no piece reaches past its ids
+        offset = 0
+        for piece in spans:
+            document = self.documents[self.pieces.document[piece]]
+            start, stop = int(self.pieces.start[piece]), int(self.pieces.stop[piece])
+            end = offset + stop - start
+            ids = document.input_ids[start:stop]
+            input_ids[offset : offset + len(ids)] = ids
+            if len(ids) < stop - start:
+                input_ids[end - 1] = eos
+            position_ids[offset:end] = np.arange(stop - start)
+            targets = input_ids[offset + 1 : end]
+            if document.trained is not None:
+                targets = np.where(document.trained[start + 1 : stop], targets, IGNORED)
+            labels[offset + 1 : end] = targets
+            offset = end
+        columns = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        return {name: torch.from_numpy(column) for name, column in columns.items()}
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the order of an epoch's windows, int64 ``[W]``: seed and epoch decide, on any machine and version."""
+        if self._order is None or self._order[0] != epoch:
+            ranks = [_rank(self.seed, epoch, window) for window in range(len(self))]
+            self._order = epoch, np.asarray(sorted(range(len(self)), key=ranks.__getitem__), dtype=np.int64)
+        return self._order[1]
+
+    def at(self, position: int) -> dict[str, Tensor]:
+        """Return the window at a position of the endless shuffled stream; position len(self) begins epoch 1."""
+        epoch, offset = divmod(position, len(self))
+        return self[int(self.order(epoch)[offset])]
+
+    def stream(self, position: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Yield windows from a position on, without end."""
+        while True:
+            yield self.at(position)
+            position += 1
+
+    @property
+    def longest(self) -> int:
+        """Index of a window of greatest length: run it first, and memory that fails late fails at once."""
+        return int(self.window_lengths.argmax())
+
+
+def pack(
+    tokenized: Sequence[TokenizedDocument],
+    *,
+    context: int,
+    eos_token_id: int | None,
+    split: bool = True,
+    long_chat: str = "error",
+    pad_token_id: int | None = None,
+    seed: int = 0,
+) -> PackedDataset:
+    """Lay documents into windows of at most `context` tokens.
+
+    The end token is appended once to each text that does not end with it already. Pieces without a target (a single
+    token, or a part of a chat that holds only prompt) teach nothing and are left out; `Ledger` counts them.
+
+    Args:
+        tokenized: from `tokenize_documents`.
+        context: most tokens in a window; at least 2.
+        eos_token_id: the end token; None appends none.
+        split: split texts longer than the context; False makes them an error.
+        long_chat: what becomes of chats longer than the context: "error", "split", "truncate_left" (keep the end),
+            "truncate_right" (keep the beginning) or "drop". A policy that loses answers is the user's to choose.
+        pad_token_id: fill every window up to `context` with it, so that windows stack; None leaves windows as long as
+            they are.
+        seed: order of equally long pieces, and of the windows in each epoch.
+    Raises:
+        ConfigError: context below 2, an unknown policy.
+        DataError: documents that are too long under the policies given, with counts; nothing left to train on.
+    """
+    if context < 2:
+        raise ConfigError(f"context {context}: must be at least 2 tokens, one to read and one to predict")
+    if long_chat not in LONG_CHAT:
+        raise ConfigError(f"long_chat {long_chat!r}: allowed are {', '.join(LONG_CHAT)}")
+    lengths = document_lengths(tokenized, eos_token_id=eos_token_id)
+    _check_lengths(tokenized, lengths, context=context, split=split, long_chat=long_chat)
+    runs: list[tuple[int, int, int]] = []
+    for index, (document, length) in enumerate(zip(tokenized, lengths.tolist(), strict=True)):
+        policy = long_chat if document.is_chat else "split"
+        runs += [
+            (index, start, stop)
+            for start, stop in _runs(length, context, policy)
+            if _num_targets(document, start, stop)
+        ]
+    if not runs:
+        raise DataError(f"{len(tokenized):,} documents, but no token to train on is left at context {context:,}")
+    windows = _best_fit_decreasing(runs, context, seed)
+    table = np.asarray([run for window in windows for run in window], dtype=np.int64)  # [P, 3]
+    bounds = np.cumsum([0] + [len(window) for window in windows], dtype=np.int64)
+    pieces = Pieces(*(np.ascontiguousarray(column) for column in table.T))
+    return PackedDataset(
+        tokenized, pieces, bounds, context=context, eos_token_id=eos_token_id, pad_token_id=pad_token_id, seed=seed
+    )
+
+
+def document_lengths(tokenized: Sequence[TokenizedDocument], *, eos_token_id: int | None) -> np.ndarray:
+    """Count each document's tokens, int64 ``[N]``, the end token that packing appends included."""
+    return np.asarray(
+        [len(document.input_ids) + _gets_eos(document, eos_token_id) for document in tokenized], dtype=np.int64
+    )
+
+
+def _gets_eos(document: TokenizedDocument, eos_token_id: int | None) -> bool:
+    ids = document.input_ids
+    return eos_token_id is not None and not document.is_chat and not (len(ids) and ids[-1] == eos_token_id)
+
+
+def _check_lengths(
+    tokenized: Sequence[TokenizedDocument], lengths: np.ndarray, *, context: int, split: bool, long_chat: str
+) -> None:
+    is_chat = np.asarray([document.is_chat for document in tokenized], dtype=bool)
+    for kind, chats, refused in (("texts", False, not split), ("chats", True, long_chat == "error")):
+        long = np.flatnonzero((lengths > context) & (is_chat == chats))
+        if not refused or not len(long):
+            continue
+        longest = int(long[lengths[long].argmax()])
+        total, excess = int(lengths[long].sum()), int((lengths[long] - context).sum())
+        choice = (
+            f"choose long_chat: split (nothing lost, but later parts do not see earlier ones), truncate_left or "
+            f"truncate_right (cuts {excess:,} tokens; truncate_right cuts the ends of answers), "
+            f"or drop (loses {total:,} tokens)"
+            if chats
+            else "allow split"
+        )
+        raise DataError(
+            f"{len(long):,} of {int((is_chat == chats).sum()):,} {kind} are longer than context {context:,}; "
+            f"the longest, {tokenized[longest].name}, has {int(lengths[longest]):,} tokens. "
+            f"Set context to that, or {choice}"
+        )
+
+
+def _runs(length: int, context: int, policy: str) -> list[tuple[int, int]]:
+    """Cut one document of `length` tokens into runs of at most `context`."""
+    if length <= context:
+        return [(0, length)]
+    if policy == "split":
+        return [(start, min(start + context, length)) for start in range(0, length, context)]
+    return {"drop": [], "truncate_left": [(length - context, length)], "truncate_right": [(0, context)]}[policy]
+
+
+def _num_targets(document: TokenizedDocument, start: int, stop: int) -> int:
+    return stop - start - 1 if document.trained is None else int(document.trained[start + 1 : stop].sum())
+
+
+def _best_fit_decreasing(
+    runs: Sequence[tuple[int, int, int]], context: int, seed: int
+) -> list[list[tuple[int, int, int]]]:
+    """Put each run, longest first, into the fullest window that still has room; the seed orders equally long runs."""
+    windows: list[list[tuple[int, int, int]]] = []
+    spaces: list[int] = []  # the free spaces that occur, ascending, each once
+    windows_with: dict[int, list[int]] = {}  # free space -> windows that have it
+    for run in sorted(runs, key=lambda run: (run[1] - run[2], _rank(seed, *run))):
+        length = run[2] - run[1]
+        nearest = bisect_left(spaces, length)
+        if nearest == len(spaces):
+            windows.append([])
+            space, window = context, len(windows) - 1
+        else:
+            space = spaces[nearest]
+            window = windows_with[space].pop()
+            if not windows_with[space]:
+                del windows_with[space], spaces[nearest]
+        windows[window].append(run)
+        if left := space - length:
+            if left not in windows_with:
+                insort(spaces, left)
+                windows_with[left] = []
+            windows_with[left].append(window)
+    return windows
+
+
+def _rank(seed: int, *numbers: int) -> bytes:
+    """A sort key that looks random and is the same everywhere, unlike the generators of numpy and torch."""
+    content = b"".join(int(number).to_bytes(8, "little") for number in numbers)
+    return blake2b(content, digest_size=16, key=seed.to_bytes(16, "little", signed=True)).digest()
