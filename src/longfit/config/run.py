@@ -66,8 +66,15 @@ class RunConfig(Section):
 
     def explain(self) -> list[Explained]:
         """Return every setting with its value, origin (default, file:line, override, flag, auto) and meaning."""
-        origins = self._origins
-        return [Explained(key, value, origins.get(key, "default"), meaning(key)) for key, value in self.flat().items()]
+        return [Explained(key, value, self.origin(key), meaning(key)) for key, value in self.flat().items()]
+
+    def given(self) -> list[str]:
+        """Return the dotted keys that somebody set; the others are at their defaults."""
+        return [key for key in self._origins if not self._origins[key].startswith("auto")]
+
+    def origin(self, key: str) -> str:
+        """Return where the value of a dotted key came from."""
+        return self._origins.get(key, "default")
 
     def replace(self, settings: Mapping[str, object], *, origin: str = "python") -> "RunConfig":
         """Return a validated copy with some settings changed, by dotted key; ``explain`` names ``origin`` for them."""

@@ -1,8 +1,8 @@
 """The settings of a run: eight sections, each a handful of fields with type, default, allowed values and meaning.
 
 Defaults follow QLoRA (NF4 with double quantisation, adapters on all linear layers, learning rate 2e-4) and LongLoRA
-(20 steps of warm-up, groups of a quarter of the context, section 3.2). The text below a field is its documentation and is
-shown by ``longfit train --explain``.
+(20 steps of warm-up, groups of a quarter of the context, section 3.2). The text below a field is its documentation;
+``longfit train --explain`` shows it.
 """
 
 import re
@@ -66,7 +66,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 def _contradiction(text: str, **values: object) -> PydanticCustomError:
     """Return the error of two settings of one section that do not go together."""
-    return PydanticCustomError("together", text, values)  # type: ignore[arg-type]  # its stubs want literal strings
+    return PydanticCustomError("together", text, values)
 
 
 class Section(BaseModel):
@@ -129,7 +129,19 @@ class AdapterSection(Section):
 
 class DataSection(Section):
     path: str = Field(min_length=1)
-    """Text to train on: a file or a folder."""
+    """Text or chats to train on: a file, a table (.jsonl .json .csv .parquet), a .zip, or a folder of them."""
+    text_column: str | None = None
+    """Column of tables that holds plain text; unset: recognised by its name."""
+    encoding: str | None = None
+    """Encoding of text files; unset: UTF-8, or what a byte order mark says."""
+    exclude: list[str] = []
+    """File name patterns to leave out, such as ["*.log"]."""
+    chat_template: str | None = None
+    """Template for chats: chatml or Jinja text; unset: the tokenizer's own."""
+    train_turns: Literal["all", "last"] = "all"
+    """Assistant turns of a chat that are trained on."""
+    long_chat: Literal["error", "split", "truncate_left", "truncate_right", "drop"] = "error"
+    """What becomes of chats longer than the context; long texts are always split, and nothing of them is lost."""
     validation: str | None = None
     """Held-out text, read like path; unset: none, unless validation_fraction is given."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)

@@ -15,7 +15,7 @@ from longfit.errors import ConfigError
 
 @dataclass(frozen=True)
 class Given:
-    """A value somebody gave for a dotted key; origin: ``run.yaml:7``, ``override``, ``--rank``, ``MODEL``, ``python``."""
+    """A value given for a dotted key; origin: ``run.yaml:7``, ``override``, ``--rank``, ``MODEL``, ``python``."""
 
     key: str
     value: object

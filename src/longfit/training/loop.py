@@ -1,0 +1,495 @@
+"""A fine-tuning run from a config to an adapter: prepare, then step, measure, evaluate, save.
+
+Three things here are easy to get subtly wrong, and are the point of the file:
+
+- *Accumulation is exact.* The loss of every micro-batch is a sum divided by the trained tokens of the whole optimiser
+  step, over all micro-batches and processes. A mean of means weighs a token by the number of its neighbours.
+- *A step is a function of its place in the run.* Its windows, learning rate and dropout masks follow from seed and step
+  alone, so a resumed run has the losses of an unbroken one, bit for bit on a CPU.
+- *State changes in one place*, the optimiser's step. Between two of them a run may be interrupted and saved anywhere.
+
+Not here: what a layer does (engine), what a window holds (data), how a run directory is kept whole (checkpoint.py).
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from longfit.config import RunConfig
+from longfit.data.ledger import Ledger
+from longfit.data.packing import PackedDataset, pack, tokenize_documents
+from longfit.data.sources import Documents, read_documents, split_documents
+from longfit.engine.loss import IGNORED, TrainingLoss, base_model, shifted_labels
+from longfit.engine.sweep import enable_sweep
+from longfit.errors import ConfigError, RunError
+from longfit.model.adapters import add_adapters
+from longfit.model.context import extend_context
+from longfit.model.load import load
+from longfit.model.save import save_adapter
+from longfit.training import run_directory
+from longfit.training.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
+from longfit.training.interruption import Interruptible
+from longfit.training.metrics import Event, MetricsFile, OnEvent, peak_memory_bytes, read_metrics
+from longfit.training.optimizer import clip_gradients, make_optimizer, parameter_groups
+from longfit.training.schedule import learning_rate
+
+Window = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out of a run.
+
+    Attributes:
+        run_dir: the run; its ``adapter/`` is the result once ``finished``.
+        finished: False if the run was interrupted and can be resumed.
+        steps: optimiser steps done, of ``total_steps``.
+        first_loss, loss: training loss of the first and of the last step.
+        eval_loss: last validation loss, if there is validation text.
+        tokens: seen by the run, padding left out.
+        seconds: in training steps, of the whole run.
+        peak_memory_bytes: allocated on the device, or resident on a CPU.
+        checkpoint: the newest one.
+    """
+
+    run_dir: Path
+    finished: bool
+    steps: int
+    total_steps: int
+    first_loss: float
+    loss: float
+    eval_loss: float | None
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+    checkpoint: Path
+
+
+def train(config: RunConfig, *, on_event: OnEvent | None = None, resume: bool = False) -> TrainResult:
+    """Fine-tune as the config says and leave a complete run directory.
+
+    SIGINT and SIGTERM end the run early with a checkpoint; the result then has ``finished=False``.
+
+    Args:
+        config: from `load_config` or `RunConfig.of`.
+        on_event: called for everything worth showing, in this process only.
+        resume: continue the run in ``output.run_dir`` from its newest checkpoint.
+    Raises:
+        RunError: the run directory exists (or, resuming, does not); data or settings changed; the loss is not finite;
+            the disk is full.
+        ConfigError, DataError, ModelError: before anything is written.
+    """
+    notify = on_event or _ignore
+    run_dir = run_directory.choose_run_dir(config)
+    config = run_directory.with_absolute_paths(config)
+    if resume:
+        stored = run_directory.read_config(run_dir)
+        run_directory.last_checkpoint(run_dir)
+        config, warnings = run_directory.merge_for_resume(stored, config)
+        for warning in warnings:
+            notify(Event("warning", warning))
+    else:
+        run_directory.require_new(run_dir)
+    run = _prepare(config, run_dir, notify, resume=resume)
+    return _loop(run)
+
+
+# ------------------------------------------------------------------------------------------------ before the first step
+@dataclass
+class _Run:
+    """Everything a training step needs."""
+
+    config: RunConfig
+    run_dir: Path
+    notify: OnEvent
+    accelerator: Accelerator
+    loss_module: Any  # TrainingLoss around the PeftModel, as Accelerate wrapped it
+    model: Any  # the PeftModel
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    windows: PackedDataset
+    validation: PackedDataset | None
+    metrics: MetricsFile
+    state: RunState
+    seconds: float = 0.0
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def total_steps(self) -> int:
+        assert self.config.train.steps is not None, "resolved"
+        return self.config.train.steps
+
+    @cached_property
+    def window_lengths(self) -> np.ndarray:
+        return self.windows.window_lengths
+
+    @property
+    def is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    def record(self, record: dict[str, Any]) -> None:
+        if self.is_main:
+            self.metrics.append(record)
+
+    def tell(self, event: Event) -> None:
+        if self.is_main:
+            self.notify(event)
+
+
+def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) -> _Run:
+    """Do everything that can fail before anything is written: read, load, pack; then make or open the run directory."""
+    accelerator = _accelerator(config.model.device)
+    notify = notify if accelerator.is_main_process else _ignore
+    notify(Event("phase", f"reading {config.data.path}"))
+    documents, held_out = _documents(config)
+    digest = run_directory.data_digest(training=documents, validation=held_out)
+    if resume:
+        run_directory.require_same_data(run_dir, digest)
+
+    notify(Event("phase", f"loading {config.model.name}"))
+    model, tokenizer = _load(config, accelerator.device)
+    native_context = base_model(model).config.get_text_config().max_position_embeddings
+    config = config.resolve(native_context=native_context)
+    notify(Event("phase", "packing the text into windows"))
+    windows = _pack(documents, tokenizer, config)
+    validation = _pack(held_out, tokenizer, config) if held_out is not None else None
+    ledger = Ledger.of(windows, native_context=native_context, report=documents.report, tokenizer=tokenizer)
+    config = config.resolve_steps(num_windows=len(windows), num_processes=accelerator.num_processes)
+
+    model = _trainable(model, tokenizer, config)
+    loss_module = accelerator.prepare(TrainingLoss(model))
+    loss_module.train()
+    optimizer = make_optimizer(config, parameter_groups(model, weight_decay=config.train.weight_decay))
+    metrics = MetricsFile(run_dir / "metrics.jsonl")
+    state, seconds = RunState(0, 0, 0, num_processes=accelerator.num_processes), 0.0
+    if resume:
+        checkpoint = run_directory.last_checkpoint(run_dir)
+        _require_same_processes(read_state(checkpoint), accelerator.num_processes)
+        state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, device=accelerator.device)
+        metrics.keep_until(state.step)
+        seconds = sum(float(str(record["step_s"])) for record in read_metrics(metrics.path) if "step_s" in record)
+    elif accelerator.is_main_process:
+        run_directory.create(run_dir, config, digest=digest, ledger=ledger)
+    for line in ledger.warnings:
+        notify(Event("warning", line))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    steps = f"{config.train.steps:,} steps" if not state.step else f"steps {state.step + 1:,} to {config.train.steps:,}"
+    text = f"training {trainable:,} parameters for {steps} on {len(windows):,} windows of {windows.context:,} tokens"
+    notify(Event("phase", text, {"total_steps": config.train.steps, "step": state.step, "run_dir": str(run_dir)}))
+    return _Run(
+        config, run_dir, notify, accelerator, loss_module, model, tokenizer, optimizer, windows, validation, metrics,
+        state, seconds,
+    )  # fmt: skip
+
+
+def _accelerator(device: str) -> Accelerator:
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ConfigError(f"model.device={device}: this machine has no CUDA device; try model.device=cpu")
+        if ":" in device:
+            torch.cuda.set_device(torch.device(device))
+    elif device not in ("auto", "cpu"):
+        raise ConfigError(f"model.device={device}: must be auto, cpu, cuda or cuda:N")
+    return Accelerator(cpu=device == "cpu", mixed_precision="no")  # layers compute in model.dtype by themselves
+
+
+def _documents(config: RunConfig) -> tuple[Documents, Documents | None]:
+    """Read the training documents, and those held out."""
+    data = config.data
+
+    def read(path: str) -> Documents:
+        return read_documents(path, text_column=data.text_column, encoding=data.encoding, exclude=data.exclude)
+
+    documents = read(data.path)
+    if data.validation is not None:
+        return documents, read(data.validation)
+    if not data.validation_fraction:
+        return documents, None
+    return split_documents(documents, validation_fraction=data.validation_fraction, seed=config.train.seed)
+
+
+def _pack(documents: Documents, tokenizer: Any, config: RunConfig) -> PackedDataset:
+    data, context = config.data, config.context.context
+    assert context is not None, "resolved"
+    tokenized = tokenize_documents(documents, tokenizer, template=data.chat_template, train_turns=data.train_turns)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return pack(
+        tokenized,
+        context=context,
+        eos_token_id=tokenizer.eos_token_id,
+        long_chat=data.long_chat,
+        pad_token_id=None if config.train.batch_size == 1 else padding or 0,  # windows of a batch must stack
+        seed=config.train.seed,
+    )
+
+
+def _load(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
+    section = config.model
+    return load(
+        section.name,
+        quant=section.quant,
+        double_quant=section.double_quant,
+        block_size=section.block_size,
+        dtype=None if section.dtype == "auto" else getattr(torch, section.dtype),
+        device=device,
+    )
+
+
+def _trainable(model: Any, tokenizer: Any, config: RunConfig) -> Any:
+    """Extend the context, add adapters and choose how layers are differentiated."""
+    context, adapter = config.context, config.adapter
+    assert context.context is not None, "resolved"
+    extend_context(
+        model,
+        tokenizer,
+        context=context.context,
+        rope=context.rope,
+        attention=context.attention,
+        group_size=context.group_size,
+    )
+    torch.manual_seed(config.train.seed)
+    model = add_adapters(
+        model,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        targets=adapter.targets,
+        train_embeddings=adapter.train_embeddings,
+        train_norms=adapter.train_norms,
+    )
+    if config.engine.engine == "sweep":
+        enable_sweep(model, tile=config.engine.tile)
+    else:
+        base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _require_same_processes(state: RunState, num_processes: int) -> None:
+    if state.num_processes != num_processes:
+        raise RunError(
+            f"cannot resume on {num_processes} processes: the run has {state.num_processes}, which decides the windows "
+            f"of a step; start it with {state.num_processes}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ steps
+class _NotFiniteError(Exception):
+    """The loss or the gradient is NaN or infinite; the parameters are still those of the step before."""
+
+
+def _loop(run: _Run) -> TrainResult:
+    """Train from the run's state to its end, or to an interruption."""
+    train, finished = run.config.train, False
+    with Interruptible() as interruptible:
+        try:
+            while run.state.step < run.total_steps:
+                _step(run, interruptible)
+                done, last = run.state.step, run.state.step == run.total_steps
+                if run.validation is not None and (last or done % train.eval_every == 0):
+                    _evaluate(run, run.validation)
+                if last or done % train.save_every == 0:
+                    with interruptible.held():
+                        _save(run)
+            with interruptible.held():
+                _save_result(run)
+            finished = True
+        except KeyboardInterrupt:
+            with interruptible.held():
+                _save(run)
+        except _NotFiniteError as error:
+            with interruptible.held():
+                _save(run)
+            checkpoint = run_directory.last_checkpoint(run.run_dir)
+            raise RunError(f"{error}. Nothing of it was learned; the state before it is in {checkpoint}") from None
+    return _result(run, finished=finished)
+
+
+def _step(run: _Run, interruptible: Interruptible) -> None:
+    """Take one optimiser step and write its line into ``metrics.jsonl``."""
+    began = time.perf_counter()
+    train, step, accelerator = run.config.train, run.state.step, run.accelerator
+    batches = [_batch(run, indices) for indices in _window_indices(run)]
+    num_trained = _over_processes(run, sum(_num_trained(batch) for batch in batches))
+    num_tokens = int(_over_processes(run, sum(int(run.window_lengths[batch.indices].sum()) for batch in batches)))
+
+    run.optimizer.zero_grad(set_to_none=True)
+    loss = 0.0
+    for number, batch in enumerate(batches):
+        torch.manual_seed(_seed(train.seed, step, number, accelerator.process_index))
+        with nullcontext() if number == len(batches) - 1 else accelerator.no_sync(run.loss_module):
+            part = run.loss_module(**batch.tensors, num_items=num_trained)
+            # Data-parallel wrappers average gradients over processes, but these parts must add up.
+            accelerator.backward(part * accelerator.num_processes)
+        loss += part.item()
+        _require_finite(run, "loss", loss, batch)
+    loss = _over_processes(run, loss)
+    grad_norm = clip_gradients(run.parameters, train.max_grad_norm)
+    _require_finite(run, "gradient norm", grad_norm, batches[-1])
+
+    rate = learning_rate(
+        step,
+        train.learning_rate,
+        total_steps=run.total_steps,
+        warmup_steps=train.warmup_steps or 0,
+        schedule=train.schedule,
+    )
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    with interruptible.held():  # the parameters, the state and the line about them change together
+        run.optimizer.step()
+        run.state = RunState(
+            step=step + 1,
+            windows_seen=run.state.windows_seen
+            + sum(len(batch.indices) for batch in batches) * accelerator.num_processes,
+            tokens_seen=run.state.tokens_seen + num_tokens,
+            num_processes=accelerator.num_processes,
+        )
+        seconds = time.perf_counter() - began
+        run.seconds += seconds
+        record = {
+            "step": step + 1,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": rate,
+            "tokens": num_tokens,
+            "trained_tokens": int(num_trained),
+            "tokens_per_s": num_tokens / seconds,
+            "step_s": seconds,
+            "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+        }
+        run.record(record)
+    text = f"step {step + 1}/{run.total_steps}  loss {loss:.4f}  grad {grad_norm:.3f}  lr {rate:.2e}"
+    run.tell(Event("step", f"{text}  {num_tokens / seconds:,.0f} tokens/s", record))
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some windows, stacked, on the device: ``input_ids``, ``position_ids`` and ``labels``, each ``[B, T]``."""
+
+    indices: list[int]
+    tensors: dict[str, Tensor]
+
+
+def _window_indices(run: _Run) -> Iterator[list[int]]:
+    """Yield the windows of each micro-batch of this step and process; the whole run walks `PackedDataset.order`."""
+    train, accelerator = run.config.train, run.accelerator
+    first = run.state.windows_seen
+    for number in range(train.gradient_accumulation):
+        share = number * accelerator.num_processes + accelerator.process_index
+        positions = range(first + share * train.batch_size, first + (share + 1) * train.batch_size)
+        yield [int(run.windows.order(p // len(run.windows))[p % len(run.windows)]) for p in positions]
+
+
+def _batch(run: _Run, indices: list[int], *, windows: PackedDataset | None = None) -> _Batch:
+    rows = [(windows or run.windows)[index] for index in indices]
+    device = run.accelerator.device
+    return _Batch(indices, {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]})
+
+
+def _num_trained(batch: _Batch) -> int:
+    """Count the tokens a batch is trained on: the labels that count once they are shifted."""
+    tensors = batch.tensors
+    targets = shifted_labels(tensors["input_ids"], tensors["labels"], tensors["position_ids"], None)
+    return int((targets != IGNORED).sum())
+
+
+def _seed(seed: int, *place: int) -> int:
+    """Mix the run's seed with a place in the run: neighbouring places get unrelated random numbers."""
+    return int.from_bytes(blake2b(repr((seed, *place)).encode(), digest_size=7).digest(), "little")
+
+
+def _over_processes(run: _Run, value: float) -> float:
+    """Add up a number over all processes."""
+    if run.accelerator.num_processes == 1:
+        return value
+    total = torch.tensor(value, dtype=torch.float64, device=run.accelerator.device)
+    return float(run.accelerator.reduce(total, reduction="sum").item())
+
+
+def _require_finite(run: _Run, what: str, value: float, batch: _Batch) -> None:
+    if math.isfinite(value):
+        return
+    windows = run.windows
+    pieces = [range(windows.windows[index], windows.windows[index + 1]) for index in batch.indices]
+    names = [windows.documents[windows.pieces.document[piece]].name for span in pieces for piece in span]
+    raise _NotFiniteError(
+        f"step {run.state.step + 1}: the {what} is {value} on window {', '.join(map(str, batch.indices))} "
+        f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}); lower train.learning_rate, or look at that text"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ between steps
+@torch.no_grad()
+def _evaluate(run: _Run, validation: PackedDataset) -> None:
+    """Measure the validation loss; shifted attention acts only in train mode, so this one is exact."""
+    accelerator = run.accelerator
+    num_windows = min(len(validation), run.config.data.validation_windows)
+    total, count = 0.0, 0
+    run.loss_module.eval()
+    try:
+        for index in range(accelerator.process_index, num_windows, accelerator.num_processes):
+            batch = _batch(run, [index], windows=validation)
+            total += run.loss_module(**batch.tensors, num_items=1).item()  # a sum
+            count += _num_trained(batch)
+    finally:
+        run.loss_module.train()
+    loss = _over_processes(run, total) / _over_processes(run, count)
+    record = {"step": run.state.step, "eval_loss": loss, "eval_windows": num_windows}
+    run.record(record)
+    run.tell(Event("eval", f"step {run.state.step}: validation loss {loss:.4f}", record))
+
+
+def _save(run: _Run) -> None:
+    if run.is_main:
+        path = save_checkpoint(
+            run.run_dir,
+            run.state,
+            model=run.model,
+            tokenizer=run.tokenizer,
+            optimizer=run.optimizer,
+            keep=run.config.train.keep_checkpoints,
+        )
+        run.tell(Event("checkpoint", f"saved {path}", {"step": run.state.step, "path": str(path)}))
+
+
+def _save_result(run: _Run) -> None:
+    if run.is_main:
+        save = partial(save_adapter, run.model, run.tokenizer)
+        run_directory.replace_folder(run.run_dir / "adapter", save)
+
+
+def _result(run: _Run, *, finished: bool) -> TrainResult:
+    records = read_metrics(run.metrics.path)
+    losses = [float(str(record["loss"])) for record in records if "loss" in record]
+    eval_losses = [float(str(record["eval_loss"])) for record in records if "eval_loss" in record]
+    return TrainResult(
+        run_dir=run.run_dir,
+        finished=finished,
+        steps=run.state.step,
+        total_steps=run.total_steps,
+        first_loss=losses[0] if losses else math.nan,
+        loss=losses[-1] if losses else math.nan,
+        eval_loss=eval_losses[-1] if eval_losses else None,
+        tokens=run.state.tokens_seen,
+        seconds=run.seconds,
+        peak_memory_bytes=peak_memory_bytes(run.accelerator.device),
+        checkpoint=run_directory.last_checkpoint(run.run_dir),
+    )
+
+
+def _ignore(event: Event) -> None:
+    """Watch nothing."""

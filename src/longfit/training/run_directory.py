@@ -1,0 +1,189 @@
+"""The directory that is a run: who may write into it, and whether a resumed run is still the same run.
+
+    runs/NAME/
+        config.yaml         every setting, resolved
+        data.json           a digest of each source of documents
+        ledger.json         what became of every token
+        metrics.jsonl       one line a step
+        checkpoints/        the newest few
+        adapter/            the result: PEFT's files, tokenizer, configuration with the extended positions
+
+An existing directory is never written into, except by resuming; and resuming refuses when a setting or the data
+changed, because the losses would silently be those of another run.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from longfit.config import RunConfig, load_config
+from longfit.data.ledger import Ledger
+from longfit.data.sources import Documents, FileSource
+from longfit.errors import RunError
+from longfit.training.checkpoint import list_checkpoints, remove_folder
+
+# Settings that do not change what is learned, so a resumed run may change them.
+FREE_SETTINGS = frozenset(
+    {
+        "output.run_dir",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.eval_every",
+        "data.validation_windows",
+        "optim.budget",
+        "optim.file",
+    }
+)
+# These change rounding, but not what is computed: a smaller tile after running out of memory, another device.
+ROUNDING_SETTINGS = frozenset({"engine.engine", "engine.tile", "model.device"})
+
+
+def choose_run_dir(config: RunConfig) -> Path:
+    """Return the run directory of the config, or the first free one below ``runs/``, named after model and context."""
+    if config.output.run_dir is not None:
+        return Path(config.output.run_dir)
+    stem = Path(config.model.name).name.removesuffix(".gguf") or "model"
+    number = 1
+    while (path := Path("runs") / f"{stem}-{number:03d}").exists():
+        number += 1
+    return path
+
+
+def require_new(run_dir: Path) -> None:
+    """Raise RunError if there is something in the directory already."""
+    if not run_dir.exists():
+        return
+    if not run_dir.is_dir():
+        raise RunError(f"{run_dir}: is a file; choose another --run-dir")
+    if any(run_dir.iterdir()):
+        advice = "add --resume to continue it, or choose" if (run_dir / "config.yaml").exists() else "choose"
+        raise RunError(f"{run_dir}: already exists and is not overwritten; {advice} another --run-dir")
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """Read the settings of an existing run.
+
+    Raises: RunError: there is no run in this directory.
+    """
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        there = "is not there" if not run_dir.exists() else "holds no config.yaml"
+        raise RunError(f"{run_dir}: no run to read: the directory {there}")
+    return load_config(path, flags={"--run-dir": ("output.run_dir", str(run_dir))})
+
+
+def last_checkpoint(run_dir: Path) -> Path:
+    """Return the newest complete checkpoint.
+
+    Raises: RunError: there is none.
+    """
+    checkpoints = list_checkpoints(run_dir)
+    if not checkpoints:
+        raise RunError(f"{run_dir}: no checkpoint to resume from; delete the directory and start the run again")
+    return checkpoints[-1]
+
+
+def merge_for_resume(stored: RunConfig, asked: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Take a run's stored settings, with those changes that leave it the same run.
+
+    Args:
+        stored: from `read_config`.
+        asked: what the user gave now; only explicitly given settings count.
+    Returns: the config to resume with; a warning for each change that alters rounding.
+    Raises: RunError: other settings changed; all of them are named.
+    """
+    before, now = stored.flat(), asked.flat()
+    ignored = {"train.epochs"}  # resolved into steps, which are compared
+    changed = {
+        key: value
+        for key in asked.given()
+        if key not in ignored and (value := now[key]) is not None and value != before[key]
+    }
+    refused = changed.keys() - FREE_SETTINGS - ROUNDING_SETTINGS
+    if refused:
+        lines = [f"  {key}: the run has {before[key]}, now {changed[key]}" for key in sorted(refused)]
+        advice = "drop the change to resume, or start a new run in another --run-dir"
+        raise RunError("\n".join([f"cannot resume, settings changed ({advice}):", *lines]))
+    warnings = [
+        f"{key} changed from {before[key]} to {changed[key]}: losses may differ from an unbroken run in rounding"
+        for key in sorted(changed.keys() & ROUNDING_SETTINGS)
+    ]
+    return stored.replace(changed, origin="resume"), warnings
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Make the paths in a config independent of the current directory; hub ids and missing paths stay."""
+    flat = config.flat()
+    paths = {key: flat[key] for key in ("model.name", "data.path", "data.validation") if flat[key] is not None}
+    changed = {key: str(Path(path).resolve()) for key, path in paths.items() if Path(path).exists()}
+    absolute = config
+    for key, path in changed.items():
+        if path != paths[key]:
+            absolute = absolute.replace({key: path}, origin=config.origin(key))
+    return absolute
+
+
+def data_digest(**parts: Documents | None) -> dict[str, dict[str, str]]:
+    """Digest the documents of each source, so that a change can be named.
+
+    Args: parts: ``training=...``, ``validation=...``; None for no documents.
+    Returns: ``{part: {source: hex digest}}``.
+    """
+    digests: dict[str, dict[str, str]] = {}
+    for part, documents in parts.items():
+        hashes: dict[str, Any] = {}
+        for entry in documents.entries if documents is not None else ():
+            source = documents.sources[entry.source] if documents is not None else None
+            name = source.name if isinstance(source, FileSource) else "memory"
+            hashes.setdefault(name, blake2b(digest_size=16)).update(entry.fingerprint)
+        digests[part] = {name: state.hexdigest() for name, state in hashes.items()}
+    return digests
+
+
+def require_same_data(run_dir: Path, digest: dict[str, dict[str, str]]) -> None:
+    """Raise RunError naming the sources that changed since the run began."""
+    path = run_dir / "data.json"
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise RunError(f"{path}: not readable ({error}); the run cannot be resumed safely") from error
+    lines = []
+    for part, now in digest.items():
+        then = before.get(part, {})
+        for name in sorted(then.keys() | now.keys()):
+            if then.get(name) != now.get(name):
+                what = "new" if name not in then else "missing" if name not in now else "changed"
+                lines.append(f"  {name}: {what} ({part})")
+    if lines:
+        shown = lines[:5] + [f"  ... and {len(lines) - 5:,} more"] * (len(lines) > 5)
+        advice = "restore it to resume, or start a new run in another --run-dir"
+        raise RunError("\n".join([f"cannot resume {run_dir}, the data changed ({advice}):", *shown]))
+
+
+def create(run_dir: Path, config: RunConfig, *, digest: dict[str, dict[str, str]], ledger: Ledger) -> None:
+    """Make the directory of a new run and write what is known before the first step."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "ledger.json", ledger.to_json())
+    write_text(run_dir / "data.json", json.dumps(digest, indent=1) + "\n")
+    # Last, because its presence makes the directory a run. Its own place is not written: a run may be moved.
+    write_text(run_dir / "config.yaml", config.replace({"output.run_dir": None}).to_yaml())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a new folder and put it in the place of the old one when it is whole."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write(unfinished)
+    if folder.exists():
+        remove_folder(folder)
+    unfinished.rename(folder)
