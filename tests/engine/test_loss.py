@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from tests.exact_norms import exact_norms
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +22,9 @@ from longfit.errors import DataError, ModelError
 
 # float64, sums of at most a few thousand terms of order one in another order: 1e3 x 2.2e-16, with a margin of five.
 EXACT = 1e-12
+# A mixture of experts weighs them in float32: a last-bit difference of a gradient can flip the rounding (6e-8) of one
+# element out of several hundred.
+MIXED = 1e-8
 
 
 class LargestTensor(TorchDispatchMode):
@@ -188,8 +192,8 @@ def test_autocast_sets_the_dtype_of_the_products():
         ({"labels": torch.full((37,), 53)}, ValueError, "token ids below 53"),
         ({"labels": torch.full((37,), -1)}, ValueError, "labels from -1"),
         ({"labels": torch.full((37,), -100)}, DataError, "no token to train on"),
-        ({"labels": torch.zeros(36, dtype=torch.long)}, ValueError, "their first"),
-        ({"hidden": torch.zeros(1, 37, 16)}, ValueError, "flatten batch"),
+        ({"labels": torch.zeros(36, dtype=torch.long)}, ValueError, r"must be \[..., D\]"),
+        ({"hidden": torch.zeros(37, 15)}, ValueError, "share their last size"),
         ({"weight": torch.zeros(53, 16, dtype=torch.uint8)}, ValueError, "de-quantise"),
         ({"token_tile": 0}, ValueError, "token_tile=0"),
     ],
@@ -223,7 +227,7 @@ def parameter_gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [False, True])
 def test_training_loss_equals_the_model(family, tied):
-    model = tiny_model(family, tie_word_embeddings=tied)
+    model = exact_norms(tiny_model(family, tie_word_embeddings=tied))
     ids = torch.randint(3, VOCABULARY, (2, 11))
     targets = shifted_labels(ids, None, None, None)
     reference = whole_model_loss(model, ids, targets)
@@ -232,9 +236,7 @@ def test_training_loss_equals_the_model(family, tied):
     got = parameter_gradients(model, loss)
     assert abs(loss - reference) < EXACT * reference
     assert got.keys() == expected.keys()
-    # The norms of transformers round to float32 inside: a last-bit difference can flip one such rounding, 6e-8 of one
-    # element among the 500 or more of a gradient.
-    assert max((relative(got[n], expected[n]), n) for n in got)[0] < 1e-8
+    assert max((relative(got[n], expected[n]), n) for n in got)[0] < (MIXED if family == "mixtral" else EXACT)
     # and transformers' own loss, which rounds the logits to float32
     own = model(input_ids=ids, labels=ids, use_cache=False).loss
     assert abs(loss - own) < 1e-6 * own
@@ -269,7 +271,8 @@ def test_families_that_scale_their_logits(model_type, config, factor):
 @pytest.mark.parametrize("tied", [False, True])
 def test_adapters_on_the_head_and_the_embeddings(adapter, tied):
     config = LoraConfig(**({"r": 4, "target_modules": ["q_proj"], "init_lora_weights": False} | adapter))
-    model = get_peft_model(tiny_model("llama", tie_word_embeddings=tied), config, autocast_adapter_dtype=False)
+    model = exact_norms(tiny_model("llama", tie_word_embeddings=tied))
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
     ids = torch.randint(3, VOCABULARY, (2, 11))
     reference = whole_model_loss(model, ids, shifted_labels(ids, None, None, None))
     expected = parameter_gradients(model, reference)
@@ -277,7 +280,7 @@ def test_adapters_on_the_head_and_the_embeddings(adapter, tied):
     got = parameter_gradients(model, loss)
     assert abs(loss - reference) < EXACT * reference
     assert got.keys() == expected.keys()
-    assert max((relative(got[n], expected[n]), n) for n in got)[0] < 1e-8
+    assert max((relative(got[n], expected[n]), n) for n in got)[0] < EXACT
     with model.disable_adapter():
         assert (
             abs(training_loss(model, ids) - whole_model_loss(model, ids, shifted_labels(ids, None, None, None))) < 1e-11
@@ -307,6 +310,16 @@ def test_labels_stop_at_documents_and_padding():
     assert shifted_labels(ids, chosen, None, None).tolist() == [[-100, 12, -100, 14, -100, 16, -100, -100]]
     with pytest.raises(ValueError, match="must have the shape of input_ids"):
         shifted_labels(ids, chosen[:, 1:], None, None)
+
+
+def test_a_decoder_that_ends_otherwise_is_run_again_and_says_so():
+    model, ids = tiny_model("llama"), torch.randint(3, VOCABULARY, (2, 11))
+    expected = training_loss(model, ids)
+    model.model.register_forward_hook(
+        lambda module, args, output: type(output)(last_hidden_state=output.last_hidden_state.clone())
+    )
+    with pytest.warns(UserWarning, match="does not end in its LlamaRMSNorm"):
+        assert torch.equal(training_loss(model, ids), expected)
 
 
 def test_models_that_cannot_be_entered_are_named():

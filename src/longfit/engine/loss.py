@@ -25,7 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longfit.errors import DataError, ModelError
+from longfit.engine.doors import hidden_states, output_head
+from longfit.engine.handover import promise, receiver_of
+from longfit.engine.schedule import document_starts
+from longfit.errors import DataError
 
 IGNORED = -100
 """The label of a token that is not trained on (the convention of torch and transformers)."""
@@ -124,9 +127,8 @@ def _log_sum_exp(head: _Head, hidden: Tensor, labels: Tensor, tiles: _Tiles) -> 
 
 @dataclass(frozen=True)
 class _Gradients:
-    """Where a tile's gradients go: rows of ``hidden`` are overwritten, ``weight`` and ``bias`` are added to."""
+    """Sums of the gradients of what all tiles share."""
 
-    hidden: Tensor  # [N, D]
     weight: Tensor | None  # [V, D] in the dtype of the sums
     bias: Tensor | None  # [V]
 
@@ -187,38 +189,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         num_items: Tensor,
-        softcap: float | None,
-        scale: float,
+        rule: tuple[float | None, float],
         tiles: _Tiles,
-        compute_dtype: torch.dtype,
+        norm: nn.Module | None,
         overwrite_hidden: bool,
+        *norm_parameters: Tensor,
     ) -> Tensor:
-        head = _head(weight, bias, softcap, scale, hidden, compute_dtype)
+        ctx.receiver = receiver_of(hidden)
+        compute_dtype = _compute_dtype(hidden, norm)
+        head = _head(weight, bias, rule, compute_dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        needs_gradient = needs_hidden or needs_weight or needs_bias
-        d_hidden = hidden if overwrite_hidden and needs_hidden else torch.empty_like(hidden) if needs_hidden else hidden
+        needs_gradient = any(ctx.needs_input_grad)
+        d_hidden = hidden if overwrite_hidden or not needs_hidden else hidden.new_empty(hidden.shape)
+        rows_of_hidden, rows_of_gradient = hidden.flatten(0, -2), d_hidden.view(-1, hidden.shape[-1])
         gradients = _Gradients(
-            d_hidden,
             torch.zeros_like(weight, dtype=head.sum_dtype) if needs_weight else None,
             torch.zeros_like(bias, dtype=head.sum_dtype) if bias is not None and needs_bias else None,
         )
-        factor = scale / num_items.to(head.sum_dtype)
+        d_norm = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in norm_parameters]
+        factor = head.scale / num_items.to(head.sum_dtype)
         total = torch.zeros((), dtype=head.sum_dtype, device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows in tiles.tokens():
-                tile, tile_labels = hidden[rows].to(compute_dtype), labels[rows]
+        for rows in tiles.tokens():
+            before, tile_labels = rows_of_hidden[rows].requires_grad_(needs_gradient), labels[rows]
+            with torch.set_grad_enabled(needs_gradient):
+                after = before if norm is None else norm(before[None])[0]
+            tile = after.detach().to(compute_dtype)
+            with torch.autocast(hidden.device.type, enabled=False):
                 if not needs_gradient:
                     log_sum, label = _log_sum_exp(head, tile, tile_labels, tiles)
                     total += (log_sum - label).sum()
                     continue
                 losses, d_tile = _tile_loss_and_gradient(head, tile, tile_labels, tiles, factor, gradients)
                 total += losses.sum()
-                if needs_hidden:
-                    d_hidden.index_copy_(0, rows, d_tile.to(d_hidden.dtype))
-        if needs_hidden and len(tiles.rows) < len(hidden):
-            d_hidden.masked_fill_((labels == IGNORED)[:, None], 0.0)
-        ctx.gradients = [d_hidden if needs_hidden else None, gradients.weight, gradients.bias]
-        ctx.dtypes = [hidden.dtype, weight.dtype, None if bias is None else bias.dtype]
+            d_before, *shares = torch.autograd.grad(after, [before, *norm_parameters], d_tile.to(after.dtype))
+            for d_parameter, share in zip(d_norm, shares, strict=True):
+                d_parameter += share
+            if needs_hidden:
+                rows_of_gradient.index_copy_(0, rows, d_before.to(d_hidden.dtype))
+        if needs_hidden and len(tiles.rows) < len(rows_of_hidden):
+            rows_of_gradient.masked_fill_((labels == IGNORED)[:, None], 0.0)
+        ctx.gradients = [d_hidden if needs_hidden else None, gradients.weight, gradients.bias, *d_norm]
+        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, *norm_parameters)]
         return total / num_items
 
     @staticmethod
@@ -230,33 +241,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "Compute the loss again for a second backward"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [None if g is None else g.mul_(d_loss.to(g.dtype)) for g in gradients]
-        return (*(None if g is None else g.to(t) for g, t in zip(scaled, ctx.dtypes, strict=True)), *(None,) * 7)
+        scaled = [
+            None if g is None else g.mul_(d_loss.to(g.dtype)).to(dtype)
+            for g, dtype in zip(gradients, ctx.dtypes, strict=True)
+        ]
+        if scaled[0] is not None:
+            promise(ctx.receiver, scaled[0])
+        return (*scaled[:3], *(None,) * 6, *scaled[3:])
 
 
-def _head(
-    weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float, hidden: Tensor, compute_dtype: torch.dtype
-) -> _Head:
-    sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+def _head(weight: Tensor, bias: Tensor | None, rule: tuple[float | None, float], compute_dtype: torch.dtype) -> _Head:
+    sum_dtype = torch.promote_types(compute_dtype, torch.float32)
     bias = None if bias is None else bias.to(compute_dtype)
-    return _Head(weight.to(compute_dtype), bias, softcap, scale, sum_dtype)
+    return _Head(weight.to(compute_dtype), bias, *rule, sum_dtype)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+def _compute_dtype(hidden: Tensor, norm: nn.Module | None) -> torch.dtype:
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if norm is None:
+        return hidden.dtype
+    with torch.no_grad():
+        return norm(hidden[..., :0, :]).dtype
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
-    if hidden.dim() != 2 or weight.dim() != 2 or labels.dim() != 1:
+    if hidden.dim() < 2 or weight.dim() != 2 or labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: must be "
-            "[N, D], [V, D] and [N]; flatten batch and tokens first"
+            "[..., D], [V, D] and [...]"
         )
-    if hidden.shape[1] != weight.shape[1] or hidden.shape[0] != labels.shape[0]:
+    if hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}: hidden "
-            "and weight must share their last size, hidden and labels their first"
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}: must share their last size, which is the "
+            "model's hidden size"
         )
     if not weight.is_floating_point():
         raise ValueError(f"weight of dtype {weight.dtype}: must be a float dtype; de-quantise the output matrix first")
@@ -270,6 +289,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    norm: nn.Module | None = None,
     num_items: int | Tensor | None = None,
     token_tile: int | None = None,
     vocab_tile: int | None = None,
@@ -278,32 +298,34 @@ def linear_cross_entropy(
     """Sum of the cross-entropies of ``hidden @ weight.T`` divided by ``num_items``, never holding the logits.
 
     Args:
-        hidden: ``[N, D]``, any float dtype; products run in this dtype (in autocast's where autocast is on).
+        hidden: ``[..., D]``, any float dtype; products run in this dtype (in autocast's where autocast is on).
         weight: ``[V, D]``; receives a gradient if it requires one, summed in float32 (so does ``bias``).
-        labels: ``[N]`` int64, already shifted; -100 marks a token that is not trained on.
+        labels: ``[...]`` int64, already shifted; -100 marks a token that is not trained on.
         bias: ``[V]`` or None.
         softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma-2), after ``scale``.
         scale: factor on the logits (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
+        norm: a module applied to each tile of ``hidden`` first; it works per token, and may be trained.
         num_items: what the sum is divided by; default: the number of labels that count here. Give the count of the
             whole optimiser step when accumulating gradients.
         token_tile: tokens at once; default: as many as keep the logits at ``TILE_ELEMENTS``, within 128 and 1,024.
         vocab_tile: words at once; default: all of them if the token tile allows it. Fewer cost a second product.
-        overwrite_hidden: write the gradient over the storage of ``hidden``. Safe when ``hidden`` is an intermediate
-            that nothing else reads: not its producer's backward (autograd notices and raises), not the caller. Saves
-            one hidden state a token.
+        overwrite_hidden: write the gradient over the storage of ``hidden``, which must be contiguous. Safe when
+            ``hidden`` is an intermediate that nothing else reads: not its producer's backward (autograd notices and
+            raises), not the caller. Saves one hidden state a token.
     Returns: the loss, float32 (float64 for float64), 0-dim.
     Raises: ValueError: shapes, label range or tile sizes are wrong. DataError: no label counts and no ``num_items``.
     """
     _check_shapes(hidden, weight, labels)
-    labels = labels.to(hidden.device)
+    labels = labels.to(hidden.device).flatten()
     tiles = _choose_tiles(labels, weight.shape[0], token_tile, vocab_tile)
     if num_items is None:
         num_items = len(tiles.rows)
         if num_items == 0:
             raise DataError(f"all {len(labels)} labels are {IGNORED}: there is no token to train on; skip such a batch")
     divisor = torch.as_tensor(num_items, device=hidden.device)
+    trained = [] if norm is None else [p for p in norm.parameters() if p.requires_grad]
     return _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels, divisor, softcap, scale, tiles, _compute_dtype(hidden), overwrite_hidden
+        hidden, weight, bias, labels, divisor, (softcap, scale), tiles, norm, overwrite_hidden, *trained
     )
 
 
@@ -316,149 +338,32 @@ def token_losses(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
+    norm: nn.Module | None = None,
     token_tile: int | None = None,
     vocab_tile: int | None = None,
 ) -> Tensor:
     """Cross-entropy of every token, for evaluation; no gradient.
 
     Args: as for :func:`linear_cross_entropy`.
-    Returns: float32 (float64 for float64) ``[N]``; 0 where the label is -100.
+    Returns: float32 (float64 for float64), in the shape of ``labels``; 0 where the label is -100.
     Raises: ValueError: shapes, label range or tile sizes are wrong.
     """
     _check_shapes(hidden, weight, labels)
-    labels = labels.to(hidden.device)
+    shape, labels = labels.shape, labels.to(hidden.device).flatten()
     tiles = _choose_tiles(labels, weight.shape[0], token_tile, vocab_tile)
-    compute_dtype = _compute_dtype(hidden)
-    head = _head(weight, bias, softcap, scale, hidden, compute_dtype)
-    losses = torch.zeros(len(hidden), dtype=head.sum_dtype, device=hidden.device)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for rows in tiles.tokens():
-            log_sum, label = _log_sum_exp(head, hidden[rows].to(compute_dtype), labels[rows], tiles)
-            losses[rows] = log_sum - label
-    return losses
+    compute_dtype = _compute_dtype(hidden, norm)
+    head = _head(weight, bias, (softcap, scale), compute_dtype)
+    losses = torch.zeros(len(labels), dtype=head.sum_dtype, device=hidden.device)
+    hidden = hidden.flatten(0, -2)
+    for rows in tiles.tokens():
+        tile = hidden[rows] if norm is None else norm(hidden[rows][None])[0]
+        with torch.autocast(hidden.device.type, enabled=False):
+            log_sum, label = _log_sum_exp(head, tile.to(compute_dtype), labels[rows], tiles)
+        losses[rows] = log_sum - label
+    return losses.view(shape)
 
 
 # ------------------------------------------------------------------------------------------------ the loss of a model
-@dataclass(frozen=True)
-class OutputHead:
-    """What a causal language model does to its hidden states to get logits: cap(scale (h W^T + b))."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-
-
-def base_model(model: nn.Module) -> Any:
-    """The transformers model inside a PeftModel, or the model itself.
-
-    Raises: ModelError: it is neither, or the adapter is not one that lives in the layers.
-    """
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    if isinstance(model, PeftModel):
-        if model.active_peft_config.is_prompt_learning:
-            raise ModelError(
-                f"{type(model.active_peft_config).__name__}: prompt learning changes the inputs of the model, "
-                "which the tiled loss does not do; train a LoRA adapter instead"
-            )
-        model = model.get_base_model()
-    if not isinstance(model, PreTrainedModel):
-        raise ModelError(
-            f"{type(model).__name__}: must be a transformers causal language model or a PeftModel around one"
-        )
-    return model
-
-
-def decoder(model: nn.Module) -> nn.Module:
-    """The part of a causal language model that ends in hidden states: embeddings, layers, last norm."""
-    base = base_model(model)
-    found = base.get_decoder()
-    if found is base:
-        raise ModelError(f"{type(base).__name__} has no output matrix: load it with AutoModelForCausalLM")
-    return found
-
-
-def output_head(model: nn.Module) -> OutputHead:
-    """The effective output matrix, with what PEFT has put around it, and the family's scaling of logits.
-
-    Args:
-        model: a transformers causal language model, or a PeftModel around one.
-    Raises: ModelError: the head is not a linear map whose matrix can be known, or the family's logits are made in a way
-        this function does not know.
-    """
-    base = base_model(model)
-    config = base.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        raise ModelError(
-            f"{type(base).__name__}: config.output_router_logits=True adds a router loss to the model's own, which "
-            "longfit does not compute; set it to False"
-        )
-    head = base.get_output_embeddings()
-    if head is None:
-        raise ModelError(f"{type(base).__name__} has no output matrix: load it with AutoModelForCausalLM")
-    weight, bias = _effective_linear(head)
-    softcap, scale = _logit_rule(config)
-    return OutputHead(weight, bias, softcap, scale)
-
-
-def _effective_linear(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the linear map that calling ``head`` computes, through PEFT's wrappers."""
-    from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
-
-    if isinstance(head, ModulesToSaveWrapper):
-        if head.disable_adapters or not set(head.active_adapters) & set(head.modules_to_save):
-            return _effective_linear(head.original_module)
-        return _effective_linear(head.modules_to_save[head.active_adapters[0]])
-    if isinstance(head, LoraLayer):
-        return _with_lora(head)
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise ModelError(
-            f"output head {type(head).__name__}: must be a plain Linear, one trained with modules_to_save, or one with "
-            "LoRA; leave the head out of quantisation and of other adapter kinds"
-        )
-    return head.weight, head.bias
-
-
-def _with_lora(head: Any) -> tuple[Tensor, Tensor | None]:
-    """W + sum of scaling B A: one matrix of the head's size, through which autograd reaches A and B."""
-    weight, bias = _effective_linear(head.get_base_layer())
-    if head.disable_adapters or head.merged:
-        return weight, bias
-    for name in head.active_adapters:
-        if name not in head.lora_A:
-            continue
-        dropout = head.training and not isinstance(head.lora_dropout[name], nn.Identity)
-        if name in head.lora_magnitude_vector or head.lora_bias.get(name, False) or dropout:
-            raise ModelError(
-                f"LoRA {name!r} on the output head uses DoRA, a bias or dropout: then no single matrix stands for it; "
-                "use plain LoRA without dropout there, or train the head with modules_to_save"
-            )
-        update = head.scaling[name] * (head.lora_B[name].weight @ head.lora_A[name].weight)
-        weight = weight + update.to(weight.dtype)
-    return weight, bias
-
-
-def _logit_rule(config: Any) -> tuple[float | None, float]:
-    """Soft cap and factor on the logits, from the config keys by which families announce them.
-
-    Gemma-2/3/4, nanochat: ``final_logit_softcapping``. Cohere: times ``logit_scale``. Granite: divided by
-    ``logits_scaling``; HyperCLOVA X multiplies by the same key.
-    """
-    unknown = {"lm_head_multiplier", "dim_model_base", "logits_soft_cap", "output_logit_soft_cap"} & set(vars(config))
-    if unknown:
-        raise ModelError(
-            f"{config.model_type}: config key {sorted(unknown)[0]!r} changes the logits in a way longfit does not "
-            "know; train this model with --engine plain"
-        )
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scaling = getattr(config, "logits_scaling", None) or 1.0
-    return softcap, float(scale * scaling if config.model_type.startswith("hyperclovax") else scale / scaling)
-
-
 def shifted_labels(
     input_ids: Tensor, labels: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None
 ) -> Tensor:
@@ -467,24 +372,19 @@ def shifted_labels(
     Args:
         input_ids: ``[B, T]``.
         labels: ``[B, T]``, -100 where not trained; default: ``input_ids`` without padding.
-        position_ids: ``[B or 1, T]``; 0 begins a document.
+        position_ids: ``[B or 1, T]``; a document begins where the position does not increase, as for attention.
         attention_mask: ``[B, T]``, 0 for padding.
     Returns: int64 ``[B, T]``; the last column is -100.
-    Raises: ValueError: shapes disagree.
+    Raises: ValueError: shapes disagree (DataError, where attention would refuse them too).
     """
-    for name, value in (("labels", labels), ("attention_mask", attention_mask)):
-        if value is not None and value.shape != input_ids.shape:
-            raise ValueError(f"{name} {tuple(value.shape)}: must have the shape of input_ids, {tuple(input_ids.shape)}")
-    targets = (input_ids if labels is None else labels).clone()
-    if position_ids is not None:
-        if position_ids.shape[-1] != input_ids.shape[1]:
-            raise ValueError(f"position_ids {tuple(position_ids.shape)}: must cover {input_ids.shape[1]} tokens")
-        targets.masked_fill_(position_ids.to(targets.device) == 0, IGNORED)
-    if attention_mask is not None:
-        real = attention_mask.to(targets.device).bool()
-        if labels is None:
-            targets.masked_fill_(~real, IGNORED)
-        targets[:, 1:].masked_fill_(~real[:, :-1], IGNORED)
+    if labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(f"labels {tuple(labels.shape)}: must have the shape of input_ids, {tuple(input_ids.shape)}")
+    device = input_ids.device
+    targets = (input_ids if labels is None else labels.to(device)).clone()
+    starts = document_starts(*input_ids.shape, position_ids=position_ids, attention_mask=attention_mask, device=device)
+    targets.masked_fill_(starts == torch.arange(input_ids.shape[1], device=device), IGNORED)
+    if attention_mask is not None and labels is None:
+        targets.masked_fill_(attention_mask.to(device) == 0, IGNORED)
     return F.pad(targets[:, 1:], (0, 1), value=IGNORED)
 
 
@@ -512,19 +412,24 @@ def training_loss(
     """
     targets = shifted_labels(input_ids, labels, position_ids, attention_mask)
     head = output_head(model)
-    outputs = decoder(model)(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False, return_dict=True
+    hidden, norm = hidden_states(
+        model,
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+        return_dict=True,
     )
-    hidden = outputs.last_hidden_state.flatten(0, 1)  # [B * T, D]
     return linear_cross_entropy(
         hidden,
         head.weight,
-        targets.flatten(),
+        targets,
         bias=head.bias,
         softcap=head.softcap,
         scale=head.scale,
+        norm=norm,
         num_items=num_items,
-        overwrite_hidden=not hidden.is_leaf,  # made by the decoder for this call; nobody else holds it
+        overwrite_hidden=not hidden.is_leaf and hidden.is_contiguous(),  # the decoder made it for this call alone
     )
 
 
