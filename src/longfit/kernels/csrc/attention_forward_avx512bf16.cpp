@@ -1,0 +1,177 @@
+// Attention forward: online softmax over blocks of keys, for a chunk of queries of one segment.
+//
+// Everything is held transposed, with queries in lanes:  S^T = K Q^T,  P^T = exp(S^T - max),  O^T += V^T P^T.
+// K and V are the row operands (V transposed once a block), and all heads of the segment pass over a packed block.
+// FlashAttention-2 (arXiv 2307.08691), algorithm 1, with the roles of rows and columns exchanged.
+#include "attention_softmax.h"
+#include "parallel.h"
+
+namespace {
+
+constexpr int64_t kKeyBlock = 128;
+constexpr float kNothingSeen = -1e30f;  // the maximum before the first key: finite, so that masked lanes give 0 and not NaN
+
+struct Forward {
+    const longfit_attention_shape& shape;
+    const longfit_attention_view &q, &k, &v, &out;
+    float* lse;
+    int64_t width;         // head_dim padded to a multiple of 16
+    int64_t chunk;         // queries of a task
+    int64_t panels;        // of a chunk, all heads of a segment
+    float factor;          // |scaling| * log2(e): scores in powers of two; the sign of scaling is put into q
+};
+
+// 64 queries of one head on their way through the keys.
+struct Panel {
+    int64_t head, query, count;
+    bf16* q;             // [width / 2][64][2]
+    float* out;          // [width][64]
+    float *max, *sum;    // [64]; max of the scores before the factor
+};
+
+// Takes new scores [keys][64] into the panel's maximum and sum, shrinks what it summed before, writes P^T in pairs of keys.
+void softmax_block(const Panel& panel, int64_t keys, int64_t width, float factor, const float* scores, bf16* p) {
+    const __m512 scale = _mm512_set1_ps(factor);
+    __m512 max[kPanelVectors], minus_max[kPanelVectors], sum[kPanelVectors];
+    for (int j = 0; j < kPanelVectors; ++j) max[j] = _mm512_load_ps(panel.max + j * kVector);
+    for (int64_t key = 0; key < keys; ++key)
+#pragma GCC unroll 4
+        for (int j = 0; j < kPanelVectors; ++j) max[j] = _mm512_max_ps(max[j], _mm512_load_ps(scores + key * kPanel + j * kVector));
+
+    for (int j = 0; j < kPanelVectors; ++j) {
+        const __m512 before = _mm512_load_ps(panel.max + j * kVector);
+        minus_max[j] = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(max[j], scale));
+        sum[j] = _mm512_load_ps(panel.sum + j * kVector);
+        if (_mm512_cmp_ps_mask(before, max[j], _CMP_LT_OQ)) {
+            const __m512 shrink = exp2(_mm512_fmadd_ps(before, scale, minus_max[j]));
+            sum[j] = _mm512_mul_ps(sum[j], shrink);
+            _mm512_store_ps(panel.max + j * kVector, max[j]);
+            for (int64_t d = 0; d < width; ++d) {
+                float* out = panel.out + d * kPanel + j * kVector;
+                _mm512_store_ps(out, _mm512_mul_ps(_mm512_load_ps(out), shrink));
+            }
+        }
+    }
+    for (int64_t key = 0; key < keys; key += 2)
+#pragma GCC unroll 4
+        for (int j = 0; j < kPanelVectors; ++j) {
+            const float* pair = scores + key * kPanel + j * kVector;
+            const __m512 a = exp2(_mm512_fmadd_ps(_mm512_load_ps(pair), scale, minus_max[j]));
+            const __m512 b = exp2(_mm512_fmadd_ps(_mm512_load_ps(pair + kPanel), scale, minus_max[j]));
+            sum[j] = _mm512_add_ps(sum[j], _mm512_add_ps(a, b));
+            _mm512_store_si512(p + key * kPanel + j * 2 * kVector, pairs_of_rows(to_bf16(a, b)));
+        }
+    for (int j = 0; j < kPanelVectors; ++j) _mm512_store_ps(panel.sum + j * kVector, sum[j]);
+}
+
+// One thread's buffers, and the work on a chunk.
+class ForwardWorker {
+  public:
+    explicit ForwardWorker(const Forward& f) : f_(f), memory_(bytes(f)) {
+        if (memory_.failed()) return;
+        k_ = memory_.take<bf16>(kKeyBlock * f.width);
+        v_ = memory_.take<bf16>(kKeyBlock * f.width);
+        scores_ = memory_.take<float>(kKeyBlock * kPanel);
+        p_ = memory_.take<bf16>(kKeyBlock * kPanel);
+        panels_ = memory_.take<Panel>(f.panels);
+        for (int64_t i = 0; i < f.panels; ++i) {
+            panels_[i].q = memory_.take<bf16>(kPanel * f.width);
+            panels_[i].out = memory_.take<float>(kPanel * f.width);
+            panels_[i].max = memory_.take<float>(kPanel);
+            panels_[i].sum = memory_.take<float>(kPanel);
+        }
+    }
+
+    bool failed() const { return memory_.failed(); }
+
+    void run(const Segment& segment, int64_t from, int64_t to) {
+        if (segment.heads == 0) return;
+        const int64_t used = begin(segment, from, to);
+        const Range keys = visible_keys(f_.shape, segment, from, to);
+        for (int64_t low = keys.low; low < keys.high; low += kKeyBlock) {
+            const int64_t count = least(kKeyBlock, keys.high - low);
+            pack_rows(rows_of(f_.k, segment.batch, segment.kv_head, low, count, f_.shape.head_dim), kKeyBlock, f_.width, k_);
+            pack_columns(rows_of(f_.v, segment.batch, segment.kv_head, low, count, f_.shape.head_dim), kKeyBlock, f_.width, v_);
+            for (int64_t i = 0; i < used; ++i) add_block(segment, panels_[i], low, count);
+        }
+        for (int64_t i = 0; i < used; ++i) finish(segment, panels_[i]);
+    }
+
+  private:
+    static int64_t bytes(const Forward& f) {
+        const int64_t panel = Scratch::size<bf16>(kPanel * f.width) + Scratch::size<float>(kPanel * f.width) + 2 * Scratch::size<float>(kPanel);
+        return 2 * Scratch::size<bf16>(kKeyBlock * f.width) + Scratch::size<float>(kKeyBlock * kPanel) +
+               Scratch::size<bf16>(kKeyBlock * kPanel) + Scratch::size<Panel>(f.panels) + f.panels * panel;
+    }
+
+    int64_t begin(const Segment& segment, int64_t from, int64_t to) {
+        int64_t used = 0;
+        for (int64_t head = segment.head; head < segment.head + segment.heads; ++head)
+            for (int64_t query = from; query < to; query += kPanel) {
+                Panel& panel = panels_[used++];
+                panel.head = head, panel.query = query, panel.count = least(kPanel, to - query);
+                const Rows rows = rows_of(f_.q, segment.batch, head, query, panel.count, f_.shape.head_dim);
+                pack_transposed(rows, kPanel, f_.width, panel.q);
+                if (f_.shape.scaling < 0)
+                    for (int64_t i = 0; i < kPanel * f_.width; ++i) panel.q[i] ^= 0x8000;
+                for (int64_t i = 0; i < kPanel * f_.width; ++i) panel.out[i] = 0;
+                for (int64_t i = 0; i < kPanel; ++i) panel.max[i] = kNothingSeen, panel.sum[i] = 0;
+            }
+        return used;
+    }
+
+    // Takes the packed block, keys low .. low + count, into one panel.
+    void add_block(const Segment& segment, const Panel& panel, int64_t low, int64_t count) {
+        const Seen seen = seen_of_block(f_.shape, segment, panel.query, panel.count, low, count);
+        if (seen.rows == 0) return;
+        gemm<false>(seen.rows, kPanelVectors, f_.width / 2, k_ + seen.low * f_.width, f_.width, panel.q, 2 * kPanel, scores_, kPanel);
+        if (seen.masked)
+            mask_scores(f_.shape, segment, panel.query, panel.count, f_.shape.key_offset + low + seen.low, seen.rows, scores_);
+        softmax_block(panel, seen.rows, f_.width, f_.factor, scores_, p_);
+        gemm<true>(f_.width, kPanelVectors, seen.rows / 2, v_ + seen.low, kKeyBlock, p_, 2 * kPanel, panel.out, kPanel);
+    }
+
+    void finish(const Segment& segment, const Panel& panel) {
+        float* lse = f_.lse + (segment.batch * f_.shape.query_heads + panel.head) * f_.shape.queries + panel.query;
+        for (int64_t i = 0; i < panel.count; ++i) lse[i] = panel.max[i] * fabsf(f_.shape.scaling) + logf(panel.sum[i]);
+        for (int64_t i = 0; i < kPanel; i += kVector)
+            _mm512_store_ps(panel.sum + i, _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_load_ps(panel.sum + i)));
+        store_transposed(panel.out, panel.sum, panel.count, f_.shape.head_dim,
+                         static_cast<bf16*>(f_.out.data) + segment.batch * f_.out.batch + panel.head * f_.out.head +
+                             panel.query * f_.out.token,
+                         f_.out.token);
+    }
+
+    const Forward& f_;
+    Scratch memory_;
+    bf16 *k_, *v_;   // [128][width], [width][128]
+    float* scores_;  // [128][64]
+    bf16* p_;        // [64][64][2]
+    Panel* panels_;
+};
+
+}  // namespace
+
+int32_t longfit_attention_forward(const longfit_attention_shape* shape, const longfit_attention_view* q, const longfit_attention_view* k,
+                                  const longfit_attention_view* v, const longfit_attention_view* out, float* lse) {
+    const int64_t width = blocks_of(shape->head_dim, 16) * 16, group = shape->query_heads / shape->kv_heads;
+    // Q and O of a chunk, 6 bytes an element, wait in half of a second-level cache of 1 MiB ...
+    int64_t chunk = most(1, (512 << 10) / (6 * width * group * kPanel));
+    // ... unless that leaves too few tasks to keep the threads equally busy.
+    const int64_t parts = num_segments(*shape), wanted = blocks_of(4 * shape->threads, parts);
+    chunk = kPanel * most(1, least(chunk, blocks_of(shape->queries, kPanel) / wanted));
+    const Forward f{*shape, *q, *k, *v, *out, lse, width, chunk, group * (chunk / kPanel), fabsf(shape->scaling) * kLog2E};
+
+    const int64_t chunks = blocks_of(shape->queries, chunk);
+    Queue tasks(chunks * parts);
+    Failure failure;
+    parallel_for(least(shape->threads, chunks * parts), 1, shape->threads, [&](int64_t, int64_t) {
+        ForwardWorker worker(f);
+        if (worker.failed()) return failure.set();
+        for (int64_t task; tasks.take(task);) {
+            const int64_t from = (chunks - 1 - task / parts) * chunk;  // last queries, which see most keys, first
+            worker.run(segment_at(*shape, task % parts), from, least(from + chunk, shape->queries));
+        }
+    });
+    return failure.code();
+}
