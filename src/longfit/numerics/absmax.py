@@ -54,7 +54,8 @@ def dequantize_int8(codes: Tensor, absmax: Tensor, *, block_size: int | None = N
     flat = codes.reshape(-1)
     block_size = max(1, flat.numel()) if block_size is None else check_block_size(block_size)
     check_absmax(absmax, flat.numel(), block_size)
-    values = in_blocks(flat, block_size) / _int8_factor(absmax)
+    limit = absmax.unsqueeze(1)  # 127 / c can round above absmax, and at fp32's largest value to infinity
+    values = (in_blocks(flat, block_size) / _int8_factor(absmax)).clamp(-limit, limit)
     return values.to(dtype).view(-1)[: flat.numel()].view(codes.shape)
 
 
