@@ -104,7 +104,7 @@ def test_bad_arguments_say_what_is_allowed() -> None:
     with pytest.raises(TypeError, match=r"got torch.int32; allowed: float16"):
         quantize_int8(torch.ones(3, dtype=torch.int32))
     for wrong in (0, -4, 2.0, True):
-        with pytest.raises(ValueError, match="block_size: got .*at least 1"):
+        with pytest.raises(ValueError, match=r"block_size: got .*at least 1"):
             quantize_int8(torch.ones(3), block_size=wrong)  # type: ignore[arg-type]
     codes, absmax = quantize_int8(torch.ones(8), block_size=4)
     with pytest.raises(ValueError, match=r"8 values in blocks of 2 need float32 \[4\]"):

@@ -1,5 +1,6 @@
-"""Block-wise quantisation: the nearest-level rule to the last bit, awkward sizes, lost blocks, bounded scratch memory."""
+"""Block-wise quantisation: the nearest-level rule to the last bit, awkward sizes, lost blocks, bounded memory."""
 
+import itertools
 import math
 from typing import Any
 
@@ -210,8 +211,8 @@ def test_slices_count_in_64_bits() -> None:
     numel = 2**32 + 70
     runs = list(block_slices(numel, 64))
     assert runs[0][0].start == 0
-    assert all(before[0].stop == after[0].start for before, after in zip(runs, runs[1:], strict=False))
-    assert all(before[1].stop == after[1].start for before, after in zip(runs, runs[1:], strict=False))
+    assert all(before[0].stop == after[0].start for before, after in itertools.pairwise(runs))
+    assert all(before[1].stop == after[1].start for before, after in itertools.pairwise(runs))
     assert runs[-1][0].stop == numel
     assert runs[-1][1].stop == 2**26 + 2
 

@@ -36,8 +36,8 @@ def test_bitsandbytes_decodes_the_codes_alike_and_writes_those_its_table_resolve
     assert torch.equal(double.absmax, state.absmax)
     decoded = bitsandbytes.functional.dequantize_blockwise(double.codes, state) + double.offset
     assert torch.equal(dequantize_absmax(double), decoded)
-    # It rounds scaled values to one of 65,536 places in [-1, 1] before looking the code up: only a value closer than one
-    # place to a threshold can get another code than the nearest.
+    # It rounds scaled values to one of 65,536 places in [-1, 1] before looking the code up: only a value closer than
+    # one place to a threshold can get another code than the nearest.
     scaled = (absmax - absmax.mean()) * double.absmax.reciprocal().repeat_interleave(256)[: absmax.numel()]
     resolved = (scaled[:, None] - (levels[:-1] + levels[1:]) / 2).abs().amin(1) > 2 / 65_535
     assert resolved.float().mean() > 0.95
@@ -106,7 +106,7 @@ def test_bad_arguments_say_what_is_allowed() -> None:
         with pytest.raises(ValueError, match=r"absmax: got .*allowed: float32 \[num_blocks\]"):
             quantize_absmax(wrong)
     double = quantize_absmax(absmax)
-    with pytest.raises(ValueError, match="offset torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"offset torch\.bfloat16"):
         DoubleQuant(double.codes, double.absmax, double.offset.bfloat16())
     with pytest.raises(ValueError, match=r"10 values in blocks of 5 need float32 \[2\]"):
         DoubleQuant(double.codes, double.absmax, double.offset, absmax_block_size=5)
