@@ -123,20 +123,19 @@ class RunConfig(Section):
 
 
 def load_config(
-    file: Path | str | None = None,
-    *,
+    *files: Path | str,
     overrides: Sequence[str] = (),
     flags: Mapping[str, tuple[str, object]] | None = None,
 ) -> RunConfig:
-    """Read a config: defaults < YAML file < ``section.key=value`` overrides < flags.
+    """Read a config: defaults < YAML files < ``section.key=value`` overrides < flags.
 
     Args:
-        file: YAML with the sections of `RunConfig`; optional.
+        files: YAML with the sections of `RunConfig`; later ones win.
         overrides: texts such as ``"train.learning_rate=2e-4"`` or ``"adapter.targets=[q_proj, v_proj]"``.
         flags: ``{"--group-size": ("context.group_size", 4096)}``: the flag as the user typed it, its key and value.
     Raises: ConfigError: with every mistake found, each on its own line.
     """
-    given = list(read_yaml(Path(file))) if file is not None else []
+    given = [item for file in files for item in read_yaml(Path(file))]
     given += [read_override(text) for text in overrides]
     given += [Given(key, value, flag) for flag, (key, value) in (flags or {}).items()]
     return _build(given)

@@ -28,23 +28,17 @@ from torch import Tensor
 
 from longfit.config import RunConfig
 from longfit.data.ledger import Ledger
-from longfit.data.packing import PackedDataset, pack, tokenize_documents
-from longfit.data.sources import Documents, read_documents, split_documents
-from longfit.engine.loss import IGNORED, TrainingLoss, base_model, shifted_labels
-from longfit.engine.sweep import enable_sweep
+from longfit.data.packing import PackedDataset
+from longfit.engine.loss import IGNORED, TrainingLoss, shifted_labels
 from longfit.errors import ConfigError, RunError
-from longfit.model.adapters import add_adapters
-from longfit.model.context import extend_context
-from longfit.model.load import load
 from longfit.model.save import save_adapter
 from longfit.training import run_directory
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
 from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, MetricsFile, OnEvent, peak_memory_bytes, read_metrics
 from longfit.training.optimizer import clip_gradients, make_optimizer, parameter_groups
+from longfit.training.prepare import extend, load_base, make_trainable, native_context, pack_documents, read_data
 from longfit.training.schedule import learning_rate
-
-Window = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -155,22 +149,23 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     accelerator = _accelerator(config.model.device)
     notify = notify if accelerator.is_main_process else _ignore
     notify(Event("phase", f"reading {config.data.path}"))
-    documents, held_out = _documents(config)
+    documents, held_out = read_data(config)
     digest = run_directory.data_digest(training=documents, validation=held_out)
     if resume:
         run_directory.require_same_data(run_dir, digest)
 
     notify(Event("phase", f"loading {config.model.name}"))
-    model, tokenizer = _load(config, accelerator.device)
-    native_context = base_model(model).config.get_text_config().max_position_embeddings
-    config = config.resolve(native_context=native_context)
+    model, tokenizer = load_base(config, accelerator.device)
+    native = native_context(model.config)
+    config = config.resolve(native_context=native)
     notify(Event("phase", "packing the text into windows"))
-    windows = _pack(documents, tokenizer, config)
-    validation = _pack(held_out, tokenizer, config) if held_out is not None else None
-    ledger = Ledger.of(windows, native_context=native_context, report=documents.report, tokenizer=tokenizer)
+    windows = pack_documents(documents, tokenizer, config)
+    validation = pack_documents(held_out, tokenizer, config) if held_out is not None else None
+    ledger = Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
     config = config.resolve_steps(num_windows=len(windows), num_processes=accelerator.num_processes)
 
-    model = _trainable(model, tokenizer, config)
+    extend(model, tokenizer, config)
+    model = make_trainable(model, config)
     loss_module = accelerator.prepare(TrainingLoss(model))
     loss_module.train()
     optimizer = make_optimizer(config, parameter_groups(model, weight_decay=config.train.weight_decay))
@@ -205,77 +200,6 @@ def _accelerator(device: str) -> Accelerator:
     elif device not in ("auto", "cpu"):
         raise ConfigError(f"model.device={device}: must be auto, cpu, cuda or cuda:N")
     return Accelerator(cpu=device == "cpu", mixed_precision="no")  # layers compute in model.dtype by themselves
-
-
-def _documents(config: RunConfig) -> tuple[Documents, Documents | None]:
-    """Read the training documents, and those held out."""
-    data = config.data
-
-    def read(path: str) -> Documents:
-        return read_documents(path, text_column=data.text_column, encoding=data.encoding, exclude=data.exclude)
-
-    documents = read(data.path)
-    if data.validation is not None:
-        return documents, read(data.validation)
-    if not data.validation_fraction:
-        return documents, None
-    return split_documents(documents, validation_fraction=data.validation_fraction, seed=config.train.seed)
-
-
-def _pack(documents: Documents, tokenizer: Any, config: RunConfig) -> PackedDataset:
-    data, context = config.data, config.context.context
-    assert context is not None, "resolved"
-    tokenized = tokenize_documents(documents, tokenizer, template=data.chat_template, train_turns=data.train_turns)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return pack(
-        tokenized,
-        context=context,
-        eos_token_id=tokenizer.eos_token_id,
-        long_chat=data.long_chat,
-        pad_token_id=None if config.train.batch_size == 1 else padding or 0,  # windows of a batch must stack
-        seed=config.train.seed,
-    )
-
-
-def _load(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
-    section = config.model
-    return load(
-        section.name,
-        quant=section.quant,
-        double_quant=section.double_quant,
-        block_size=section.block_size,
-        dtype=None if section.dtype == "auto" else getattr(torch, section.dtype),
-        device=device,
-    )
-
-
-def _trainable(model: Any, tokenizer: Any, config: RunConfig) -> Any:
-    """Extend the context, add adapters and choose how layers are differentiated."""
-    context, adapter = config.context, config.adapter
-    assert context.context is not None, "resolved"
-    extend_context(
-        model,
-        tokenizer,
-        context=context.context,
-        rope=context.rope,
-        attention=context.attention,
-        group_size=context.group_size,
-    )
-    torch.manual_seed(config.train.seed)
-    model = add_adapters(
-        model,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        targets=adapter.targets,
-        train_embeddings=adapter.train_embeddings,
-        train_norms=adapter.train_norms,
-    )
-    if config.engine.engine == "sweep":
-        enable_sweep(model, tile=config.engine.tile)
-    else:
-        base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
 
 
 def _require_same_processes(state: RunState, num_processes: int) -> None:

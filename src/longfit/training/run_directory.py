@@ -15,6 +15,7 @@ changed, because the losses would silently be those of another run.
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from longfit.data.ledger import Ledger
 from longfit.data.sources import Documents, FileSource
 from longfit.errors import RunError
 from longfit.training.checkpoint import list_checkpoints, remove_folder
+from longfit.training.metrics import read_metrics
 
 # Settings that do not change what is learned, so a resumed run may change them.
 FREE_SETTINGS = frozenset(
@@ -187,3 +189,44 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     if folder.exists():
         remove_folder(folder)
     unfinished.rename(folder)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One line of a list of runs."""
+
+    run_dir: Path
+    model: str
+    data: str
+    context: int | None
+    step: int
+    total_steps: int | None
+    loss: float | None
+    eval_loss: float | None
+    finished: bool
+    changed_at: float
+
+
+def list_runs(directory: Path) -> list[RunSummary]:
+    """Summarise the runs directly below a directory, the latest changed first."""
+    found = [_summarise(path.parent) for path in directory.glob("*/config.yaml")]
+    return sorted(found, key=lambda run: run.changed_at, reverse=True)
+
+
+def _summarise(run_dir: Path) -> RunSummary:
+    config, metrics = read_config(run_dir), run_dir / "metrics.jsonl"
+    records = read_metrics(metrics)
+    steps = [record for record in records if "loss" in record]
+    evals = [record for record in records if "eval_loss" in record]
+    return RunSummary(
+        run_dir=run_dir,
+        model=config.model.name,
+        data=config.data.path,
+        context=config.context.context,
+        step=int(str(steps[-1]["step"])) if steps else 0,
+        total_steps=config.train.steps,
+        loss=float(str(steps[-1]["loss"])) if steps else None,
+        eval_loss=float(str(evals[-1]["eval_loss"])) if evals else None,
+        finished=(run_dir / "adapter").is_dir(),
+        changed_at=(metrics if metrics.exists() else run_dir).stat().st_mtime,
+    )

@@ -1,0 +1,84 @@
+"""The command ``longfit``: its verbs, and how every one of them ends.
+
+A verb parses, calls one library function and prints. Nothing heavy is imported before a verb runs: help is instant.
+Exit codes: 0 done, 1 our fault, 2 the user can fix it, 130 stopped by Ctrl-C. Tracebacks only with ``--debug``.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from longfit import __version__
+from longfit.cli import data, demo, doctor, evaluate, runs, train
+from longfit.cli.output import print_error
+from longfit.errors import BackendError, LongfitError
+
+EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="longfit",
+    help="Fine-tune large language models lighter (QLoRA) and longer (LongLoRA). Start with: longfit demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("data")(data.data)
+app.command("runs")(runs.runs)
+app.command("doctor")(doctor.doctor)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"longfit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
+) -> None:
+    """Options of every verb; ``main`` has taken ``--debug`` out already, wherever it stood."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: without the program's name; default: those of the process.
+    Returns: the exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        app(args=words, prog_name="longfit")
+    except SystemExit as exit_:  # how typer ends, after help, usage errors and verbs alike
+        return exit_.code if isinstance(exit_.code, int) else EXIT_OURS
+    except KeyboardInterrupt:
+        print_error("stopped; nothing was left half-written")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        sys.stderr.close()
+        return 0
+    except LongfitError as error:
+        if debug:
+            raise
+        print_error(str(error))
+        return EXIT_OURS if isinstance(error, BackendError) else EXIT_USER
+    except Exception as error:  # the outermost frame: everything else is a bug, told without a traceback unless asked
+        if debug:
+            raise
+        print_error(f"{type(error).__name__}: {error}")
+        print_error("this is a bug in longfit, not in what you did: repeat with --debug and report the traceback")
+        return EXIT_OURS
+    return 0

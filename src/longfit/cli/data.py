@@ -1,0 +1,43 @@
+"""``longfit data DATA --model MODEL --context 32k``: what would be trained on, token by token."""
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from longfit.cli.output import print_json, print_lines, show_progress
+
+
+def data(
+    path: Annotated[str, typer.Argument(metavar="DATA", help="A file, a table, a .zip, or a folder of them.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer counts: a folder, hub id or .gguf.")],
+    context: Annotated[str | None, typer.Option(help="Tokens in a window; default: the model's own.")] = None,
+    long_chat: Annotated[str | None, typer.Option(help="error, split, truncate_left, truncate_right, drop.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="chatml or Jinja text.")] = None,
+    sample: Annotated[bool, typer.Option("--sample", help="Show a window's beginning, trained text marked.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON.")] = False,
+) -> None:
+    """Read, tokenise and pack DATA as a training run would, and account for every token."""
+    from longfit.config import load_config
+
+    options = {
+        "MODEL": ("model.name", model),
+        "DATA": ("data.path", path),
+        "--context": ("context.context", context),
+        "--long-chat": ("data.long_chat", long_chat),
+        "--chat-template": ("data.chat_template", chat_template),
+    }
+    config = load_config(flags={flag: (key, value) for flag, (key, value) in options.items() if value is not None})
+
+    from longfit.training.prepare import count_tokens
+
+    with show_progress(quiet=as_json) as on_event:
+        ledger = count_tokens(config, on_event=on_event)
+    if as_json:
+        print_json(asdict(ledger))
+        return
+    print_lines(*ledger.summary())
+    if sample:
+        print_lines("", "sample ([[...]] is trained):")
+        print_lines("".join(f"[[{span.text}]]" if span.trained else span.text for span in ledger.sample))
+    print_lines("next:", f"  longfit train {model} {path}" + (f" --context {context}" if context else ""))

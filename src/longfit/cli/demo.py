@@ -1,0 +1,27 @@
+"""``longfit demo``: the main job on a real small model and real text, on this machine, offline."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longfit.cli.output import print_json, show_progress
+
+
+def demo(
+    run_dir: Annotated[Path, typer.Option(help="Directory of the run; must be new.")] = Path("runs/demo"),
+    context: Annotated[str | None, typer.Option(help="Tokens to extend to; default: what fits the time.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: what fits the time.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Quantise, extend, train and evaluate SmolLM2-135M, and show what changed."""
+    from longfit.config.sections import parse_tokens
+    from longfit.demo import run_demo
+
+    chosen = {"context": context and parse_tokens(context), "steps": steps}
+    with show_progress(quiet=as_json) as on_event:
+        result = run_demo(
+            run_dir=run_dir, on_event=on_event, **{name: value for name, value in chosen.items() if value is not None}
+        )
+    if as_json:
+        print_json(result)

@@ -1,0 +1,135 @@
+"""``longfit doctor``: what this machine can do, on one screen."""
+
+import os
+import platform
+import shutil
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longfit import __version__ as longfit_version
+from longfit.cli.output import gib, print_json, print_lines
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "gguf")
+# Instruction sets that the kernels or torch choose between.
+ISA_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "neon",
+    "asimd",
+    "sve",
+)
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """Show versions, processor, memory, GPUs, which kernels run and why, and disk space."""
+    facts = inspect_machine()
+    if as_json:
+        print_json(facts)
+        return
+    cpu, disk = facts["cpu"], facts["disk"]
+    print_lines(
+        f"python {facts['python']} on {facts['platform']}",
+        "  ".join(f"{name} {number or 'missing'}" for name, number in facts["packages"].items()),
+        "",
+        f"processor  {cpu['model']}, {cpu['cores']} cores, torch uses {cpu['torch_threads']} threads",
+        f"           {' '.join(cpu['flags']) or 'no known instruction sets'}; torch: {cpu['torch_capability']}",
+        f"memory     {gib(facts['memory']['available_bytes'])} free of {gib(facts['memory']['total_bytes'])}",
+        f"disk       {gib(disk['free_bytes'])} free of {gib(disk['total_bytes'])} at {disk['path']}",
+    )
+    for gpu in facts["gpus"]:
+        bf16 = "bfloat16" if gpu["bfloat16"] else "no bfloat16: float16 is used"
+        print_lines(f"gpu {gpu['index']}      {gpu['name']}, {gib(gpu['total_bytes'])}, {gpu['capability']}, {bf16}")
+    if not facts["gpus"]:
+        print_lines("gpu        none: everything runs on the processor")
+    print_lines("", "kernels")
+    for op, devices in facts["kernels"].items():
+        for device, choice in devices.items():
+            print_lines(f"  {op:<24}{device:<6}{choice['backend']:<11}{choice['reason']}")
+    print_lines(f"attention  {', '.join(facts['attention'])}, the first that supports a call")
+    print_lines("", "next:", "  longfit demo")
+
+
+def inspect_machine() -> dict[str, Any]:
+    """Collect what decides how fast and how far this machine can train; every value is plain JSON."""
+    import psutil  # type: ignore[import-untyped]
+    import torch
+
+    from longfit.engine.attention import BACKENDS
+
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {"longfit": longfit_version, **{name: _version(name) for name in PACKAGES}},
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": os.cpu_count(),
+            "flags": _cpu_flags(),
+            "torch_threads": torch.get_num_threads(),
+            "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        },
+        "memory": {"total_bytes": memory.total, "available_bytes": memory.available},
+        "disk": {"path": str(Path.cwd()), "total_bytes": disk.total, "free_bytes": disk.free},
+        "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "kernels": _kernels(),
+        "attention": [backend.name for backend in BACKENDS],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_info(*keys: str) -> str:
+    """Return the first entry of /proc/cpuinfo with one of the names; empty where there is no such file."""
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        key, _, value = line.partition(":")
+        if key.strip() in keys:
+            return value.strip()
+    return ""
+
+
+def _cpu_model() -> str:
+    return _cpu_info("model name", "Model") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> list[str]:
+    present = set(_cpu_info("flags", "Features").split())
+    return [flag for flag in ISA_FLAGS if flag in present]
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "index": index,
+        "name": properties.name,
+        "total_bytes": properties.total_memory,
+        "capability": f"sm_{properties.major}{properties.minor}",
+        "bfloat16": properties.major >= 8,
+    }
+
+
+def _kernels() -> dict[str, Any]:
+    """Return ``{operation: {device: {backend, reason}}}`` for the devices of this machine."""
+    import torch
+
+    from longfit.kernels.dispatch import backends
+
+    chosen = {device: backends(device) for device in ("cpu", *["cuda"] * torch.cuda.is_available())}
+    return {op: {device: asdict(table[op]) for device, table in chosen.items()} for op in chosen["cpu"]}

@@ -1,0 +1,130 @@
+"""What verbs print: errors to stderr, results to stdout, progress as a bar on a terminal and plain lines elsewhere."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from longfit.training.metrics import Event, OnEvent
+
+GIB = 2**30
+LINE_SECONDS = 2.0  # between plain step lines, so that a log of a fast run stays readable
+
+
+def print_error(text: str) -> None:
+    """Print an error to stderr."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print("error:", style="bold red", end=" ")
+    console.print(text, markup=False)
+
+
+def print_note(text: str) -> None:
+    """Print a line to stderr that is not an error, and not the result either."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document to stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, default=_plain, allow_nan=True) + "\n")
+
+
+def print_lines(*lines: str) -> None:
+    """Print plain lines to stdout."""
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table that stays readable in a log."""
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def gib(num_bytes: float) -> str:
+    """Return bytes as GiB for people."""
+    return f"{num_bytes / GIB:.2f} GiB"
+
+
+def _plain(value: Any) -> object:
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} in JSON output")
+
+
+@contextmanager
+def show_progress(*, quiet: bool = False) -> Iterator["OnEvent"]:
+    """Show the events of a run: a bar on a terminal, lines elsewhere; to stderr, so that stdout holds results only.
+
+    Args:
+        quiet: show warnings only.
+    """
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    if quiet or not console.is_terminal:
+        yield _Lines(console, quiet=quiet)
+        return
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("preparing", total=None)
+
+        def show(event: "Event") -> None:
+            values = event.values
+            if event.kind == "step":
+                text = f"loss {values['loss']:.4f}  {values['tokens_per_s']:,.0f} tokens/s"
+                progress.update(task, description=text, completed=int(str(values["step"])))
+                return
+            if "total_steps" in values:
+                progress.update(task, total=int(str(values["total_steps"])), completed=int(str(values["step"])))
+            progress.console.print(f"warning: {event.text}" if event.kind == "warning" else event.text)
+
+        yield show
+
+
+class _Lines:
+    """Events as plain lines; steps not more often than every two seconds, the first and the last always."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self.console, self.quiet = console, quiet
+        self.next_line_at = 0.0
+        self.total_steps: object = None
+
+    def __call__(self, event: "Event") -> None:
+        self.total_steps = event.values.get("total_steps", self.total_steps)
+        if event.kind == "warning":
+            self.console.print(f"warning: {event.text}")
+            return
+        now = time.monotonic()
+        if self.quiet:
+            return
+        if event.kind == "step" and now < self.next_line_at and event.values["step"] != self.total_steps:
+            return
+        self.next_line_at = now + LINE_SECONDS if event.kind == "step" else self.next_line_at
+        self.console.print(event.text)

@@ -1,0 +1,144 @@
+"""From settings to things: documents, a model ready to train, a finished run ready to use.
+
+The only place where the config becomes arguments of the floors below. Training, ``longfit data`` and ``longfit eval``
+share these steps, so that what is shown and measured is what was trained.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from longfit.config import RunConfig
+from longfit.data.ledger import Ledger
+from longfit.data.packing import PackedDataset, pack, tokenize_documents
+from longfit.data.sources import Documents, read_documents, split_documents
+from longfit.engine.doors import base_model
+from longfit.engine.sweep import enable_sweep
+from longfit.errors import ModelError
+from longfit.model import gguf
+from longfit.model.adapters import add_adapters
+from longfit.model.context import extend_context
+from longfit.model.load import load, read_config
+from longfit.model.save import load_adapter
+from longfit.training import run_directory
+from longfit.training.metrics import Event, OnEvent
+
+
+def read_data(config: RunConfig) -> tuple[Documents, Documents | None]:
+    """Read the training documents and, if there are any, those held out."""
+    data = config.data
+
+    def read(path: str) -> Documents:
+        return read_documents(path, text_column=data.text_column, encoding=data.encoding, exclude=data.exclude)
+
+    documents = read(data.path)
+    if data.validation is not None:
+        return documents, read(data.validation)
+    if not data.validation_fraction:
+        return documents, None
+    return split_documents(documents, validation_fraction=data.validation_fraction, seed=config.train.seed)
+
+
+def pack_documents(documents: Documents, tokenizer: Any, config: RunConfig) -> PackedDataset:
+    data, context = config.data, config.context.context
+    assert context is not None, "resolved"
+    tokenized = tokenize_documents(documents, tokenizer, template=data.chat_template, train_turns=data.train_turns)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return pack(
+        tokenized,
+        context=context,
+        eos_token_id=tokenizer.eos_token_id,
+        long_chat=data.long_chat,
+        pad_token_id=None if config.train.batch_size == 1 else padding or 0,  # windows of a batch must stack
+        seed=config.train.seed,
+    )
+
+
+def load_base(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
+    section = config.model
+    return load(
+        section.name,
+        quant=section.quant,
+        double_quant=section.double_quant,
+        block_size=section.block_size,
+        dtype=None if section.dtype == "auto" else getattr(torch, section.dtype),
+        device=device,
+    )
+
+
+def extend(model: Any, tokenizer: Any, config: RunConfig) -> None:
+    """Extend the model to the context of the config, with its attention."""
+    section = config.context
+    assert section.context is not None, "resolved"
+    extend_context(
+        model,
+        tokenizer,
+        context=section.context,
+        rope=section.rope,
+        attention=section.attention,
+        group_size=section.group_size,
+    )
+
+
+def make_trainable(model: Any, config: RunConfig) -> Any:
+    """Add adapters and choose how layers are differentiated."""
+    adapter = config.adapter
+    torch.manual_seed(config.train.seed)
+    model = add_adapters(
+        model,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        targets=adapter.targets,
+        train_embeddings=adapter.train_embeddings,
+        train_norms=adapter.train_norms,
+    )
+    if config.engine.engine == "sweep":
+        enable_sweep(model, tile=config.engine.tile)
+    else:
+        base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def native_context(model_config: Any) -> int:
+    """Return the tokens a base model was made for, from its configuration as it was loaded."""
+    return int(model_config.get_text_config().max_position_embeddings)
+
+
+def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
+    """Account for every token of the data as a run of this config would pack it; reads no weights."""
+    name = config.model.name
+    on_event(Event("phase", f"reading {config.data.path}"))
+    documents, _ = read_data(config)
+    if gguf.is_gguf(Path(name)):
+        model_config, tokenizer = gguf.read_config(Path(name)), gguf.read_tokenizer(Path(name))
+    else:
+        model_config = read_config(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except OSError as error:
+            raise ModelError(
+                f"{name}: no tokenizer ({str(error).splitlines()[0]}); give a model that has one"
+            ) from error
+    native = native_context(model_config)
+    on_event(Event("phase", "packing the text into windows"))
+    windows = pack_documents(documents, tokenizer, config.resolve(native_context=native))
+    return Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
+
+
+def open_run(run_dir: str | Path, *, device: torch.device) -> tuple[Any, Any, RunConfig]:
+    """Load what a run produced: its base, extended as it was, with its adapter (if unfinished, the newest checkpoint's).
+
+    Returns: the model in eval mode, its tokenizer, the config of the run.
+    Raises: RunError: no run there, or nothing saved in it.
+    """
+    run_dir = Path(run_dir)
+    config = run_directory.read_config(run_dir)
+    adapter = run_dir / "adapter"
+    if not adapter.is_dir():
+        adapter = run_directory.last_checkpoint(run_dir) / "adapter"
+    model, tokenizer = load_base(config, device)
+    extend(model, tokenizer, config)
+    return load_adapter(model, adapter).eval(), tokenizer, config
