@@ -31,7 +31,7 @@ def save_adapter(model: PeftModel, tokenizer: Any, path: str | os.PathLike[str])
     if not isinstance(model, PeftModel):
         raise ModelError("save_adapter: this model has no adapter; pass the model that add_adapters returned")
     folder = Path(path)
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), save_embedding_layers=False)  # those trained are in modules_to_save
     tokenizer.save_pretrained(str(folder))
     plain_config(model.get_base_model().config).save_pretrained(str(folder))
     return folder

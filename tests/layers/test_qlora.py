@@ -1,0 +1,144 @@
+"""QLoRALinear: equals dq(W) plus a dense adapter, forward and every gradient, through PEFT."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from longfit.errors import ModelError
+from longfit.layers.linear4bit import Linear4bit
+from longfit.layers.qlora import QLoRALinear
+from longfit.model.adapters import register_layers
+
+
+class Net(nn.Module):
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__()
+        self.proj = Linear4bit.from_linear(nn.Linear(in_features, out_features, bias=bias))
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def adapted(in_features=128, out_features=96, *, bias=True, dropout=0.0, rank=4):
+    config = LoraConfig(r=rank, lora_alpha=8, lora_dropout=dropout, target_modules=["proj"])
+    register_layers(config)
+    net = get_peft_model(Net(in_features, out_features, bias), config)
+    layer = net.base_model.model.proj
+    nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    return net, layer
+
+
+def dense_twin(layer, x, adapter_x=None):
+    """The formula, written with plain dense tensors."""
+    base = layer.get_base_layer()
+    A = layer.lora_A["default"].weight.detach().to(x.dtype).requires_grad_()
+    B = layer.lora_B["default"].weight.detach().to(x.dtype).requires_grad_()
+    y = F.linear(x, base.dequantize(x.dtype), None if base.bias is None else base.bias.to(x.dtype))
+    return y + layer.scaling["default"] * F.linear(F.linear(x if adapter_x is None else adapter_x, A), B), A, B
+
+
+@pytest.mark.parametrize(("in_features", "out_features", "bias"), [(128, 96, True), (80, 33, False), (64, 7, True)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_equals_the_dense_formula(in_features, out_features, bias, dtype):
+    net, layer = adapted(in_features, out_features, bias=bias)
+    assert isinstance(layer, QLoRALinear)
+    layer.lora_A.to(dtype)
+    layer.lora_B.to(dtype)
+    x = torch.randn(2, 5, in_features, dtype=dtype)
+    grad = torch.randn(2, 5, out_features, dtype=dtype)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = net(a)
+    y.backward(grad)
+    expected, A, B = dense_twin(layer, b)
+    expected.backward(grad)
+    # The same products in another order: at most 128 + 4 additions of terms of size about 1.
+    tolerance = {"rtol": 1e3 * torch.finfo(dtype).eps, "atol": 1e3 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(y, expected, **tolerance)
+    torch.testing.assert_close(a.grad, b.grad, **tolerance)
+    torch.testing.assert_close(layer.lora_A["default"].weight.grad, A.grad, **tolerance)
+    torch.testing.assert_close(layer.lora_B["default"].weight.grad, B.grad, **tolerance)
+
+
+def test_bfloat16_is_no_worse_than_plain_bfloat16():
+    """Against float64, our error may not exceed that of the formula written in plain bfloat16 by more than a rounding."""
+    net, layer = adapted()
+    x = torch.randn(64, 128, dtype=torch.bfloat16)
+    grad = torch.randn(64, 96, dtype=torch.bfloat16)
+    results = []
+    for dtype, fused in ((torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)):
+        leaf = x.clone().to(dtype).requires_grad_()
+        layer.zero_grad()
+        if fused:
+            y = net(leaf)
+            y.backward(grad)
+            A_grad, B_grad = layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad
+        else:
+            y, A, B = dense_twin(layer, leaf)
+            y.backward(grad.to(dtype))
+            A_grad, B_grad = A.grad, B.grad
+        results.append([t.double() for t in (y.detach(), leaf.grad, A_grad, B_grad)])
+    exact, plain, ours = results
+    for e, p, o in zip(exact, plain, ours, strict=True):
+        assert (o - e).norm() <= 1.5 * (p - e).norm() + 2**-9 * e.norm()
+
+
+def test_dropout_touches_the_adapter_only():
+    net, layer = adapted(dropout=0.5)
+    x = torch.randn(4, 128, requires_grad=True)
+    twin_x = x.detach().clone().requires_grad_()
+    net.train()
+    torch.manual_seed(1)
+    y = net(x)
+    torch.manual_seed(1)
+    expected, A, B = dense_twin(layer, twin_x, layer.lora_dropout["default"](twin_x))
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)  # float32, 128 additions
+    torch.testing.assert_close(x.grad, twin_x.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.lora_A["default"].weight.grad, A.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.lora_B["default"].weight.grad, B.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_keeps_no_sixteen_bit_weight():
+    net, _ = adapted(256, 256)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        net(torch.randn(2, 256, dtype=torch.bfloat16, requires_grad=True))
+    assert max(t.numel() for t in saved if t.is_floating_point()) < 256 * 256
+
+
+def test_adapters_stay_fp32_and_the_base_frozen():
+    net, layer = adapted()
+    net(torch.randn(3, 128, dtype=torch.bfloat16)).sum().backward()
+    trained = {name for name, p in net.named_parameters() if p.grad is not None}
+    assert {name.rsplit(".", 3)[-3] for name in trained} == {"lora_A", "lora_B"}
+    assert layer.lora_A["default"].weight.grad.dtype == torch.float32
+
+
+def test_a_disabled_or_second_adapter_takes_peft_s_path():
+    net, layer = adapted()
+    x = torch.randn(3, 128)
+    base = layer.get_base_layer()(x)
+    with net.disable_adapter():
+        torch.testing.assert_close(net(x), base)
+    second = LoraConfig(r=2, lora_alpha=2, target_modules=["proj"])
+    register_layers(second)
+    net.add_adapter("second", second)
+    nn.init.normal_(layer.lora_B["second"].weight)
+    net.base_model.set_adapter(["default", "second"])
+    expected = base + F.linear(x, layer.get_delta_weight("default") + layer.get_delta_weight("second"))
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)  # float32, 128 additions
+
+
+def test_merging_gives_a_dense_layer_and_never_requantises():
+    net, layer = adapted()
+    x = torch.randn(3, 128)
+    expected = net(x)
+    with pytest.raises(ModelError, match="merge_and_unload"):
+        layer.merge()
+    merged = net.merge_and_unload().proj
+    assert type(merged) is nn.Linear
+    torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-4)  # float32, 128 additions
