@@ -16,6 +16,7 @@ and the trained spans are found by *rendering*, never by searching for marker st
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -244,12 +245,17 @@ def encode_chat(
         raise ConfigError(f"train_turns {train_turns!r}: allowed are {', '.join(TRAIN_TURNS)}")
     marked = "{% generation" in template or "{%- generation" in template
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    if marked:
+    if marked and tokenizer.is_fast:
         encoded = _render(messages, tokenizer, template, tokenize=True, return_assistant_tokens_mask=True)
         ids = np.asarray(encoded["input_ids"], dtype=np.int32)
         trained = np.asarray(encoded["assistant_masks"], dtype=bool)
         if train_turns == "last":
             trained &= np.arange(len(ids)) >= _last_run_start(trained)
+        elif (found := int((np.diff(trained, prepend=False) & trained).sum())) < (expected := _num_answers(messages)):
+            raise DataError(
+                f"the template's {{% generation %}} marks cover {found} of {expected} answers; "
+                "fix the template, or set train_turns='last'"
+            )
     else:
         text = _render(messages, tokenizer, template, tokenize=False)
         spans = [
@@ -291,7 +297,12 @@ def _turn_span(
     text: str, messages: Sequence[Message], index: int, tokenizer: "PreTrainedTokenizerBase", template: str
 ) -> tuple[int, int]:
     """Find the characters of `text` that the assistant said in turn `index`."""
-    before = _render(messages[:index], tokenizer, template, tokenize=False, add_generation_prompt=True) if index else ""
+    if index == 0:
+        raise DataError(
+            "the chat begins with the assistant, so there is no prompt its first answer could follow; "
+            "remove that turn or put a user turn before it"
+        )
+    before = _render(messages[:index], tokenizer, template, tokenize=False, add_generation_prompt=True)
     last = index == len(messages) - 1
     through = text if last else _render(messages[: index + 1], tokenizer, template, tokenize=False)
     for rendered in (before, through):
@@ -335,6 +346,12 @@ def _token_prefix(prefix: str, ids: np.ndarray, tokenizer: "PreTrainedTokenizerB
             "cannot tell where; use a fast tokenizer (tokenizer.json)"
         )
     return len(head)
+
+
+def _num_answers(messages: Sequence[Message]) -> int:
+    """Count runs of assistant turns."""
+    roles = ["", *(message["role"] for message in messages)]
+    return sum(role == "assistant" != before for before, role in pairwise(roles))
 
 
 def _last_run_start(mask: np.ndarray) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from longfit.data.formats import TRAIN_TURNS, chat_template, encode_chat
-from longfit.data.sources import PROBLEMS_SHOWN, Document
+from longfit.data.sources import Document, listing
 from longfit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -78,51 +78,65 @@ def tokenize_documents(
     """
     if train_turns not in TRAIN_TURNS:
         raise ConfigError(f"train_turns {train_turns!r}: allowed are {', '.join(TRAIN_TURNS)}")
-    special_ids = np.asarray(tokenizer.all_special_ids, dtype=np.int32)
     tokenized: list[TokenizedDocument] = []
     problems: list[str] = []
-    chosen_template: str | None = None
-    texts: list[Document] = []
-    num_chars = 0
-
-    def flush() -> None:
-        if texts:
-            encoded = tokenizer([document.text for document in texts], verbose=False)["input_ids"]
-            for document, ids in zip(texts, encoded, strict=True):
-                array = np.asarray(ids, dtype=np.int32)
-                num_special = int(np.isin(array[1:], special_ids).sum())  # the first may be BOS
-                tokenized.append(TokenizedDocument(document.name, array, num_special=num_special))
-            texts.clear()
-            if on_document is not None:
-                on_document(len(tokenized))
-
-    for document in documents:
-        if document.messages is None:
-            texts.append(document)
-            num_chars += document.num_chars()
-            if num_chars >= TOKENIZE_CHARS:
-                flush()
-                num_chars = 0
-            continue
-        flush()
-        chosen_template = chosen_template or chat_template(tokenizer, template)
-        try:
-            chat = encode_chat(document.messages, tokenizer, template=chosen_template, train_turns=train_turns)
-        except DataError as error:
-            problems.append(f"{document.name}: {error}")
-            continue
-        spelled = sum(
-            message["content"].count(token) for message in document.messages for token in tokenizer.all_special_tokens
-        )
-        tokenized.append(TokenizedDocument(document.name, chat.input_ids, chat.trained, num_special=spelled))
+    chosen: str | None = None
+    for batch in _batches(documents):
+        if batch[0].messages is None:
+            tokenized += _tokenize_texts(batch, tokenizer)
+        else:
+            chosen = chosen or chat_template(tokenizer, template)
+            try:
+                tokenized.append(_tokenize_chat(batch[0], tokenizer, template=chosen, train_turns=train_turns))
+            except DataError as error:
+                problems.append(f"{batch[0].name}: {error}")
         if on_document is not None:
-            on_document(len(tokenized))
-    flush()
+            on_document(len(tokenized) + len(problems))
     if problems:
-        more = [f"... and {len(problems) - PROBLEMS_SHOWN:,} more rows"] if len(problems) > PROBLEMS_SHOWN else []
-        raise DataError("\n".join(problems[:PROBLEMS_SHOWN] + more))
+        raise DataError(listing(problems, "rows"))
     _check_answers_stop(tokenized, tokenizer)
     return tokenized
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yield texts together, up to a size, and chats alone, in order."""
+    batch: list[Document] = []
+    num_chars = 0
+    for document in documents:
+        if batch and (document.is_chat or num_chars >= TOKENIZE_CHARS):
+            yield batch
+            batch, num_chars = [], 0
+        if document.is_chat:
+            yield [document]
+        else:
+            batch.append(document)
+            num_chars += document.num_chars()
+    if batch:
+        yield batch
+
+
+def _tokenize_texts(batch: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> list[TokenizedDocument]:
+    special = set(tokenizer.all_special_ids)
+    if tokenizer.unk_token_id != tokenizer.eos_token_id:
+        special.discard(tokenizer.unk_token_id)  # stands for characters the vocabulary lacks; nobody spelled it out
+    special_ids = np.asarray(sorted(special), dtype=np.int32)
+    encoded = tokenizer([document.text for document in batch], verbose=False)["input_ids"]
+    arrays = [np.asarray(ids, dtype=np.int32) for ids in encoded]
+    return [
+        TokenizedDocument(
+            document.name, ids, num_special=int(np.isin(ids[1:-1], special_ids).sum())
+        )  # ends may be BOS, EOS
+        for document, ids in zip(batch, arrays, strict=True)
+    ]
+
+
+def _tokenize_chat(
+    document: Document, tokenizer: "PreTrainedTokenizerBase", *, template: str, train_turns: str
+) -> TokenizedDocument:
+    messages = document.messages or ()
+    chat = encode_chat(messages, tokenizer, template=template, train_turns=train_turns)
+    spelled = sum(message["content"].count(token) for message in messages for token in tokenizer.all_special_tokens)
+    return TokenizedDocument(document.name, chat.input_ids, chat.trained, num_special=spelled)
 
 
 def _check_answers_stop(tokenized: Sequence[TokenizedDocument], tokenizer: "PreTrainedTokenizerBase") -> None:

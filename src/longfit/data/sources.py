@@ -1,7 +1,7 @@
 """A file, a folder or an archive becomes documents; what is not read is listed, what cannot be read is an error.
 
 One text file is one document, one row of a table is one document. The path is walked once to check and fingerprint
-everything, which keeps a few dozen bytes per document; iterating reads the text again, one document at a time. So a
+everything, which keeps some hundred bytes per document; iterating reads the text again, one document at a time. So a
 folder larger than memory is never held, and every problem is known before the first token is made.
 
 What this is not: it knows no tokens (`packing.py`), and it does not decide what a chat row means (`formats.py`).
@@ -54,7 +54,7 @@ CONVERT_FIRST = {
 SAVED_SET_METADATA = frozenset(
     {"dataset_info.json", "dataset_dict.json", "state.json"}
 )  # beside the .arrow files of save_to_disk
-PROBLEMS_SHOWN = 10  # of possibly thousands of bad files: enough to see the pattern
+PROBLEMS_SHOWN = 10  # of possibly thousands: enough to see the pattern
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,16 @@ class Document:
         return self.messages is not None
 
     def fingerprint(self) -> bytes:
-        """Digest of the content: equal documents are duplicates."""
+        """Digest of the content: equal documents are duplicates.
+
+        Raises: DataError: the text is not valid Unicode.
+        """
         content = self.text if self.text is not None else json.dumps(self.messages, sort_keys=True, ensure_ascii=False)
-        return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        try:
+            return blake2b(content.encode(), digest_size=16).digest()
+        except UnicodeEncodeError as error:  # JSON can say "\ud83d" alone; no tokenizer can read it
+            half = ascii(content[error.start])
+            raise DataError(f"{self.name}: half a character, {half}, at {error.start:,}; write the whole one") from None
 
     def num_chars(self) -> int:
         """Characters of text, or of all messages' contents."""
@@ -157,7 +164,7 @@ class FileSource:
             with self.open() as stream:
                 yield from self._documents(stream)
         except DataError as error:
-            raise DataError(f"{self.name}: {error}") from None
+            raise DataError("\n".join(f"{self.name}: {problem}" for problem in str(error).splitlines())) from None
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
             raise DataError(f"{self.name}: cannot be read: {error}") from None
 
@@ -169,24 +176,36 @@ class FileSource:
         if self.kind == "html":
             yield Document(self.name, text=readers.read_html(stream, encoding=self.encoding), source=source)
             return
-        first: tuple[int, formats.RowShape] | None = None
-        for line, row in self._rows(stream):
-            try:
-                shape = formats.recognise(row, text_column=self.text_column)
-                first = first or (line, shape)
-                if shape.name != first[1].name:
-                    raise DataError(
-                        f"mixed rows: {shape.name} here, but {first[1].name} at line {first[0]}; "
-                        "put them into separate files, or name one column with text_column"
-                    )
-                content = formats.row_content(row, shape)
-            except DataError as error:
-                raise DataError(f"line {line}: {error}") from None
+        problems: list[str] = []
+        for line, content in self._contents(stream, problems):
             name = f"{self.name}:{line}"
             if isinstance(content, str):
                 yield Document(name, text=content, source=source, line=line)
             else:
                 yield Document(name, messages=content, source=source, line=line)
+        if problems:
+            raise DataError(listing(problems, "rows"))
+
+    def _contents(
+        self, stream: BinaryIO, problems: list[str]
+    ) -> Iterator[tuple[int, str | tuple[formats.Message, ...]]]:
+        """Yield what each row holds; rows that hold nothing usable are added to `problems`."""
+        first: tuple[int, formats.RowShape] | None = None
+        for line, row in self._rows(stream):
+            try:
+                shape = formats.recognise(row, text_column=self.text_column)
+            except DataError as error:
+                raise DataError(f"line {line}: {error}") from None
+            first = first or (line, shape)
+            if shape.name != first[1].name:
+                raise DataError(
+                    f"line {line}: mixed rows: {shape.name} here, but {first[1].name} at line {first[0]}; "
+                    "put them into separate files, or name one column with text_column"
+                )
+            try:
+                yield line, formats.row_content(row, shape)
+            except DataError as error:
+                problems.append(f"line {line}: {error}")
 
     def _rows(self, stream: BinaryIO) -> Iterator[readers.NumberedRow]:
         if self.kind == "jsonl":
@@ -274,7 +293,7 @@ def read_documents(
         path: a text file, a table (.jsonl .json .csv .tsv .parquet .arrow), a .zip, or a folder of them.
         text_column: the column of tables that holds plain text; None recognises it by name (see `formats.py`).
         encoding: of text files and tables, if not UTF-8.
-        exclude: glob patterns, matched against file names and paths relative to `path`.
+        exclude: glob patterns, matched against the path relative to `path` and each of its parts.
     Raises:
         DataError: nothing there, nothing readable, or damaged files: all of them in one message, each with its place.
         ConfigError: unknown encoding.
@@ -282,7 +301,7 @@ def read_documents(
     path = Path(path)
     if not path.exists():
         raise DataError(_missing(path))
-    found, skipped = _walk_folder(path, exclude) if path.is_dir() else _single_file(path)
+    found, skipped = _walk_folder(path, exclude) if path.is_dir() else _single_file(path, exclude)
     files = [FileSource(file, name, kind, member, encoding, text_column) for file, name, kind, member in found]
     if not files:
         raise DataError(_nothing_readable(path, skipped))
@@ -362,8 +381,7 @@ def _survey(
         except DataError as error:
             problems.append(str(error))
     if problems:
-        more = [f"... and {len(problems) - PROBLEMS_SHOWN:,} more files"] if len(problems) > PROBLEMS_SHOWN else []
-        raise DataError("\n".join(problems[:PROBLEMS_SHOWN] + more))
+        raise DataError(listing(problems, "files"))
     if len(kinds) == 2:
         raise DataError(
             f"chats ({kinds[True]}) and plain text ({kinds[False]}) are mixed; "
@@ -375,15 +393,21 @@ def _survey(
     return Documents(tuple(sources), tuple(entries), report)
 
 
+def listing(problems: Sequence[str], things: str) -> str:
+    """Show the first problems, a line each, and count the others."""
+    hidden = len(problems) - PROBLEMS_SHOWN
+    return "\n".join([*problems[:PROBLEMS_SHOWN], *([f"... and {hidden:,} more {things}"] if hidden > 0 else [])])
+
+
 Found = tuple[Path, str, str, str | None]  # file, printed name, kind, member of an archive
 
 
-def _single_file(path: Path) -> tuple[list[Found], list[tuple[str, str]]]:
+def _single_file(path: Path, exclude: Sequence[str]) -> tuple[list[Found], list[tuple[str, str]]]:
     suffix = path.suffix.lower()
     if suffix in CONVERT_FIRST:
         raise DataError(f"{path}: {suffix} is not read; convert it first, for example: {CONVERT_FIRST[suffix]}")
     kind = KIND_OF_SUFFIX.get(suffix, "text")
-    return _walk_archive(path, path.name, ()) if kind == "zip" else ([(path, path.name, kind, None)], [])
+    return _walk_archive(path, path.name, exclude) if kind == "zip" else ([(path, path.name, kind, None)], [])
 
 
 def _walk_folder(root: Path, exclude: Sequence[str]) -> tuple[list[Found], list[tuple[str, str]]]:
@@ -441,7 +465,7 @@ def _why_skip(relative: str, exclude: Sequence[str]) -> str | None:
     suffix = Path(relative).suffix.lower()
     if any(part.startswith(".") or part == "__MACOSX" for part in parts):
         return "hidden"
-    if any(fnmatch.fnmatch(relative, pattern) or fnmatch.fnmatch(parts[-1], pattern) for pattern in exclude):
+    if any(fnmatch.fnmatch(name, pattern) for pattern in exclude for name in (relative, *parts)):
         return "excluded"
     if parts[-1] in SAVED_SET_METADATA:
         return "metadata of a saved data set"
