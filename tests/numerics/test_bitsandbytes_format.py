@@ -73,8 +73,8 @@ def test_weights_stored_as_floats_are_bytes(storage: torch.dtype) -> None:
     packed, state = from_bitsandbytes(as_floats)
     assert torch.equal(packed, as_bytes["weight"].view(-1))
     assert torch.equal(dequantize_4bit(packed, state), decoded)
-    lying = {**as_bytes, "weight": as_bytes["weight"].t()}  # [1, n / 2], as older files have it
-    assert torch.equal(from_bitsandbytes(lying)[0], packed)
+    older = {**as_bytes, "weight": as_bytes["weight"].t()}  # [1, n / 2]
+    assert torch.equal(from_bitsandbytes(older)[0], packed)
 
 
 def test_golden_text() -> None:

@@ -69,13 +69,15 @@ def test_any_run_of_rows_decodes_alone(double_quant: bool) -> None:
 
 
 def test_indices_beyond_32_bits() -> None:
-    fmt = RowFormat(out_features=2**20, in_features=8192)  # 2^33 weights, 2^27 blocks, 2^19 nested constants
-    nested = torch.arange(2**19, dtype=torch.float32)
+    # 2^37 weights, 2^32 blocks, 2^20 nested constants
+    fmt = RowFormat(out_features=2**20, in_features=2**17, block_size=32, absmax_block_size=4096)
+    nested = torch.arange(2**20, dtype=torch.float32)
     constants = torch.cat([nested, torch.tensor([0.5])]).view(torch.uint8)
-    rows = torch.full((2, fmt.row_bytes), 0xFF, dtype=torch.uint8)  # code 15 is 1.0, scale code 255 is 1.0
+    rows = torch.full((2, fmt.row_bytes), 0xFF, dtype=torch.uint8)  # code 15 is 1.0, constant code 255 is 1.0
     weight = dequantize_rows(rows, constants, fmt, torch.float64, first_row=2**20 - 2)
     assert dynamic_map(signed=True)[255] == 1
-    assert (weight == 2**19 - 1 + 0.5).all()  # both rows have 128 blocks: the last 256 of the weight
+    assert (weight[0] == 2**20 - 2 + 0.5).all()  # a row has 4096 blocks: one nested constant each
+    assert (weight[1] == 2**20 - 1 + 0.5).all()
 
 
 def test_owned_memory() -> None:
