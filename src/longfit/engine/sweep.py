@@ -355,9 +355,8 @@ def enable_sweep(model: nn.Module, *, tile: int | None = None, arena: Arena | No
         warnings.warn(f"{name} is not swept but checkpointed in the ordinary way: {reason}", stacklevel=2)
     if base.supports_gradient_checkpointing:
         base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=sweeper.door)
-    return SweepReport(
-        chosen, str(config._attn_implementation), tuple(names[layer] for layer in sweeper.swept), fallback
-    )
+    layers = tuple(names[layer] for layer, reason in reasons.items() if reason is None)
+    return SweepReport(chosen, str(config._attn_implementation), layers, fallback)
 
 
 def disable_sweep(model: nn.Module) -> None:
@@ -365,6 +364,15 @@ def disable_sweep(model: nn.Module) -> None:
     base = base_model(model)
     if base.supports_gradient_checkpointing:
         base._set_gradient_checkpointing(enable=False)
+
+
+def sweeper_of(model: nn.Module) -> Sweeper | None:
+    """The sweep that is installed in a model, or None."""
+    for module in base_model(model).modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if inspect.ismethod(function) and isinstance(function.__self__, Sweeper) and module.gradient_checkpointing:
+            return function.__self__
+    return None
 
 
 # ------------------------------------------------------------------------------------------------ which layers can be
