@@ -1,31 +1,58 @@
-"""AdamW for fine-tuning: float32 masters (or stochastic rounding) for 16-bit parameters, no full-size temporaries.
+"""AdamW for fine-tuning: 32- or 8-bit moments in pages, float32 masters for 16-bit parameters.
 
 Why not torch.optim.AdamW: it moves bfloat16 parameters in bfloat16. LongLoRA trains embeddings and norms, at learning
 rates where the step is below half a unit in the last place; such a weight never moves. Here the update runs in float32:
 
-- ``master_weights="fp32"`` keeps a float32 copy of each 16-bit parameter; the parameter is its rounded shadow;
+- ``master_weights="fp32"`` keeps a float32 copy of each 16-bit parameter; the parameter is its rounded shadow. A
+  parameter that is changed from outside (loaded, clamped, averaged) wins over its master;
 - ``master_weights="stochastic"`` keeps no copy (4 bytes a parameter less) and rounds each new bfloat16 value up or
   down at random, right on average.
+
+The mathematics are in ``numerics/adamw.py``, where the state lies in ``layout.py``, how it moves in ``paging.py``, how
+it survives a kill in ``page_file.py``. Here they become a ``torch.optim.Optimizer``.
 """
 
+import os
+import weakref
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from longfit.errors import ConfigError
-from longfit.optim.update import (
-    StepScalars,
-    adamw_update,
-    refresh_master,
-    round_stochastically,
-    rounding_key,
-    step_scalars,
-)
+from longfit.errors import ConfigError, PagingError
+from longfit.numerics.adamw import StepScalars, step_scalars
+from longfit.numerics.stochastic_rounding import rounding_key
+from longfit.optim.elements import put, take
+from longfit.optim.layout import Layout, Page, Run, StateFormat, format_of
+from longfit.optim.page_file import PageFile
+from longfit.optim.paging import SMALLEST_CAPACITY, PageCache
+from longfit.optim.run_update import update_run
 
-_SLICE = 1 << 16  # elements updated at once: five float32 temporaries of 256 KiB stay in the second-level cache
-_STATE_KEYS = ("exp_avg", "exp_avg_sq", "master")
+# Long enough that a page's copy runs at full speed, short enough that budgets of some MiB hold several.
+DEFAULT_PAGE_BYTES = 4 << 20
+_PAGE_GRAIN = 4096  # bytes: the file system's own pages
+
+
+@dataclass(frozen=True)
+class PagingStatistics:
+    """Where the state is now, and what moving it has cost since the optimiser was made."""
+
+    resident_bytes: int  # pages in the memory the budget counts
+    paged_bytes: int  # pages elsewhere
+    moved_bytes: int
+    moved_s: float  # seconds of copying, most of them beside the update
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one parameter contributes to one step."""
+
+    param: Tensor
+    grad: Tensor
+    scalars: StepScalars
+    rounding_key: int
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -34,30 +61,58 @@ class PagedAdamW(torch.optim.Optimizer):
     Args:
         params: parameters or param groups; bfloat16, float16, float32 or float64, any strides.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``; each may be set per group.
+        state_bits: 32, or 8 for block-wise 8-bit moments (2.03 bytes a parameter instead of 8). Parameters below 4,096
+            elements keep 32 bits, float64 ones 64.
         master_weights: ``"fp32"`` or ``"stochastic"`` (bfloat16 only): how 16-bit parameters keep small updates.
+        page_bytes: size of a page; a multiple of 4,096, at least 65,536.
+        budget_bytes: state that may stay in the memory of each parameter's device; None: all of it. The rest goes to
+            host memory (accelerators) or to the file at ``path``.
+        host_budget_bytes: for accelerators with a ``path``: state that may stay in host memory; None: all of it.
+        path: file for the pages that exceed the budget. It belongs to this optimiser alone, and is removed when the
+            optimiser goes, unless ``commit`` was called.
+        run: a name under which ``path`` can be opened again; with the same name the state of the last ``commit`` is
+            taken up. None makes one up, so that a file left behind is never taken for ours.
     Raises:
         ConfigError: a setting is out of its range, or a parameter has a dtype that cannot be trained.
-    Source: arXiv 1711.05101, algorithm 2.
+        PagingError: the file cannot be used: unwritable, damaged, in use, or of another run.
+    Source: arXiv 1711.05101, algorithm 2; QLoRA, section 3; arXiv 2110.02861 for 8-bit moments.
+
+    A NaN or infinite gradient makes its weight NaN, as in torch, and no other. Pickling and deepcopy are refused, as
+    two optimisers cannot own one file and one set of pages: ``state_dict`` carries everything.
     """
 
     def __init__(
         self,
         params: Any,
         *,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        state_bits: int = 32,
         master_weights: str = "fp32",
+        page_bytes: int = DEFAULT_PAGE_BYTES,
+        budget_bytes: int | None = None,
+        host_budget_bytes: int | None = None,
+        path: str | os.PathLike[str] | None = None,
+        run: str | None = None,
     ) -> None:
-        if master_weights not in ("fp32", "stochastic"):
-            raise ConfigError(
-                f"master_weights: got {master_weights!r}; allowed: 'fp32' or 'stochastic'; "
-                "'fp32' costs 4 bytes per 16-bit parameter"
-            )
+        _check_settings(state_bits, master_weights, page_bytes, budget_bytes, path)
+        self.state_bits = state_bits
         self.master_weights = master_weights
-        self._seed = int(torch.randint(1 << 32, ()))
+        self.budget_bytes = budget_bytes
+        self.host_budget_bytes = host_budget_bytes
+        self._seed = torch.initial_seed() & 0xFFFFFFFF  # read, not drawn: the caller's random numbers stay as they were
+        self._layout = Layout(page_bytes)
+        self._formats: list[StateFormat] = []  # of the parameters that have a place, by number
+        self._steps: list[int] = []  # steps taken, likewise
+        self._caches: dict[torch.device, PageCache] = {}
+        self._host: PageCache | None = None  # below the accelerators' caches
+        self._torn = False  # a step stopped in the middle
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._file = PageFile(path, run=run, page_bytes=page_bytes) if path is not None else None
+        if self._file is not None:
+            weakref.finalize(self, self._file.close)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; its settings and dtypes are checked here."""
@@ -74,121 +129,325 @@ class PagedAdamW(torch.optim.Optimizer):
         Args:
             closure: re-evaluates the model and returns the loss.
         Returns: what ``closure`` returned, or None.
+        Raises:
+            ConfigError: a gradient is sparse, or a parameter has moved to another device.
+            PagingError: the file failed. If it failed before anything changed, the optimiser can go on; in the middle
+                of a step it cannot, and says so.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, param, group in self._numbered():
-            if param.grad is not None and param.numel() > 0:
-                self._step_param(number, param, group)
+        self._prepare()
+        parts = self._parts()
+        if not parts:
+            return loss
+        pages = [page for page in self._layout.pages if any(run.param in parts for run in page.runs)]
+        if self._file is not None:
+            self._file.check()
+        self._torn = True
+        for page, frame in self._sweep(pages):
+            for run in page.runs:
+                if run.param in parts:
+                    _update(run, parts[run.param], frame)
+        for number in parts:
+            self._steps[number] += 1
+        self._torn = False
         return loss
 
-    def _step_param(self, number: int, param: Tensor, group: dict[str, Any]) -> None:
-        grad = param.grad
-        assert grad is not None
-        if grad.is_sparse:
-            raise ConfigError("PagedAdamW takes dense gradients only; build the embedding with sparse=False")
-        state = self.state[param]
-        if not state:
-            state.update(_new_state(param, self.master_weights))
-        state["step"] += 1
-        step = int(state["step"])
-        scalars = step_scalars(
-            step, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"]
-        )
-        key = rounding_key(self._seed, param=number, step=step)
-        flat = {name: state[name].view(-1) for name in _STATE_KEYS if name in state}
-        for start in range(0, param.numel(), _SLICE):
-            stop = min(start + _SLICE, param.numel())
-            run = {name: tensor[start:stop] for name, tensor in flat.items()}
-            _step_run(param, grad, start, stop, run, scalars, key)
-
-    def _numbered(self) -> list[tuple[int, Tensor, dict[str, Any]]]:
-        pairs = [(param, group) for group in self.param_groups for param in group["params"]]
-        return [(number, param, group) for number, (param, group) in enumerate(pairs)]
-
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dictionary; the moments keep their float32 and the masters come along."""
-        saved = super().state_dict()
+        """Return torch's state dictionary, the state copied to CPU tensors in its own precision.
+
+        Per parameter: ``step``, ``exp_avg``, ``exp_avg_sq`` (uint8 codes with ``exp_avg_absmax`` and
+        ``exp_avg_sq_absmax`` beside them where 8-bit) and ``master``. 32-bit state without masters is what
+        ``torch.optim.AdamW`` writes.
+        """
+        self._prepare()
+        self.state.update(self._gather())
+        try:
+            saved = super().state_dict()
+        finally:
+            self.state.clear()
         saved["seed"] = self._seed
         return saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned, or the state of a ``torch.optim.AdamW``.
+        """Load what ``state_dict`` returned, or the state of a ``torch.optim.AdamW``; tiers and budget stay as made.
 
-        Unlike torch this never casts the state to the parameter's dtype, which would cut float32 moments to bfloat16.
+        Unlike torch this never casts the state to the parameter's dtype, which would cut float32 moments to bfloat16,
+        and never puts it on the accelerator as a whole.
+
+        Raises: ConfigError: the state has another form (8-bit for 32-bit, another shape).
         """
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self._torn = False
+        self._prepare()
+        saved = {number: state_dict["state"].get(number, {}) for number in range(len(self._steps))}
+        for number, param in enumerate(self._params()):
+            _check_saved(number, param, self._formats[number], saved[number])
         self._seed = state_dict.get("seed", self._seed)
-        for number, param, _ in self._numbered():
-            if number not in state_dict["state"]:
-                continue
-            saved = state_dict["state"][number]
-            fresh = _new_state(param, self.master_weights)
-            for name in _STATE_KEYS:
-                if name in fresh and name in saved:
-                    fresh[name].copy_(saved[name])
-            fresh["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).clone().cpu()
-            self.state[param] = fresh
+        changed = {number for number in saved if saved[number] or self._steps[number]}
+        for page, frame in self._sweep(
+            [page for page in self._layout.pages if any(r.param in changed for r in page.runs)]
+        ):
+            for run in page.runs:
+                _scatter(run, saved[run.param], frame)
+        self._steps = [int(saved[number].get("step", 0)) for number in saved]
+
+    def commit(self) -> None:
+        """Make the state of this moment the one a killed run finds in its file (call it with each checkpoint).
+
+        Raises: ConfigError: there is no file. PagingError: it failed; the previous commit stands.
+        """
+        if self._file is None:
+            raise ConfigError("commit: this optimiser has no file; give path=, or save state_dict()")
+        self._prepare()
+        for cache in self._tiers():
+            cache.flush()
+        self._file.commit({"layout": self._layout.fingerprint(), "steps": self._steps, "seed": self._seed})
+
+    def relieve(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``function``; if memory runs out, move the state out of the way and call it once more.
+
+        Wrap what allocates beside the optimiser, the forward and backward pass. It must be fit to be called again:
+        set the gradients to None, or to what they were, inside it.
+
+        Returns: what ``function`` returned.
+        Raises: what ``function`` raised the second time, or the first time if there was nothing to move.
+        """
+        try:
+            return function(*args, **kwargs)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error) or self.evict() == 0:
+                raise
+        return function(*args, **kwargs)
+
+    def evict(self) -> int:
+        """Move all state to the lower tiers and release its memory; the next step brings back what the budget allows.
+
+        Returns: bytes released on the parameters' devices; 0 if there is no lower tier.
+        """
+        released = sum(cache.evict() for cache in self._caches.values())
+        if released and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return released
+
+    def paging_statistics(self) -> PagingStatistics:
+        """Return resident, paged and moved bytes and the time spent moving them."""
+        pages = sum(any(self._steps[run.param] for run in page.runs) for page in self._layout.pages)
+        resident = sum(cache.resident_bytes for cache in self._caches.values())
+        return PagingStatistics(
+            resident_bytes=resident,
+            paged_bytes=max(pages * self._layout.page_bytes - resident, 0),
+            moved_bytes=sum(cache.moved_bytes for cache in self._tiers()),
+            moved_s=sum(cache.moved_s for cache in self._caches.values()),  # contains the tiers below
+        )
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state of all parameters that have a place, wherever it is."""
+        return self._layout.state_bytes
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError("PagedAdamW cannot be pickled or deep-copied: it owns its pages and file; use state_dict()")
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _tiers(self) -> list[PageCache]:
+        """Return all caches, those above before those below."""
+        return [*self._caches.values(), *([self._host] if self._host is not None else [])]
+
+    def _prepare(self) -> None:
+        """Give new parameters their place. Done late, as Accelerate moves models after the optimiser was made."""
+        if self._torn:
+            raise PagingError(
+                "the last step stopped in the middle: some parameters have moved and others have not. "
+                "Load model and optimiser from the last checkpoint"
+            )
+        params = self._params()
+        placed = len(self._steps)
+        if placed < len(params):
+            self._formats += [
+                format_of(param, state_bits=self.state_bits, master_weights=self.master_weights)
+                for param in params[placed:]
+            ]
+            self._steps += [0] * (len(params) - placed)
+            self._layout.add([(n, params[n], self._formats[n]) for n in range(placed, len(params))])
+        for device in {page.device for page in self._layout.pages} - self._caches.keys():
+            self._caches[device] = self._new_cache(device)
+        if self._file is not None:
+            if placed == 0 and self._file.record is not None:
+                self._resume(self._file.record)
+            self._file.grow(len(self._layout.pages))
+
+    def _new_cache(self, device: torch.device) -> PageCache:
+        page_bytes = self._layout.page_bytes
+        capacity = _capacity(self.budget_bytes, page_bytes)
+        if device.type == "cpu":
+            return PageCache(device, page_bytes=page_bytes, capacity=capacity, below=self._file)
+        if self._host is None:
+            self._host = PageCache(
+                torch.device("cpu"),
+                page_bytes=page_bytes,
+                capacity=_capacity(self.host_budget_bytes, page_bytes),
+                below=self._file,
+                pinned=device.type == "cuda",
+            )
+        return PageCache(device, page_bytes=page_bytes, capacity=capacity, below=self._host)
+
+    def _resume(self, record: dict[str, Any]) -> None:
+        """Take up the committed state of the file."""
+        assert self._file is not None
+        if record["layout"] != self._layout.fingerprint():
+            raise PagingError(
+                f"{self._file.path}: holds the state of other parameters or settings (layout {record['layout']}, this "
+                f"model's is {self._layout.fingerprint()}). Resume with the same model, state_bits, master_weights "
+                "and page_bytes, or remove the file"
+            )
+        self._steps, self._seed = list(record["steps"]), record["seed"]
+
+    def _parts(self) -> dict[int, _Part]:
+        """Return what each parameter with a gradient needs for its next step, by number."""
+        parts = {}
+        numbers = iter(range(len(self._steps)))
+        for group in self.param_groups:
+            for number, param in zip(numbers, group["params"], strict=False):
+                if param.grad is None or param.numel() == 0:
+                    continue
+                if param.grad.is_sparse:
+                    raise ConfigError("PagedAdamW takes dense gradients; build the embedding with sparse=False")
+                step = self._steps[number] + 1
+                scalars = step_scalars(
+                    step,
+                    lr=float(group["lr"]),
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                )
+                parts[number] = _Part(param, param.grad, scalars, rounding_key(self._seed, param=number, step=step))
+        return parts
+
+    def _sweep(self, pages: list[Page], *, change: bool = True) -> Any:
+        """Yield (page, frame) for the pages, device by device."""
+        for device, cache in self._caches.items():
+            here = [page.number for page in pages if page.device == device]
+            for number, frame in cache.sweep(here, change=change):
+                yield self._layout.pages[number], frame
+
+    def _gather(self) -> dict[Tensor, dict[str, Tensor]]:
+        """Copy the state of every parameter that has taken a step to CPU tensors of its shape."""
+        gathered: dict[int, dict[str, Tensor]] = {}
+        params = self._params()
+        for number, step in enumerate(self._steps):
+            if step:
+                gathered[number] = {"step": torch.tensor(float(step))}
+                for field in self._formats[number].fields:
+                    count = field.count(params[number].numel())
+                    gathered[number][field.name] = torch.zeros(count, dtype=field.dtype)
+        wanted = [page for page in self._layout.pages if any(run.param in gathered for run in page.runs)]
+        for page, frame in self._sweep(wanted, change=False):
+            for run in page.runs:
+                if run.param in gathered:
+                    _collect(run, frame, gathered[run.param])
+        for number, state in gathered.items():
+            for name in ("exp_avg", "exp_avg_sq", "master"):
+                if name in state:
+                    state[name] = state[name].view(params[number].shape)
+        return {params[number]: state for number, state in gathered.items()}
 
 
-def _new_state(param: Tensor, master_weights: str) -> dict[str, Tensor]:
-    dtype = torch.promote_types(param.dtype, torch.float32)
-    names = ["exp_avg", "exp_avg_sq"]
-    if param.dtype in (torch.bfloat16, torch.float16) and master_weights == "fp32":
-        names.append("master")
-    state = {name: torch.zeros(param.shape, dtype=dtype, device=param.device) for name in names}
-    return {"step": torch.tensor(0.0), **state}
+def _update(run: Run, part: _Part, frame: Tensor) -> None:
+    if part.param.device != frame.device:
+        raise ConfigError(
+            f"a parameter is on {part.param.device}, its state on {frame.device}: the model was moved after the first "
+            "step. Save state_dict(), make a new optimiser for the moved model and load it"
+        )
+    param, grad = (take(tensor, run.start, run.stop) for tensor in (part.param, part.grad))
+    update_run(param, grad, run.state(frame), part.scalars, rounding_key=part.rounding_key, start=run.start)
+    if not part.param.is_contiguous():
+        put(part.param, run.start, run.stop, param)
 
 
-def _step_run(
-    param: Tensor, grad: Tensor, start: int, stop: int, state: dict[str, Tensor], scalars: StepScalars, key: int
+def _collect(run: Run, frame: Tensor, into: dict[str, Tensor]) -> None:
+    """Copy a run's state out of its page, to its place in the parameter's whole state."""
+    for field in run.format.fields:
+        begin = run.start // field.elements_per_value
+        view = run.views(frame)[field.name]
+        into[field.name][begin : begin + view.numel()].copy_(view)
+
+
+def _scatter(run: Run, saved: dict[str, Any], frame: Tensor) -> None:
+    """Copy a run's part of a saved state into its page; what was not saved becomes zero, which is a new state."""
+    for field in run.format.fields:
+        view = run.views(frame)[field.name]
+        if field.name not in saved:
+            view.zero_()
+            continue
+        begin = run.start // field.elements_per_value
+        view.copy_(take(saved[field.name], begin, begin + view.numel()))
+
+
+def _check_saved(number: int, param: Tensor, form: StateFormat, saved: dict[str, Any]) -> None:
+    for field in form.fields if saved else ():
+        tensor = saved.get(field.name)
+        if tensor is None and field.name == "master":
+            continue  # a torch.optim.AdamW has none; it starts from the parameter
+        count = field.count(param.numel())
+        if tensor is None or tensor.numel() != count or (tensor.dtype == torch.uint8) != (field.dtype == torch.uint8):
+            got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise ConfigError(
+                f"state of parameter {number}, {field.name}: got {got}; this optimiser keeps {count} values of "
+                f"{field.dtype}. Load it into an optimiser with the state_bits and the model it was saved with"
+            )
+
+
+def _capacity(budget_bytes: int | None, page_bytes: int) -> int | None:
+    return None if budget_bytes is None else budget_bytes // page_bytes
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch's CPU allocator says so only in the text of a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(
+        error
+    )
+
+
+def _check_settings(
+    state_bits: int,
+    master_weights: str,
+    page_bytes: int,
+    budget_bytes: int | None,
+    path: str | os.PathLike[str] | None,
 ) -> None:
-    """Update elements ``start`` to ``stop`` of ``param``; ``state`` holds the same run of each state tensor."""
-    grad = _take(grad, start, stop).to(state["exp_avg"].dtype)
-    here = _take(param, start, stop)
-    moments = state["exp_avg"], state["exp_avg_sq"]
-    if here.dtype == moments[0].dtype:
-        adamw_update(here, grad, *moments, scalars)
-        updated = here
-    elif "master" in state:
-        refresh_master(state["master"], here)
-        adamw_update(state["master"], grad, *moments, scalars)
-        updated = state["master"]
-    else:
-        wide = here.float()
-        adamw_update(wide, grad, *moments, scalars)
-        updated = round_stochastically(wide, key=key, start=start)
-    if updated is not here or not param.is_contiguous():
-        _put(param, start, stop, updated)
-
-
-def _take(tensor: Tensor, start: int, stop: int) -> Tensor:
-    """Return elements ``start`` to ``stop`` in row-major order: a view where strides allow it, else a small copy."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)[start:stop]
-    width = tensor[0].numel()
-    first = start // width
-    return tensor[first : -(-stop // width)].reshape(-1)[start - first * width : stop - first * width]
-
-
-def _put(tensor: Tensor, start: int, stop: int, values: Tensor) -> None:
-    """Write ``values`` to elements ``start`` to ``stop`` in row-major order."""
-    if tensor.is_contiguous():
-        tensor.view(-1)[start:stop].copy_(values)
-        return
-    width = tensor[0].numel()
-    first, last = start // width, -(-stop // width)
-    rows = tensor[first:last].reshape(-1).clone()
-    rows[start - first * width : stop - first * width].copy_(values)
-    tensor[first:last].copy_(rows.view(tensor[first:last].shape))
+    if state_bits not in (8, 32):
+        raise ConfigError(f"state_bits: got {state_bits}; allowed: 32 or 8; 8 takes a quarter of the memory")
+    if master_weights not in ("fp32", "stochastic"):
+        raise ConfigError(
+            f"master_weights: got {master_weights!r}; allowed: 'fp32' or 'stochastic'; "
+            "'fp32' is exact and costs 4 bytes per 16-bit parameter"
+        )
+    if page_bytes < 16 * _PAGE_GRAIN or page_bytes % _PAGE_GRAIN:
+        raise ConfigError(
+            f"page_bytes: got {page_bytes}; allowed: multiples of {_PAGE_GRAIN} from {16 * _PAGE_GRAIN}; "
+            f"{DEFAULT_PAGE_BYTES} is a good size"
+        )
+    if budget_bytes is not None and budget_bytes < SMALLEST_CAPACITY * page_bytes:
+        raise ConfigError(
+            f"budget_bytes: got {budget_bytes}; allowed: at least {SMALLEST_CAPACITY} pages of {page_bytes} bytes, one "
+            "in use and one on its way; give more, or a smaller page_bytes"
+        )
+    if budget_bytes is not None and path is None and not torch.accelerator.is_available():
+        raise ConfigError(
+            f"budget_bytes: got {budget_bytes} without a path; on a CPU the other pages need a file; give path="
+        )
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
     allowed = {
-        "lr": (group["lr"] >= 0, "at least 0"),
+        "lr": (float(group["lr"]) >= 0, "at least 0"),
         "betas": (all(0 <= beta < 1 for beta in group["betas"]), "two numbers in [0, 1)"),
         "eps": (group["eps"] > 0, "above 0"),
         "weight_decay": (group["weight_decay"] >= 0, "at least 0"),
@@ -206,5 +465,5 @@ def _check_parameter(param: Tensor, master_weights: str) -> None:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise ConfigError(
             f"a parameter of shape {tuple(param.shape)} has dtype {param.dtype}; allowed with "
-            f"master_weights={master_weights!r}: {names}; cast it, or set requires_grad_(False) and leave it out"
+            f"master_weights={master_weights!r}: {names}; cast it, or leave it out"
         )
