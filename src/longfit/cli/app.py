@@ -4,13 +4,13 @@ A verb parses, calls one library function and prints. Nothing heavy is imported 
 Exit codes: 0 done, 1 our fault, 2 the user can fix it, 130 stopped by Ctrl-C. Tracebacks only with ``--debug``.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from longfit import __version__
 from longfit.cli import data, demo, doctor, evaluate, runs, train
 from longfit.cli.output import print_error
 from longfit.errors import BackendError, LongfitError
@@ -34,7 +34,9 @@ app.command("doctor")(doctor.doctor)
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"longfit {__version__}")
+        from longfit.cli.doctor import package_version
+
+        typer.echo(f"longfit {package_version('longfit') or '(not installed, run from its sources)'}")
         raise typer.Exit()
 
 
@@ -58,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns: the exit code.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if not sys.stderr.isatty():  # other libraries' bars are noise in a log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:

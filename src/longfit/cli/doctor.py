@@ -10,10 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from longfit import __version__ as longfit_version
 from longfit.cli.output import gib, print_json, print_lines
 
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "gguf")
+PACKAGES = ("longfit", "torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "gguf")
 # Instruction sets that the kernels or torch choose between.
 ISA_FLAGS = (
     "avx2",
@@ -39,7 +38,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
     cpu, disk = facts["cpu"], facts["disk"]
     print_lines(
         f"python {facts['python']} on {facts['platform']}",
-        "  ".join(f"{name} {number or 'missing'}" for name, number in facts["packages"].items()),
+        "  ".join(f"{name} {number or 'not installed'}" for name, number in facts["packages"].items()),
         "",
         f"processor  {cpu['model']}, {cpu['cores']} cores, torch uses {cpu['torch_threads']} threads",
         f"           {' '.join(cpu['flags']) or 'no known instruction sets'}; torch: {cpu['torch_capability']}",
@@ -70,7 +69,7 @@ def inspect_machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {"longfit": longfit_version, **{name: _version(name) for name in PACKAGES}},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "cpu": {
             "model": _cpu_model(),
             "cores": os.cpu_count(),
@@ -86,7 +85,8 @@ def inspect_machine() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -36,7 +36,7 @@ from longfit.training import run_directory
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
 from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, MetricsFile, OnEvent, peak_memory_bytes, read_metrics
-from longfit.training.optimizer import clip_gradients, make_optimizer, parameter_groups
+from longfit.training.optimizer import clip_gradients, make_optimizer, paging_record, parameter_groups
 from longfit.training.prepare import extend, load_base, make_trainable, native_context, pack_documents, read_data
 from longfit.training.schedule import learning_rate
 
@@ -294,6 +294,7 @@ def _step(run: _Run, interruptible: Interruptible) -> None:
             "tokens_per_s": num_tokens / seconds,
             "step_s": seconds,
             "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+            **paging_record(run.optimizer),
         }
         run.record(record)
     text = f"step {step + 1}/{run.total_steps}  loss {loss:.4f}  grad {grad_norm:.3f}  lr {rate:.2e}"

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from longfit.config import RunConfig
-from longfit.errors import ConfigError
 from longfit.optim.adamw import PagedAdamW
 
 
@@ -27,20 +26,39 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
 def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Make the optimiser that the config asks for.
 
-    torch's fused AdamW where every parameter is 32-bit, as adapters are; `PagedAdamW`, which keeps float32 masters,
-    where embeddings or norms of a 16-bit base are trained.
+    torch's fused AdamW where 32-bit parameters, as adapters are, want 32-bit state without a budget; `PagedAdamW` for
+    the rest: 8-bit state, paged state, and float32 masters for the embeddings or norms of a 16-bit base.
 
     Args:
         config: its ``optim`` section decides; ``train.learning_rate`` is the peak.
         groups: from `parameter_groups`.
-    Raises: ConfigError: the settings ask for state that this version does not have.
+    Raises: ConfigError, PagingError: as `PagedAdamW`.
     """
     optim, peak = config.optim, config.train.learning_rate
-    if optim.optim != "adamw" or optim.budget is not None:
-        raise ConfigError("optim: this version has no paged or 8-bit state yet; use --optim adamw and no budget")
-    if all(parameter.dtype in (torch.float32, torch.float64) for group in groups for parameter in group["params"]):
+    wide = all(parameter.dtype in (torch.float32, torch.float64) for group in groups for parameter in group["params"])
+    if wide and optim.optim == "adamw" and optim.budget is None:
         return torch.optim.AdamW(groups, lr=peak, betas=optim.betas, fused=True)
-    return PagedAdamW(groups, lr=peak, betas=optim.betas)
+    return PagedAdamW(
+        groups,
+        lr=peak,
+        betas=optim.betas,
+        state_bits=8 if optim.optim == "adamw8bit" else 32,
+        budget_bytes=optim.budget,
+        path=optim.file,
+    )
+
+
+def paging_record(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return where paged state is and what moving it has cost, for ``metrics.jsonl``; empty for torch's AdamW."""
+    if not isinstance(optimizer, PagedAdamW):
+        return {}
+    statistics = optimizer.paging_statistics()
+    return {
+        "optim_resident_bytes": statistics.resident_bytes,
+        "optim_paged_bytes": statistics.paged_bytes,
+        "optim_moved_bytes": statistics.moved_bytes,
+        "optim_moved_s": statistics.moved_s,
+    }
 
 
 @torch.no_grad()

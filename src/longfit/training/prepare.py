@@ -129,7 +129,7 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
 
 
 def open_run(run_dir: str | Path, *, device: torch.device) -> tuple[Any, Any, RunConfig]:
-    """Load what a run produced: its base, extended as it was, with its adapter (if unfinished, the newest checkpoint's).
+    """Load what a run produced: its base, extended as it was, with its adapter (or the newest checkpoint's).
 
     Returns: the model in eval mode, its tokenizer, the config of the run.
     Raises: RunError: no run there, or nothing saved in it.

@@ -1,0 +1,53 @@
+"""A tiny Llama with a tokenizer, saved as a folder: a base model that `longfit train` takes like any other."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz .,\n"
+
+
+def save_tiny_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write a random two-layer Llama (native context 64) and a tokenizer of single characters."""
+    vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2} | {
+        character: 3 + index for index, character in enumerate(CHARACTERS)
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    return folder
+
+
+def write_texts(folder: Path, *, num_files: int = 6) -> Path:
+    """Write text files of different lengths, the longest beyond 128 tokens."""
+    folder.mkdir()
+    words = "the long road went on and on, past hills and rivers.\n"
+    for index in range(num_files):
+        (folder / f"text{index}.txt").write_text(
+            words[index:] * (index % 3 + 1) + "abcdef"[index % 6] * index, encoding="utf-8"
+        )
+    return folder
+
+
+def read_losses(run_dir: Path) -> list[float]:
+    """Return the training losses of a run, exactly as written."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
