@@ -45,8 +45,11 @@ def test_later_sources_win_and_are_remembered(tmp_path: Path) -> None:
 def test_all_mistakes_are_told_at_once_each_with_its_place_and_its_fix(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
-        "model: {name: base, quant: nf5}\ncontext:\n  context: 32q\ntrain:\n  learning_rte: 2e-4\n  steps: 1\n  epochs: 2\n"
-        "  lora_r: 8\nlora_alpha: 3\ndata: texts\n"
+        "model: {name: base, quant: nf5}\n"
+        "context:\n  context: 32q\n"
+        "train:\n  learning_rte: 2e-4\n  steps: 1\n  epochs: 2\n  lora_r: 8\n"
+        "lora_alpha: 3\n"
+        "data: texts\n"
     )
     with pytest.raises(ConfigError) as caught:
         load_config(file, overrides=["context.rope=yran"], flags={"--group-size": ("context.group_size", "4097")})

@@ -14,20 +14,31 @@ def interrupt() -> None:
 
 
 def test_a_signal_raises_at_once_and_the_handlers_come_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), Interruptible():
-        interrupt()
-        raise AssertionError("not reached")
+    before, reached = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with Interruptible():
+            interrupt()
+            reached.append("the end")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert reached == []
     assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_is_held_finishes_first(number: signal.Signals) -> None:
     done = []
-    with Interruptible() as interruptible:
-        with pytest.raises(KeyboardInterrupt), interruptible.held():
+
+    def step() -> None:
+        with interruptible.held():
             os.kill(os.getpid(), number)
             done.append("whole")
+
+    with Interruptible() as interruptible:
+        with pytest.raises(KeyboardInterrupt):
+            step()
         interrupt()  # a second Ctrl-C does not break the saving that follows
         with interruptible.held():
             done.append("saved")
@@ -35,9 +46,13 @@ def test_what_is_held_finishes_first(number: signal.Signals) -> None:
 
 
 def test_an_error_inside_is_not_hidden_by_the_interruption() -> None:
-    with Interruptible() as interruptible, pytest.raises(OSError, match="disk"), interruptible.held():
-        interrupt()
-        raise OSError("disk")
+    def save() -> None:
+        with interruptible.held():
+            interrupt()
+            raise OSError("disk")
+
+    with Interruptible() as interruptible, pytest.raises(OSError, match="disk"):
+        save()
 
 
 def test_another_thread_does_nothing_to_signals() -> None:

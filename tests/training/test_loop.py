@@ -113,7 +113,7 @@ def test_nothing_is_written_into_an_existing_directory(make_config: MakeConfig, 
     with pytest.raises(RunError, match="already exists and is not overwritten; choose another"):
         train(make_config())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
-    with pytest.raises(RunError, match="holds no config.yaml"):
+    with pytest.raises(RunError, match=r"holds no config\.yaml"):
         train(make_config(), resume=True)
     with pytest.raises(RunError, match="is not there"):
         train(make_config(output__run_dir=str(tmp_path / "nowhere")), resume=True)

@@ -6,13 +6,14 @@ Exit codes: 0 done, 1 our fault, 2 the user can fix it, 130 stopped by Ctrl-C. T
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from longfit.cli import data, demo, doctor, evaluate, runs, train
-from longfit.cli.output import print_error
+from longfit.cli.output import print_error, print_note
 from longfit.errors import BackendError, LongfitError
 
 EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
@@ -52,6 +53,11 @@ def options(
     """Options of every verb; ``main`` has taken ``--debug`` out already, wherever it stood."""
 
 
+def _show_warning(message: Warning | str, *place: object, **more: object) -> None:
+    """Print a warning as one line, without the place in the code that Python adds."""
+    print_note(f"warning: {message}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -65,7 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        app(args=words, prog_name="longfit")
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            if not debug:  # what other libraries will change is for developers
+                warnings.simplefilter("ignore", FutureWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)
+            app(args=words, prog_name="longfit")
     except SystemExit as exit_:  # how typer ends, after help, usage errors and verbs alike
         return exit_.code if isinstance(exit_.code, int) else EXIT_OURS
     except KeyboardInterrupt:

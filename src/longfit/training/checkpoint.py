@@ -187,7 +187,8 @@ def _flush_folder(folder: Path) -> None:
 
 def _cannot_save(final: Path, error: Exception, needed: int) -> str:
     earlier = list_checkpoints(final.parent.parent)
-    stays = f"{earlier[-1]} stays valid" if earlier else "there is no earlier checkpoint"
+    stays = f"{earlier[-1]} stays valid" if earlier else "there is no earlier one"
+    advice = "resume the run with --resume" if earlier else "start again in a new --run-dir"
     full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
     what = f"the disk is full, a checkpoint needs {needed / 2**20:,.0f} MiB" if full else str(error)
-    return f"{final}: cannot save: {what}; {stays}. Free some space and resume the run with --resume"
+    return f"{final}: cannot save: {what}; {stays}. Free some space and {advice}"

@@ -177,7 +177,8 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
         state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, device=accelerator.device)
         metrics.keep_until(state.step)
         seconds = sum(float(str(record["step_s"])) for record in read_metrics(metrics.path) if "step_s" in record)
-    elif accelerator.is_main_process:
+    accelerator.wait_for_everyone()  # every process has seen the directory as it was
+    if not resume and accelerator.is_main_process:
         run_directory.create(run_dir, config, digest=digest, ledger=ledger)
     for line in ledger.warnings:
         notify(Event("warning", line))
@@ -230,6 +231,7 @@ def _loop(run: _Run) -> TrainResult:
                         _save(run)
             with interruptible.held():
                 _save_result(run)
+            run.accelerator.wait_for_everyone()
             finished = True
         except KeyboardInterrupt:
             with interruptible.held():
