@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from longfit.cli.output import print_json, show_progress
+from longfit.cli.values import read_tokens
 
 
 def demo(
@@ -15,10 +16,9 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Quantise, extend, train and evaluate SmolLM2-135M, and show what changed."""
-    from longfit.config.sections import parse_tokens
     from longfit.demo import run_demo
 
-    chosen = {"context": context and parse_tokens(context), "steps": steps}
+    chosen = {"context": None if context is None else read_tokens("--context", context), "steps": steps}
     with show_progress(quiet=as_json) as on_event:
         result = run_demo(
             run_dir=run_dir, on_event=on_event, **{name: value for name, value in chosen.items() if value is not None}

@@ -200,7 +200,8 @@ def _accelerator(device: str) -> Accelerator:
             torch.cuda.set_device(torch.device(device))
     elif device not in ("auto", "cpu"):
         raise ConfigError(f"model.device={device}: must be auto, cpu, cuda or cuda:N")
-    return Accelerator(cpu=device == "cpu", mixed_precision="no")  # layers compute in model.dtype by themselves
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(cpu=on_cpu, mixed_precision="no")  # layers compute in model.dtype by themselves
 
 
 def _require_same_processes(state: RunState, num_processes: int) -> None:

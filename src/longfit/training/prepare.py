@@ -16,7 +16,7 @@ from longfit.data.packing import PackedDataset, pack, tokenize_documents
 from longfit.data.sources import Documents, read_documents, split_documents
 from longfit.engine.doors import base_model
 from longfit.engine.sweep import enable_sweep
-from longfit.errors import ModelError
+from longfit.errors import DataError, ModelError
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters
 from longfit.model.context import extend_context
@@ -108,7 +108,10 @@ def native_context(model_config: Any) -> int:
 
 
 def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
-    """Account for every token of the data as a run of this config would pack it; reads no weights."""
+    """Account for every token of the data as a run of this config would pack it; reads no weights.
+
+    Raises: DataError, ModelError: the data or the tokenizer cannot be read.
+    """
     name = config.model.name
     on_event(Event("phase", f"reading {config.data.path}"))
     documents, _ = read_data(config)
@@ -142,3 +145,28 @@ def open_run(run_dir: str | Path, *, device: torch.device) -> tuple[Any, Any, Ru
     model, tokenizer = load_base(config, device)
     extend(model, tokenizer, config)
     return load_adapter(model, adapter).eval(), tokenizer, config
+
+
+def open_target(target: str | Path, *, quant: str = "nf4", device: torch.device | None = None) -> tuple[Any, Any]:
+    """Load a run directory with `open_run`, or a base model as it is: not extended, exact attention, in eval mode.
+
+    Returns: the model and its tokenizer.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (Path(target) / "config.yaml").is_file():
+        return open_run(target, device=device)[:2]
+    return load(target, quant=quant, device=device)
+
+
+def join_tokens(path: str, tokenizer: Any, *, max_tokens: int | None = None) -> torch.Tensor:
+    """Read all documents under a path as one row of tokens, an end token after each.
+
+    Returns: int64 ``[N]``, at most ``max_tokens``.
+    Raises: DataError: nothing readable, or fewer than two tokens.
+    """
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = [[*document.input_ids, *ends] for document in tokenize_documents(read_documents(path), tokenizer)]
+    tokens = torch.tensor([token for row in rows for token in row][:max_tokens], dtype=torch.int64)
+    if len(tokens) < 2:
+        raise DataError(f"{path}: {len(tokens)} tokens; at least 2 are needed, one to read and one to predict")
+    return tokens

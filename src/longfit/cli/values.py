@@ -1,0 +1,18 @@
+"""Values of options that are not settings of a run, read as settings are."""
+
+from longfit.errors import ConfigError
+
+
+def read_tokens(flag: str, text: str) -> int:
+    """Read a number of tokens such as ``16k``.
+
+    Raises: ConfigError: it is not one.
+    """
+    from pydantic_core import PydanticCustomError
+
+    from longfit.config.sections import parse_tokens
+
+    try:
+        return int(str(parse_tokens(text)))
+    except PydanticCustomError as error:
+        raise ConfigError(f"{flag} {text}: {error.message()}") from None
