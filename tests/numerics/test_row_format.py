@@ -69,15 +69,16 @@ def test_any_run_of_rows_decodes_alone(double_quant: bool) -> None:
 
 
 def test_indices_beyond_32_bits() -> None:
-    # 2^37 weights, 2^32 blocks, 2^20 nested constants
-    fmt = RowFormat(out_features=2**20, in_features=2**17, block_size=32, absmax_block_size=4096)
-    nested = torch.arange(2**20, dtype=torch.float32)
+    # 3 * 2^30 blocks: an index that wrapped around in 32 bits would be negative and count from the wrong end
+    num_rows = 3 * 2**18
+    fmt = RowFormat(num_rows, in_features=2**17, block_size=32, absmax_block_size=4096)
+    nested = torch.arange(num_rows, dtype=torch.float32)  # a row has 4096 blocks: one nested constant each
     constants = torch.cat([nested, torch.tensor([0.5])]).view(torch.uint8)
     rows = torch.full((2, fmt.row_bytes), 0xFF, dtype=torch.uint8)  # code 15 is 1.0, constant code 255 is 1.0
-    weight = dequantize_rows(rows, constants, fmt, torch.float64, first_row=2**20 - 2)
+    weight = dequantize_rows(rows, constants, fmt, torch.float64, first_row=num_rows - 2)
     assert dynamic_map(signed=True)[255] == 1
-    assert (weight[0] == 2**20 - 2 + 0.5).all()  # a row has 4096 blocks: one nested constant each
-    assert (weight[1] == 2**20 - 1 + 0.5).all()
+    assert (weight[0] == num_rows - 2 + 0.5).all()
+    assert (weight[1] == num_rows - 1 + 0.5).all()
 
 
 def test_owned_memory() -> None:
