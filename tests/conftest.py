@@ -1,4 +1,4 @@
-"""What every test may rely on: one thread per worker, fixed seeds, no network, and the reason why a marked test is skipped."""
+"""What every test may rely on: one thread per worker, fixed seeds, no network, a reason for every skipped test."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The shape of the house: imports point down, the public surface is what it says, every file opens with why it exists."""
+"""The house: imports point down, the public surface is what it says, every file opens with why it exists."""
 
 import ast
 import importlib
@@ -29,7 +29,7 @@ FLOORS = {
     "evaluation": 7,
     "demo": 7,
     "cli": 8,
-    "__main__": 8,
+    "__main__": 9,
 }
 
 
@@ -58,7 +58,8 @@ def module_name(path: Path) -> str:
 def test_imports_point_down(path: Path) -> None:
     own = room(module_name(path))
     for name in imported(path):
-        assert name.count(".") > 0 and room(name) in FLOORS, f"{path}: import the module, not the package root ({name})"
+        assert name != "longfit", f"{path}: import the module, not the package root"
+        assert room(name) in FLOORS, f"{path}: unknown room {name}"
         other = room(name)
         assert other == own or FLOORS[other] < FLOORS[own], f"{path}: {own} (floor {FLOORS[own]}) imports {name}"
 

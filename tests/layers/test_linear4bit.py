@@ -1,4 +1,4 @@
-"""Linear4bit: equals a dense layer that holds dq(W), keeps no 16-bit copy, and is an ordinary module in every other respect."""
+"""Linear4bit: equals a dense layer that holds dq(W), keeps no 16-bit copy, is an ordinary module otherwise."""
 
 import copy
 import pickle

@@ -62,7 +62,7 @@ def test_equals_the_dense_formula(in_features, out_features, bias, dtype):
 
 
 def test_bfloat16_is_no_worse_than_plain_bfloat16():
-    """Against float64, our error may not exceed that of the formula written in plain bfloat16 by more than a rounding."""
+    """Against float64, we may not err more than the formula in plain bfloat16 does, but for one rounding."""
     net, layer = adapted()
     x = torch.randn(64, 128, dtype=torch.bfloat16)
     grad = torch.randn(64, 96, dtype=torch.bfloat16)

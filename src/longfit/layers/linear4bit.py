@@ -1,11 +1,12 @@
 """A frozen linear layer whose weight is stored in 4 bits (QLoRA, section 3).
 
-The weight is ONE uint8 parameter. Its rows hold a row's packed codes and, behind them, the block constants of that row, so that the
-layer can be sharded by rows without ever splitting a block, moved, copied and pickled like any parameter, and never be cast by
-``model.to(dtype)``. The few bytes that all rows share (the constants of the double quantisation) are a uint8 buffer.
+The weight is ONE uint8 parameter. Its rows hold a row's packed codes and, behind them, the block constants of that
+row, so that the layer can be sharded by rows without ever splitting a block, moved, copied and pickled like any
+parameter, and never be cast by ``model.to(dtype)``. The few bytes that all rows share (the constants of the double
+quantisation) are a uint8 buffer.
 
-The 16-bit weight exists only inside a matmul: forward de-quantises, backward de-quantises again, nothing keeps the copy. This layer has
-no gradient for its own weight; training goes through the adapter of ``qlora.py``.
+The 16-bit weight exists only inside a matmul: forward de-quantises, backward de-quantises again, nothing keeps the
+copy. This layer has no gradient for its own weight; training goes through the adapter of ``qlora.py``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class FrozenMatmul(torch.autograd.Function):
         return linear_4bit(x, rows, constants, row_format)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         rows, constants = ctx.saved_tensors
@@ -48,6 +49,9 @@ class Linear4bit(nn.Linear):
 
     Source: QLoRA, section 3, equation 5 without the adapter.
     """
+
+    constants: Tensor
+    bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear declares it without None, and yet sets None
 
     def __init__(self, row_format: RowFormat, rows: Tensor, constants: Tensor, bias: Tensor | None = None) -> None:
         super().__init__(row_format.in_features, row_format.out_features, bias=False, device="meta")
@@ -91,7 +95,7 @@ class Linear4bit(nn.Linear):
         return cls(row_format, rows, constants, bias_values)
 
     def packed(self) -> tuple[Tensor, QuantState]:
-        """The weight as ``numerics.quant_state`` (and bitsandbytes files) know it: flat packed bytes and their state."""
+        """The weight as ``numerics.quant_state`` and bitsandbytes files know it: flat packed bytes, and their state."""
         return from_rows(self.weight.data, self.constants, self.row_format)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

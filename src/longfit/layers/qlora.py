@@ -1,10 +1,12 @@
 """The QLoRA layer: ``Y = X dq(W) + scaling (X A) B`` as one autograd function (QLoRA, section 3, equation 5).
 
-It is a PEFT LoRA layer for ``Linear4bit``: PEFT creates, saves and loads it, adapter files stay plain PEFT files. What it adds is economy.
-PEFT clones the base output, casts the input to fp32 for the adapter and back, and keeps both; here the adapter runs in the compute dtype,
-its result is added in place, and the backward keeps only X and X A. The adapter's own weights and their gradients stay fp32.
+It is a PEFT LoRA layer for ``Linear4bit``: PEFT creates, saves and loads it, adapter files stay plain PEFT files.
+What it adds is economy. PEFT clones the base output, casts the input to fp32 for the adapter and back, and keeps
+both; here the adapter runs in the compute dtype, its result is added in place, and the backward keeps only X and X A.
+The adapter's own weights and their gradients stay fp32.
 
-It is not a merge tool: adding an adapter into 4-bit codes rounds it away, so ``merge`` refuses and ``merge_and_unload`` gives dense layers.
+It is not a merge tool: adding an adapter into 4-bit codes rounds it away, so ``merge`` refuses and
+``merge_and_unload`` gives dense layers.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from longfit.numerics.row_format import RowFormat
 class QLoRAMatmul(torch.autograd.Function):
     """One frozen 4-bit matmul and one low-rank adapter.
 
-    ``adapter_x`` is ``x`` itself or, under LoRA dropout, the dropped-out ``x``. ``A`` is ``[R, I]``, ``B`` is ``[O, R]``, both fp32.
+    ``adapter_x`` is ``x`` itself or, under LoRA dropout, the dropped-out ``x``. ``A`` is ``[R, I]``, ``B`` is ``[O,
+    R]``, both fp32.
     """
 
     @staticmethod
@@ -48,7 +51,7 @@ class QLoRAMatmul(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         flat, hidden, A, B, rows, constants = ctx.saved_tensors
         x_wanted, adapter_x_wanted, A_wanted, B_wanted = ctx.needs_input_grad[:4]
         flat_grad = grad.reshape(-1, grad.shape[-1])  # [N, O]
@@ -68,8 +71,9 @@ class QLoRAMatmul(torch.autograd.Function):
 class QLoRALinear(LoraLinear):
     """PEFT's LoRA layer on a ``Linear4bit`` base.
 
-    One plain adapter takes the fused path. Whatever else PEFT offers (several active adapters, DoRA, mixed batches) takes PEFT's own
-    path, which is slower and equally right, since the base layer is an ordinary differentiable module.
+    One plain adapter takes the fused path. Whatever else PEFT offers (several active adapters, DoRA, mixed batches)
+    takes PEFT's own path, which is slower and equally right, since the base layer is an ordinary differentiable
+    module.
 
     Source: QLoRA, section 3, equation 5; LoRA initialisation (A random, B zero) by PEFT.
     """
@@ -111,7 +115,8 @@ class QLoRALinear(LoraLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: 4-bit codes are too coarse to hold an adapter."""
         raise ModelError(
-            "merge into 4-bit weights: the adapter would be rounded away; call merge_and_unload(), which returns dense 16-bit layers"
+            "merge into 4-bit weights: the adapter would be rounded away; "
+            "call merge_and_unload(), which returns dense 16-bit layers"
         )
 
     def unload_and_optionally_merge_module(
@@ -130,7 +135,9 @@ class QLoRALinear(LoraLinear):
             if name in self.lora_A:
                 weight += self.get_delta_weight(name)
         if safe_merge and not torch.isfinite(weight).all():
-            raise ModelError(f"merge: adapter {name!r} holds values that are not finite; train again or skip safe_merge")
+            raise ModelError(
+                f"merge: adapter {name!r} holds values that are not finite; train again or skip safe_merge"
+            )
         dense = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         dense.weight = nn.Parameter(weight.to(base.row_format.dtype), requires_grad=False)
         if base.bias is not None:

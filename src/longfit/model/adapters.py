@@ -1,10 +1,12 @@
-"""Low-rank adapters on every linear layer, and LongLoRA's extra trainable parts (QLoRA, section 3; LongLoRA, section 3.3).
+"""Low-rank adapters on every linear layer, and LongLoRA's extra trainable parts (QLoRA, section 3; LongLoRA, 3.3).
 
-LoRA on all linear layers is what QLoRA needs to match full fine-tuning; embeddings and norms, a few per cent of the parameters, are what
-LongLoRA needs to close the gap at long context. All of it is ordinary PEFT: ``target_modules`` and ``modules_to_save``, one adapter file.
+LoRA on all linear layers is what QLoRA needs to match full fine-tuning; embeddings and norms, a few per cent of the
+parameters, are what LongLoRA needs to close the gap at long context. All of it is ordinary PEFT: ``target_modules``
+and ``modules_to_save``, one adapter file.
 
-Embeddings and norms keep the dtype of the base. At LongLoRA's learning rate a bfloat16 norm weight would never move, so they must be
-trained by an optimiser with fp32 masters (``longfit.PagedAdamW``). Adapter weights are fp32 from the start.
+Embeddings and norms keep the dtype of the base. At LongLoRA's learning rate a bfloat16 norm weight would never move,
+so they must be trained by an optimiser with fp32 masters (``longfit.PagedAdamW``). Adapter weights are fp32 from the
+start.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ def add_adapters(
         train_embeddings: train the token embeddings whole; a tied output head follows them.
         train_norms: train all normalisation weights whole.
     Returns: the ``PeftModel``; ``adapter_report`` tells what it trains.
-    Raises: ModelError: a target that matches nothing, no norms or embeddings where they are asked for, or adapters already there.
+    Raises: ModelError: a target that matches nothing, no norms or embeddings where they are asked for, or adapters
+        already there.
     """
     if rank < 1:
         raise ModelError(f"rank={rank}: must be at least 1; 16 is a good start")
@@ -86,7 +89,9 @@ def require_targets(model: nn.Module, targets: list[str]) -> None:
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     unknown = [target for target in targets if target.rsplit(".", 1)[-1] not in names]
     if unknown:
-        raise ModelError(f"targets {', '.join(unknown)}: no such linear layers; this model has {', '.join(sorted(names))}")
+        raise ModelError(
+            f"targets {', '.join(unknown)}: no such linear layers; this model has {', '.join(sorted(names))}"
+        )
 
 
 def whole_modules(model: Any, *, train_embeddings: bool, train_norms: bool) -> list[str]:

@@ -1,8 +1,10 @@
-"""Read a GGUF file as if it were a Hugging Face checkpoint: configuration, tokenizer, and tensors that are read when asked for.
+"""Read a GGUF file as if it were a Hugging Face checkpoint: configuration, tokenizer, and tensors that are read when
+asked for.
 
-transformers knows the configurations, tokenizers and weight layouts of GGUF architectures, but its loader unpacks the whole file before it
-quantises anything. Here every tensor is a promise (``LazyTensor``): the loader asks for one, gets it de-quantised from GGUF's blocks,
-turns it into NF4, and forgets it, so a file never costs more memory than its largest tensor.
+transformers knows the configurations, tokenizers and weight layouts of GGUF architectures, but its loader unpacks the
+whole file before it quantises anything. Here every tensor is a promise (``LazyTensor``): the loader asks for one,
+gets it de-quantised from GGUF's blocks, turns it into NF4, and forgets it, so a file never costs more memory than its
+largest tensor.
 
 A GGUF file is a source here, not a format to train in: its own block quantisation is undone before NF4 is applied.
 """
@@ -12,13 +14,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gguf import GGUFReader
+from gguf import dequantize as gguf_dequantize
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from longfit.errors import ModelError
 
 MAGIC = b"GGUF"
+SLICE_ELEMENTS = 1 << 20  # 4 MiB of fp32: small beside any layer, large enough that the calls do not show
 
 
 class LazyTensor:
@@ -27,17 +33,27 @@ class LazyTensor:
     The loader of transformers indexes a checkpoint entry with ``[...]`` exactly when it needs the values.
     """
 
-    def __init__(self, tensor: Any, processor: Any, shape: tuple[int, ...]) -> None:
-        self._tensor, self._processor = tensor, processor
-        self.shape = torch.Size(shape)
+    def __init__(self, tensor: Any, processor: Any) -> None:
+        # Not the tensor itself: it would keep the reader alive, and with it the vocabulary as Python objects.
+        self._name, self._data, self._type = tensor.name, tensor.data, tensor.tensor_type
+        self._processor = processor
+        self.shape = torch.Size(int(n) for n in reversed(tensor.shape))
         self.dtype = torch.float32
 
     def __getitem__(self, index: Any) -> Tensor:
-        from gguf import dequantize
+        weights = self._processor.process(weights=self._dequantized(), name=self._name).weights
+        return torch.from_numpy(weights)[index]
 
-        weights = dequantize(self._tensor.data, self._tensor.tensor_type)
-        weights = self._processor.process(weights=weights, name=self._tensor.name).weights
-        return torch.tensor(weights)[index]  # a copy: the file is mapped read-only
+    def _dequantized(self) -> np.ndarray:
+        """fp32 values, unpacked a slice of rows at a time: at once, gguf would need the memory twice."""
+        if self._data.ndim < 2:
+            return np.array(gguf_dequantize(self._data, self._type), dtype=np.float32)
+        weights = np.empty(tuple(self.shape), dtype=np.float32)
+        step = max(1, SLICE_ELEMENTS // max(1, weights[0].size))
+        for start in range(0, len(weights), step):
+            rows = slice(start, start + step)
+            weights[rows] = gguf_dequantize(self._data[rows], self._type)
+        return weights
 
     def get_shape(self) -> list[int]:
         return list(self.shape)
@@ -82,7 +98,6 @@ def lazy_state_dict(path: Path, config: PretrainedConfig) -> dict[str, LazyTenso
     Raises:
         ModelError: the file's tensors do not have the names that this architecture should have.
     """
-    from gguf import GGUFReader
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     reader = GGUFReader(str(path))
@@ -93,9 +108,7 @@ def lazy_state_dict(path: Path, config: PretrainedConfig) -> dict[str, LazyTenso
         skeleton = AutoModelForCausalLM.from_config(config)
     names = get_gguf_hf_weights_map(skeleton, processor)
     state_dict = {
-        names[tensor.name]: LazyTensor(tensor, processor, tuple(int(n) for n in reversed(tensor.shape)))
-        for tensor in reader.tensors
-        if tensor.name in names
+        names[tensor.name]: LazyTensor(tensor, processor) for tensor in reader.tensors if tensor.name in names
     }
     missing = sorted(set(skeleton.state_dict()) - set(state_dict) - set(skeleton.all_tied_weights_keys))
     if missing:

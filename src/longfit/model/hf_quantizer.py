@@ -1,8 +1,9 @@
 """How transformers is told to build a model of ``Linear4bit`` layers: a registered quantiser, nothing patched.
 
-transformers builds the model without memory, asks the quantiser which modules to replace, then hands over one dense tensor after the
-other (or, for a bitsandbytes checkpoint, the packed tensors of one layer). Each is turned into rows at once, so the dense model never
-exists. Saving goes the other way: files carry bitsandbytes' keys and configuration, so that anyone can load them.
+transformers builds the model without memory, asks the quantiser which modules to replace, then hands over one dense
+tensor after the other (or, for a bitsandbytes checkpoint, the packed tensors of one layer). Each is turned into rows
+at once, so the dense model never exists. Saving goes the other way: files carry bitsandbytes' keys and configuration,
+so that anyone can load them.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         dtype: str = "bfloat16",
         quant_method: str = QUANT_METHOD,
     ) -> None:
-        self.quant_method = quant_method  # type: ignore[assignment]
+        self.quant_method = quant_method
         self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
         self.absmax_block_size, self.skip_modules, self.dtype = absmax_block_size, skip_modules, dtype
 
@@ -105,7 +106,7 @@ class QuantizeWeight(ConversionOps):
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
-        converted = {}
+        converted: dict[str, Tensor] = {}
         for name in list(input_dict):
             value = input_dict.pop(name)
             weight = value[0] if isinstance(value, list) else value
@@ -151,7 +152,8 @@ class ReadBitsandbytes(ConversionOps):
 
 
 class PassThrough(ConversionOps):
-    """Saving needs no conversion: ``LongfitQuantizer.get_state_dict_and_metadata`` has already written bitsandbytes' keys."""
+    """Saving needs no conversion: ``LongfitQuantizer.get_state_dict_and_metadata`` has already written bitsandbytes'
+    keys."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return input_dict
@@ -223,7 +225,7 @@ class LongfitQuantizer(HfQuantizer):
         return {"deserialize": ReadBitsandbytes}
 
     @property
-    def serialized_names(self) -> dict[str, list[str]]:  # type: ignore[override]
+    def serialized_names(self) -> dict[str, list[str]]:
         return {"weight": BITSANDBYTES_KEYS.get(self.quantization_config.quant_type, ["weight"])}
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

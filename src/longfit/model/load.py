@@ -1,7 +1,7 @@
 """Load a pretrained causal language model, quantised tensor by tensor on the way in (QLoRA, section 3).
 
-A model is a hub id, a folder with safetensors, or one ``.gguf`` file. Remote code is never run, pickle files are never read. What was
-quantised, what was not and why comes back with the model as a ``LoadReport``.
+A model is a hub id, a folder with safetensors, or one ``.gguf`` file. Remote code is never run, pickle files are
+never read. What was quantised, what was not and why comes back with the model as a ``LoadReport``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from longfit.errors import ModelError
 from longfit.layers.linear4bit import Linear4bit
@@ -87,7 +87,8 @@ def load(
     if gguf.is_gguf(path):
         config, tokenizer = gguf.read_config(path), gguf.read_tokenizer(path)
         state_dict = gguf.lazy_state_dict(path, config)
-        model = AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=state_dict, **arguments)
+        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        model = model_class.from_pretrained(None, config=config, state_dict=state_dict, **arguments)
         model.config.name_or_path = str(path)
         return model, tokenizer
     if path.suffix == ".gguf":
@@ -122,15 +123,19 @@ def read_config(name: str | os.PathLike[str]) -> PretrainedConfig:
     """
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         found = sorted(entry.name for entry in Path(name).iterdir())[:5]
-        raise ModelError(f"{name}: no config.json in this folder (found {', '.join(found) or 'nothing'}); give a model folder")
+        raise ModelError(
+            f"{name}: no config.json in this folder (found {', '.join(found) or 'nothing'}); give a model folder"
+        )
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{name}: neither a model folder, nor a .gguf file, nor a reachable hub id ({first_line(error)})"
         ) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ModelError(f"{name}: a {config.model_type} model is not a causal language model; longfit trains decoders only")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(
+            f"{name}: a {config.model_type} model is not a causal language model; longfit trains decoders only"
+        )
     return config
 
 
@@ -146,11 +151,12 @@ def prequantized(name: str | os.PathLike[str], block: Any) -> LongfitQuantizatio
     if method == "longfit":
         return LongfitQuantizationConfig(**block)
     raise ModelError(
-        f"{name}: quantised with {method!r}; longfit reads dense checkpoints and bitsandbytes 4-bit ones: use the original model"
+        f"{name}: quantised with {method!r}; longfit reads dense checkpoints and bitsandbytes 4-bit ones: "
+        "use the original model"
     )
 
 
-def load_report(model: nn.Module) -> LoadReport:
+def load_report(model: Any) -> LoadReport:
     """Count what a loaded model stores and name what is not in 4 bits, and why."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
     stored = {

@@ -1,7 +1,7 @@
 """Save what was trained so that plain transformers and PEFT load it, and load it back.
 
-An adapter folder holds PEFT's two files, the tokenizer, and ``config.json``: the base model's configuration with the extended RoPE
-settings, which a PEFT adapter cannot carry itself. Without longfit it is loaded like this:
+An adapter folder holds PEFT's two files, the tokenizer, and ``config.json``: the base model's configuration with the
+extended RoPE settings, which a PEFT adapter cannot carry itself. Without longfit it is loaded like this:
 
     config = AutoConfig.from_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(base_name, config=config)
