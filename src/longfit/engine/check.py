@@ -132,7 +132,7 @@ def _left_as_found(model: nn.Module) -> Iterator[None]:
             if isinstance(module, nn.Dropout):
                 module.eval()
             if "gradient_checkpointing" in vars(module):
-                module.gradient_checkpointing = False
+                vars(module)["gradient_checkpointing"] = False
         yield
     finally:
         for module, state in zip(modules, found, strict=True):
