@@ -22,7 +22,7 @@ here, where implementations differ:
 - a NaN or an infinite gradient makes its own weight NaN, as torch does, but its moments are stored as 0 (an infinite v
   of a finite gradient as the largest float), so that the 255 others of its block go on undisturbed.
 
-What it is not: it knows nothing of parameters, pages or param groups, and makes temporaries as long as the run.
+What it is not: it knows nothing of parameters, pages or param groups.
 """
 
 import math
@@ -36,6 +36,9 @@ from longfit.numerics.codebooks import dynamic_map
 from longfit.numerics.stochastic_rounding import round_stochastically
 
 BLOCK_SIZE = 256  # elements per absmax of an 8-bit moment
+
+# Elements handled at once, whole blocks: the temporaries of a run of any length stay within a second-level cache.
+SLICE_NUMEL = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,17 @@ class RunState:
     exp_avg_sq_absmax: Tensor | None = None  # [ceil(n / 256)] fp32
     master: Tensor | None = None  # [n] fp32
 
+    def part(self, run: slice) -> "RunState":
+        """Return the state of some of the elements; ``run`` begins at a multiple of 256."""
+        blocks = slice(run.start // BLOCK_SIZE, -(-run.stop // BLOCK_SIZE))
+        return RunState(
+            exp_avg=self.exp_avg[run],
+            exp_avg_sq=self.exp_avg_sq[run],
+            exp_avg_absmax=None if self.exp_avg_absmax is None else self.exp_avg_absmax[blocks],
+            exp_avg_sq_absmax=None if self.exp_avg_sq_absmax is None else self.exp_avg_sq_absmax[blocks],
+            master=None if self.master is None else self.master[run],
+        )
+
 
 def step_scalars(step: int, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> StepScalars:
     """Return the scalars of step number ``step``, which counts from 1."""
@@ -95,6 +109,14 @@ def adamw_run(
         scalars: of this step.
         rounding_key, start: see ``round_stochastically``; unused otherwise.
     """
+    for begin in range(0, param.numel(), SLICE_NUMEL):
+        here = slice(begin, min(begin + SLICE_NUMEL, param.numel()))
+        _step_slice(param[here], grad[here], state.part(here), scalars, rounding_key, start + begin)
+
+
+def _step_slice(
+    param: Tensor, grad: Tensor, state: RunState, scalars: StepScalars, rounding_key: int, start: int
+) -> None:
     grad = grad.to(torch.promote_types(param.dtype, torch.float32))
     exp_avg, exp_avg_sq = _decode_moments(state)
     if param.dtype == grad.dtype:
@@ -114,8 +136,16 @@ def _update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, sc
     param.mul_(scalars.decay)
     exp_avg.mul_(scalars.beta1).add_(grad * scalars.grad_weight)
     exp_avg_sq.mul_(scalars.beta2).add_((grad * scalars.square_weight).mul_(grad))
-    denominator = exp_avg_sq.sqrt().mul_(scalars.root_scale).add_(scalars.eps)
+    denominator = _root(exp_avg_sq).mul_(scalars.root_scale).add_(scalars.eps)
     param.sub_((exp_avg * scalars.step_size).div_(denominator))
+
+
+def _root(values: Tensor) -> Tensor:
+    """Take square roots, rounded correctly: torch's fp32 root on a CPU (MKL's) is an ulp off in one of five values.
+
+    The fp64 root, rounded, is the correct fp32 root, as 53 bits are more than twice 24.
+    """
+    return values.double().sqrt_().to(values.dtype)
 
 
 def _refresh_master(master: Tensor, param: Tensor) -> None:

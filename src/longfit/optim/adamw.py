@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from longfit.errors import ConfigError, PagingError
+from longfit.kernels.dispatch import adamw_run
 from longfit.numerics.adamw import StepScalars, step_scalars
 from longfit.numerics.stochastic_rounding import rounding_key
 from longfit.optim.elements import put, take
 from longfit.optim.layout import Layout, Page, Run, StateFormat, format_of
 from longfit.optim.page_file import PageFile
 from longfit.optim.paging import SMALLEST_CAPACITY, PageCache
-from longfit.optim.run_update import update_run
 
 # Long enough that a page's copy runs at full speed, short enough that budgets of some MiB hold several.
 DEFAULT_PAGE_BYTES = 4 << 20
@@ -366,7 +366,7 @@ def _update(run: Run, part: _Part, frame: Tensor) -> None:
             "step. Save state_dict(), make a new optimiser for the moved model and load it"
         )
     param, grad = (take(tensor, run.start, run.stop) for tensor in (part.param, part.grad))
-    update_run(param, grad, run.state(frame), part.scalars, rounding_key=part.rounding_key, start=run.start)
+    adamw_run(param, grad, run.state(frame), part.scalars, rounding_key=part.rounding_key, start=run.start)
     if not part.param.is_contiguous():
         put(part.param, run.start, run.stop, param)
 
