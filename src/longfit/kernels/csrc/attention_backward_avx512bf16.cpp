@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kKeyGroup = 24;  // keys whose scores are still in the first-level cache when their gradient is taken
 constexpr int64_t kStrip = 2 * kPanel;  // queries summed over at once for dK and dV
 
 struct Backward {
@@ -98,10 +99,10 @@ void store_grad_q(const Backward& b, const Segment& segment, const Packed& packe
 void softmax_gradient(int64_t keys, float factor, const float* lse, const float* delta, const float* scores, const float* grad_p, bf16* p,
                       bf16* grad_s, bf16* grad_s_pairs) {
     const __m512 scale = _mm512_set1_ps(factor);
-    __m512 minus_lse[kPanelVectors], minus_delta[kPanelVectors];
+    __m512 minus_lse[kPanelVectors], lane_delta[kPanelVectors];
     for (int j = 0; j < kPanelVectors; ++j) {
-        minus_lse[j] = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_load_ps(lse + j * kVector));
-        minus_delta[j] = _mm512_load_ps(delta + j * kVector);
+        minus_lse[j] = minus(_mm512_load_ps(lse + j * kVector));
+        lane_delta[j] = _mm512_load_ps(delta + j * kVector);
     }
     for (int64_t key = 0; key < keys; key += 2)
 #pragma GCC unroll 4
@@ -109,8 +110,8 @@ void softmax_gradient(int64_t keys, float factor, const float* lse, const float*
             const int64_t at = key * kPanel + j * kVector, row = key * kStrip + j * kVector;
             const __m512 pa = exp2(_mm512_fmadd_ps(_mm512_load_ps(scores + at), scale, minus_lse[j]));
             const __m512 pb = exp2(_mm512_fmadd_ps(_mm512_load_ps(scores + at + kPanel), scale, minus_lse[j]));
-            const __m512 sa = _mm512_mul_ps(pa, _mm512_sub_ps(_mm512_load_ps(grad_p + at), minus_delta[j]));
-            const __m512 sb = _mm512_mul_ps(pb, _mm512_sub_ps(_mm512_load_ps(grad_p + at + kPanel), minus_delta[j]));
+            const __m512 sa = _mm512_mul_ps(pa, _mm512_sub_ps(_mm512_load_ps(grad_p + at), lane_delta[j]));
+            const __m512 sb = _mm512_mul_ps(pb, _mm512_sub_ps(_mm512_load_ps(grad_p + at + kPanel), lane_delta[j]));
             const __m512i p2 = to_bf16(pa, pb), s2 = to_bf16(sa, sb);
             _mm256_store_si256(reinterpret_cast<__m256i*>(p + row), _mm512_castsi512_si256(p2));
             _mm256_store_si256(reinterpret_cast<__m256i*>(p + row + kStrip), _mm512_extracti64x4_epi64(p2, 1));
@@ -128,7 +129,7 @@ class BackwardWorker {
         const int64_t block = kKeyBlock * b.width;
         k_ = memory_.take<bf16>(block), v_ = memory_.take<bf16>(block), k_columns_ = memory_.take<bf16>(block);
         grad_k_ = memory_.take<float>(block), grad_v_ = memory_.take<float>(block);
-        scores_ = memory_.take<float>(kKeyBlock * kPanel), grad_p_ = memory_.take<float>(kKeyBlock * kPanel);
+        scores_ = memory_.take<float>(kKeyGroup * kPanel), grad_p_ = memory_.take<float>(kKeyGroup * kPanel);
         p_ = memory_.take<bf16>(kKeyBlock * kStrip), grad_s_ = memory_.take<bf16>(kKeyBlock * kStrip);
         grad_s_pairs_ = memory_.take<bf16>(kKeyBlock * kPanel);
     }
@@ -152,7 +153,7 @@ class BackwardWorker {
   private:
     static int64_t bytes(const Backward& b) {
         return 3 * Scratch::size<bf16>(kKeyBlock * b.width) + 2 * Scratch::size<float>(kKeyBlock * b.width) +
-               2 * Scratch::size<float>(kKeyBlock * kPanel) + 2 * Scratch::size<bf16>(kKeyBlock * kStrip) +
+               2 * Scratch::size<float>(kKeyGroup * kPanel) + 2 * Scratch::size<bf16>(kKeyBlock * kStrip) +
                Scratch::size<bf16>(kKeyBlock * kPanel);
     }
 
@@ -164,13 +165,15 @@ class BackwardWorker {
         const int64_t width = b_.width, elements = kPanel * width, here = seen.low * width;
         for (int64_t i = 0; i < panels; ++i) {
             const int64_t panel = first + i;
-            gemm<false>(seen.rows, kPanelVectors, width / 2, k_ + here, width, packed.q_columns + panel * elements, 2 * kPanel, scores_, kPanel);
-            gemm<false>(seen.rows, kPanelVectors, width / 2, v_ + here, width, packed.grad_columns + panel * elements, 2 * kPanel, grad_p_, kPanel);
-            if (seen.masked)
-                mask_scores(b_.shape, segment, query + i * kPanel, least(kPanel, queries - i * kPanel), b_.shape.key_offset + low + seen.low,
-                            seen.rows, scores_);
-            softmax_gradient(seen.rows, b_.shape.scaling * kLog2E, packed.lse + panel * kPanel, packed.delta + panel * kPanel, scores_,
-                             grad_p_, p_ + i * kPanel, grad_s_ + i * kPanel, grad_s_pairs_);
+            const Lanes lanes(b_.shape, segment, query + i * kPanel, least(kPanel, queries - i * kPanel));
+            for (int64_t row = 0; row < seen.rows; row += kKeyGroup) {
+                const int64_t rows = least(kKeyGroup, seen.rows - row), at = here + row * width;
+                gemm<false>(rows, kPanelVectors, width / 2, k_ + at, width, packed.q_columns + panel * elements, 2 * kPanel, scores_, kPanel);
+                gemm<false>(rows, kPanelVectors, width / 2, v_ + at, width, packed.grad_columns + panel * elements, 2 * kPanel, grad_p_, kPanel);
+                if (seen.masked) lanes.mask(b_.shape.key_offset + low + seen.low + row, rows, scores_);
+                softmax_gradient(rows, b_.shape.scaling * kLog2E, packed.lse + panel * kPanel, packed.delta + panel * kPanel, scores_,
+                                 grad_p_, p_ + row * kStrip + i * kPanel, grad_s_ + row * kStrip + i * kPanel, grad_s_pairs_ + row * kPanel);
+            }
             gemm<true>(width, kPanelVectors, seen.rows / 2, k_columns_ + seen.low, kKeyBlock, grad_s_pairs_, 2 * kPanel,
                        grad_q + panel * elements, kPanel);
         }
@@ -189,7 +192,7 @@ class BackwardWorker {
     Scratch memory_;
     bf16 *k_, *v_, *k_columns_;  // [128][width] twice, [width][128]
     float *grad_k_, *grad_v_;    // [128][width], before the scaling
-    float *scores_, *grad_p_;    // [128][64]
+    float *scores_, *grad_p_;    // [24][64]
     bf16 *p_, *grad_s_;          // [128][128]
     bf16* grad_s_pairs_;         // [64][64][2]
 };

@@ -2,6 +2,8 @@
 //
 // Everything is held transposed, with queries in lanes:  S^T = K Q^T,  P^T = exp(S^T - max),  O^T += V^T P^T.
 // K and V are the row operands (V transposed once a block), and all heads of the segment pass over a packed block.
+// The exponentials are taken relative to a score that was the maximum once and is kept until a score exceeds it 2^8-fold: that changes no
+// relative error, and spares a pass over the scores and nearly every rescaling of O.
 // FlashAttention-2 (arXiv 2307.08691), algorithm 1, with the roles of rows and columns exchanged.
 #include "attention_softmax.h"
 #include "parallel.h"
@@ -9,7 +11,8 @@
 namespace {
 
 constexpr int64_t kKeyBlock = 128;
-constexpr float kNothingSeen = -1e30f;  // the maximum before the first key: finite, so that masked lanes give 0 and not NaN
+constexpr int64_t kKeyGroup = 24;  // keys whose scores are still in the first-level cache when their exponentials are taken
+constexpr float kNothingSeen = -1e30f;  // the reference before the first key: finite, so that masked scores give 0 and not NaN
 
 struct Forward {
     const longfit_attention_shape& shape;
@@ -26,42 +29,22 @@ struct Panel {
     int64_t head, query, count;
     bf16* q;             // [width / 2][64][2]
     float* out;          // [width][64]
-    float *max, *sum;    // [64]; max of the scores before the factor
+    float *reference, *sum;  // [64]; a score, before the factor, and the sum of exponentials relative to it
 };
 
-// Takes new scores [keys][64] into the panel's maximum and sum, shrinks what it summed before, writes P^T in pairs of keys.
-void softmax_block(const Panel& panel, int64_t keys, int64_t width, float factor, const float* scores, bf16* p) {
-    const __m512 scale = _mm512_set1_ps(factor);
-    __m512 max[kPanelVectors], minus_max[kPanelVectors], sum[kPanelVectors];
-    for (int j = 0; j < kPanelVectors; ++j) max[j] = _mm512_load_ps(panel.max + j * kVector);
-    for (int64_t key = 0; key < keys; ++key)
-#pragma GCC unroll 4
-        for (int j = 0; j < kPanelVectors; ++j) max[j] = _mm512_max_ps(max[j], _mm512_load_ps(scores + key * kPanel + j * kVector));
-
-    for (int j = 0; j < kPanelVectors; ++j) {
-        const __m512 before = _mm512_load_ps(panel.max + j * kVector);
-        minus_max[j] = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_mul_ps(max[j], scale));
-        sum[j] = _mm512_load_ps(panel.sum + j * kVector);
-        if (_mm512_cmp_ps_mask(before, max[j], _CMP_LT_OQ)) {
-            const __m512 shrink = exp2(_mm512_fmadd_ps(before, scale, minus_max[j]));
-            sum[j] = _mm512_mul_ps(sum[j], shrink);
-            _mm512_store_ps(panel.max + j * kVector, max[j]);
-            for (int64_t d = 0; d < width; ++d) {
-                float* out = panel.out + d * kPanel + j * kVector;
-                _mm512_store_ps(out, _mm512_mul_ps(_mm512_load_ps(out), shrink));
-            }
-        }
-    }
+// P^T in pairs of keys from scores [keys][64], relative to minus_reference; adds to the sums and widens the maxima.
+inline void exponentials(int64_t keys, __m512 scale, const float* scores, const __m512* minus_reference, __m512* sum, __m512* max, bf16* p) {
     for (int64_t key = 0; key < keys; key += 2)
 #pragma GCC unroll 4
         for (int j = 0; j < kPanelVectors; ++j) {
             const float* pair = scores + key * kPanel + j * kVector;
-            const __m512 a = exp2(_mm512_fmadd_ps(_mm512_load_ps(pair), scale, minus_max[j]));
-            const __m512 b = exp2(_mm512_fmadd_ps(_mm512_load_ps(pair + kPanel), scale, minus_max[j]));
+            const __m512 sa = _mm512_load_ps(pair), sb = _mm512_load_ps(pair + kPanel);
+            max[j] = _mm512_max_ps(max[j], _mm512_max_ps(sa, sb));
+            const __m512 a = exp2(_mm512_fmadd_ps(sa, scale, minus_reference[j]));
+            const __m512 b = exp2(_mm512_fmadd_ps(sb, scale, minus_reference[j]));
             sum[j] = _mm512_add_ps(sum[j], _mm512_add_ps(a, b));
             _mm512_store_si512(p + key * kPanel + j * 2 * kVector, pairs_of_rows(to_bf16(a, b)));
         }
-    for (int j = 0; j < kPanelVectors; ++j) _mm512_store_ps(panel.sum + j * kVector, sum[j]);
 }
 
 // One thread's buffers, and the work on a chunk.
@@ -77,7 +60,7 @@ class ForwardWorker {
         for (int64_t i = 0; i < f.panels; ++i) {
             panels_[i].q = memory_.take<bf16>(kPanel * f.width);
             panels_[i].out = memory_.take<float>(kPanel * f.width);
-            panels_[i].max = memory_.take<float>(kPanel);
+            panels_[i].reference = memory_.take<float>(kPanel);
             panels_[i].sum = memory_.take<float>(kPanel);
         }
     }
@@ -115,7 +98,7 @@ class ForwardWorker {
                 if (f_.shape.scaling < 0)
                     for (int64_t i = 0; i < kPanel * f_.width; ++i) panel.q[i] ^= 0x8000;
                 for (int64_t i = 0; i < kPanel * f_.width; ++i) panel.out[i] = 0;
-                for (int64_t i = 0; i < kPanel; ++i) panel.max[i] = kNothingSeen, panel.sum[i] = 0;
+                for (int64_t i = 0; i < kPanel; ++i) panel.reference[i] = kNothingSeen, panel.sum[i] = 0;
             }
         return used;
     }
@@ -124,16 +107,51 @@ class ForwardWorker {
     void add_block(const Segment& segment, const Panel& panel, int64_t low, int64_t count) {
         const Seen seen = seen_of_block(f_.shape, segment, panel.query, panel.count, low, count);
         if (seen.rows == 0) return;
-        gemm<false>(seen.rows, kPanelVectors, f_.width / 2, k_ + seen.low * f_.width, f_.width, panel.q, 2 * kPanel, scores_, kPanel);
-        if (seen.masked)
-            mask_scores(f_.shape, segment, panel.query, panel.count, f_.shape.key_offset + low + seen.low, seen.rows, scores_);
-        softmax_block(panel, seen.rows, f_.width, f_.factor, scores_, p_);
+        const Lanes lanes(f_.shape, segment, panel.query, panel.count);
+        const __m512 scale = _mm512_set1_ps(f_.factor);
+        __m512 max[kPanelVectors], minus_reference[kPanelVectors], sum[kPanelVectors];
+        for (int j = 0; j < kPanelVectors; ++j) {
+            max[j] = _mm512_load_ps(panel.reference + j * kVector);
+            minus_reference[j] = minus(_mm512_mul_ps(max[j], scale));
+            sum[j] = _mm512_load_ps(panel.sum + j * kVector);
+        }
+        for (int64_t row = 0; row < seen.rows; row += kKeyGroup) {
+            const int64_t rows = least(kKeyGroup, seen.rows - row);
+            float* scores = scores_ + row * kPanel;
+            gemm<false>(rows, kPanelVectors, f_.width / 2, k_ + (seen.low + row) * f_.width, f_.width, panel.q, 2 * kPanel, scores, kPanel);
+            if (seen.masked) lanes.mask(f_.shape.key_offset + low + seen.low + row, rows, scores);
+            exponentials(rows, scale, scores, minus_reference, sum, max, p_ + row * kPanel);
+        }
+        if (raise_reference(panel, scale, max, minus_reference)) {  // then the block's exponentials are taken again
+            for (int j = 0; j < kPanelVectors; ++j) sum[j] = _mm512_load_ps(panel.sum + j * kVector);
+            exponentials(seen.rows, scale, scores_, minus_reference, sum, max, p_);
+        }
+        for (int j = 0; j < kPanelVectors; ++j) _mm512_store_ps(panel.sum + j * kVector, sum[j]);
         gemm<true>(f_.width, kPanelVectors, seen.rows / 2, v_ + seen.low, kKeyBlock, p_, 2 * kPanel, panel.out, kPanel);
+    }
+
+    // Where a score has outgrown its reference by more than 2^8, makes the maximum the reference and shrinks what was summed before.
+    bool raise_reference(const Panel& panel, __m512 scale, const __m512* max, __m512* minus_reference) {
+        bool raised = false;
+        for (int j = 0; j < kPanelVectors; ++j) {
+            const __m512 growth = _mm512_fmadd_ps(max[j], scale, minus_reference[j]);
+            if (!_mm512_cmp_ps_mask(growth, _mm512_set1_ps(8.f), _CMP_GT_OQ)) continue;
+            raised = true;
+            const __m512 shrink = exp2(minus(growth));
+            minus_reference[j] = minus(_mm512_mul_ps(max[j], scale));
+            _mm512_store_ps(panel.reference + j * kVector, max[j]);
+            _mm512_store_ps(panel.sum + j * kVector, _mm512_mul_ps(_mm512_load_ps(panel.sum + j * kVector), shrink));
+            for (int64_t d = 0; d < f_.width; ++d) {
+                float* out = panel.out + d * kPanel + j * kVector;
+                _mm512_store_ps(out, _mm512_mul_ps(_mm512_load_ps(out), shrink));
+            }
+        }
+        return raised;
     }
 
     void finish(const Segment& segment, const Panel& panel) {
         float* lse = f_.lse + (segment.batch * f_.shape.query_heads + panel.head) * f_.shape.queries + panel.query;
-        for (int64_t i = 0; i < panel.count; ++i) lse[i] = panel.max[i] * fabsf(f_.shape.scaling) + logf(panel.sum[i]);
+        for (int64_t i = 0; i < panel.count; ++i) lse[i] = panel.reference[i] * fabsf(f_.shape.scaling) + logf(panel.sum[i]);
         for (int64_t i = 0; i < kPanel; i += kVector)
             _mm512_store_ps(panel.sum + i, _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_load_ps(panel.sum + i)));
         store_transposed(panel.out, panel.sum, panel.count, f_.shape.head_dim,

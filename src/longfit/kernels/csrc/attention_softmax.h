@@ -17,6 +17,8 @@ namespace {
 constexpr int kPanelVectors = kPanel / kVector;
 constexpr float kLog2E = 1.44269504088896340736f;
 
+inline __m512 minus(__m512 x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
+
 // 2^x for x <= 128; exactly 0 for x <= -127 and for -inf.  Largest relative error 1e-7 where the result is normal.
 inline __m512 exp2(__m512 x) {
     const __m512 shift = _mm512_set1_ps(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
@@ -34,25 +36,31 @@ inline __m512 exp2(__m512 x) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), exponent));
 }
 
-// Overwrites with -inf what its queries do not see of a panel's scores [keys][64]; the first row belongs to key `key`, a token number.
-// Lanes past the tile repeat its last query: what they compute is finite and goes nowhere.
-inline void mask_scores(const longfit_attention_shape& shape, const Segment& segment, int64_t query, int64_t count, int64_t key,
-                        int64_t keys, float* scores) {
-    alignas(64) int32_t first[kPanel], last[kPanel];  // row numbers
-    for (int64_t i = 0; i < kPanel; ++i) {
-        const int64_t lane = query + least(i, count - 1);
-        first[i] = int32_t(most(segment.first_key[lane] - key, 0));
-        last[i] = int32_t(least(shape.start + lane - key, keys));
-    }
-    for (int j = 0; j < kPanelVectors; ++j) {
-        const __m512i first_row = _mm512_load_si512(first + j * kVector), last_row = _mm512_load_si512(last + j * kVector);
-        for (int64_t row = 0; row < keys; ++row) {
-            const __m512i here = _mm512_set1_epi32(int32_t(row));
-            const __mmask16 hidden = _mm512_cmplt_epi32_mask(here, first_row) | _mm512_cmpgt_epi32_mask(here, last_row);
-            _mm512_mask_storeu_ps(scores + row * kPanel + j * kVector, hidden, _mm512_set1_ps(-INFINITY));
+// The token numbers of the first and the last key that each query of a panel sees. Lanes past the tile repeat its last query: what they
+// compute is finite and goes nowhere.
+struct Lanes {
+    alignas(64) int32_t first[kPanel], last[kPanel];
+
+    Lanes(const longfit_attention_shape& shape, const Segment& segment, int64_t query, int64_t count) {
+        for (int64_t i = 0; i < kPanel; ++i) {
+            const int64_t lane = query + least(i, count - 1);
+            first[i] = segment.first_key[lane];
+            last[i] = int32_t(shape.start + lane);
         }
     }
-}
+
+    // Overwrites with -inf what is not seen of the scores [keys][64]; row 0 belongs to the key with token number `key`.
+    void mask(int64_t key, int64_t keys, float* scores) const {
+        for (int j = 0; j < kPanelVectors; ++j) {
+            const __m512i low = _mm512_load_si512(first + j * kVector), high = _mm512_load_si512(last + j * kVector);
+            for (int64_t row = 0; row < keys; ++row) {
+                const __m512i here = _mm512_set1_epi32(int32_t(key + row));
+                const __mmask16 hidden = _mm512_cmplt_epi32_mask(here, low) | _mm512_cmpgt_epi32_mask(here, high);
+                _mm512_mask_store_ps(scores + row * kPanel + j * kVector, hidden, _mm512_set1_ps(-INFINITY));
+            }
+        }
+    }
+};
 
 // Rounds two rows of 16 to bf16: a0 .. a15 b0 .. b15.
 inline __m512i to_bf16(__m512 a, __m512 b) { return (__m512i)_mm512_cvtne2ps_pbh(b, a); }
