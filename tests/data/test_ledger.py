@@ -69,6 +69,15 @@ def test_each_kind_of_token_is_counted_as_what_it_is() -> None:
     assert (ledger.padded_tokens, ledger.num_split, ledger.num_cut, ledger.num_answers_without_end) == (2, 1, 1, 1)
 
 
+def test_an_answer_lost_its_end_if_its_last_trained_token_is_in_no_window() -> None:
+    ending_in_prompt = document(8, 0b00111000)  # the cut takes the third answer token and two of the turn after it
+    whole = document(8, 0b00001100)  # the cut takes only what follows the answer
+    packed = pack([ending_in_prompt, whole], context=5, eos_token_id=EOS, long_chat="truncate_right")
+    assert Ledger.of(packed).num_answers_without_end == 1
+    kept_end = pack([ending_in_prompt, whole], context=6, eos_token_id=EOS, long_chat="truncate_left")
+    assert Ledger.of(kept_end).num_answers_without_end == 0
+
+
 def test_lengths_are_nearest_rank_percentiles_and_warnings_carry_numbers() -> None:
     documents = [document(length, None, f"d{length}") for length in range(1, 100)]  # 2 to 100 tokens with the end
     ledger = Ledger.of(pack(documents, context=200, eos_token_id=EOS), native_context=90)

@@ -64,6 +64,8 @@ def test_documents_that_fit_stay_whole_and_fill_windows_well() -> None:
     )  # 60 + 20 three times, 40 + 40 once
     assert packed.window_lengths.tolist() == [80, 80, 80, 80]
     assert all((window["position_ids"] == 0).sum() == 2 for window in (packed[i] for i in range(4)))
+    for seed in range(8):  # two 40s in one window would leave a 60 alone: only longest first needs no fourth window
+        assert len(pack(texts(39, 39, 39, 59, 59, 59), context=100, eos_token_id=EOS, seed=seed)) == 3
 
 
 def test_long_documents_fill_whole_windows_first() -> None:

@@ -122,11 +122,12 @@ def _tokenize_texts(batch: Sequence[Document], tokenizer: "PreTrainedTokenizerBa
     special_ids = np.asarray(sorted(special), dtype=np.int32)
     encoded = tokenizer([document.text for document in batch], verbose=False)["input_ids"]
     arrays = [np.asarray(ids, dtype=np.int32) for ids in encoded]
+    counts = [
+        int(np.isin(ids[1:-1], special_ids).sum()) for ids in arrays
+    ]  # the ends may be the tokenizer's BOS and EOS
     return [
-        TokenizedDocument(
-            document.name, ids, num_special=int(np.isin(ids[1:-1], special_ids).sum())
-        )  # ends may be BOS, EOS
-        for document, ids in zip(batch, arrays, strict=True)
+        TokenizedDocument(document.name, ids, num_special=count)
+        for document, ids, count in zip(batch, arrays, counts, strict=True)
     ]
 
 
