@@ -19,6 +19,7 @@ from longfit.engine.arena import Arena
 from longfit.engine.doors import base_model
 from longfit.engine.loss import shifted_labels, training_loss
 from longfit.engine.sweep import SweepReport, enable_sweep, sweeper_of
+from longfit.errors import ModelError
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative error that rounding in another order may cause, by the dtype of the hidden states.
@@ -91,6 +92,28 @@ def check_gradients(
         swept = torch.autograd.grad(loss, parameters, allow_unused=True)
     errors = {name: _relative_error(a, b) for name, a, b in zip(named, swept, plain, strict=True)}
     return GradientReport(errors, loss.item(), plain_loss.item(), TOLERANCES[dtype], report)
+
+
+def admit_arena(
+    model: nn.Module, batch: Mapping[str, Tensor] | Tensor, arena: Arena, *, tolerance: float = 0.05
+) -> GradientReport:
+    """Let an arena that is not exact (``EightBitArena``) be used only if gradients stay close.
+
+    Args:
+        model, batch: as for :func:`check_gradients`.
+        arena: the candidate.
+        tolerance: largest relative error of any parameter's gradient; 0.05 is about what bf16 activations cost.
+    Returns: the report.
+    Raises: ModelError: some gradient is further off; the message names it.
+    """
+    report = check_gradients(model, batch, arena=arena)
+    name, error = report.worst
+    if error > tolerance:
+        raise ModelError(
+            f"{type(arena).__name__}: the gradient of {name} is off by {error:.1%}, more than {tolerance:.1%};"
+            " keep layer inputs exact for this model, or raise the tolerance knowingly"
+        )
+    return report
 
 
 def _plain_loss(

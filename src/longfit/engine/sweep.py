@@ -131,7 +131,9 @@ class _SweepLayer(Receiver, torch.autograd.Function):
             walk = LayerWalk(grad_out.shape[1], ctx.tile, ctx.call.keywords, ctx.visible)
             for index in reversed(range(len(ctx.random))):
                 for earlier in walk.turn_to_gradients(index):
+                    stay.prefetch(earlier + 1)
                     _store_keys(stay, earlier, walk, ctx.call, ctx.random)
+                stay.prefetch(max(index - 1, 0))
                 hidden = _recall(stay, index, "gradients", walk, ctx.random).requires_grad_(needs_hidden)
                 start, end = walk.span
                 with torch.enable_grad():
