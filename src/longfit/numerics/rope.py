@@ -106,8 +106,8 @@ def yarn(
 def context_theta(theta: float, *, native_context: int, context: int) -> float:
     """Find the theta at which a longer context keeps the turns met in training (Liu et al., arXiv 2310.05209).
 
-    The pairs that trained through a full turn are those with a wavelength below ``native_context``; the critical base is
-    the theta at which as many pairs have one below ``context``:
+    The pairs that trained through a full turn have a wavelength below ``native_context``; the critical base is the
+    theta at which as many pairs have one below ``context``:
 
         ln theta' / ln theta = ln(context / 2 pi) / ln(native_context / 2 pi)
 
