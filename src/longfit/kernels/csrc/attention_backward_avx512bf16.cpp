@@ -4,8 +4,8 @@
 //
 // with S^T = K Q^T recomputed and delta = rowsum(dO * O).  FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 //
-// Segments come one after the other. In each, threads first pack Q and dO, then take blocks of keys: a thread owns the dK and dV of its
-// block and sums dQ in a buffer of its own, so nothing is shared; last, the buffers are added up.
+// Segments come one after the other. In each, threads first pack Q and dO, then work on blocks of keys: a thread owns the dK and dV of its
+// blocks and sums dQ in a buffer of its own, so nothing is shared; last, the buffers are added up.
 #include "attention_softmax.h"
 #include "parallel.h"
 
@@ -16,7 +16,7 @@ constexpr int64_t kKeyGroup = 24;  // keys whose scores are still in the first-l
 constexpr int64_t kStrip = 2 * kPanel;  // queries summed over at once for dK and dV
 
 struct Backward {
-    const longfit_attention_shape& shape;
+    const longfit_attention_tile& tile;
     const longfit_attention_view &grad_out, &q, &k, &v, &out;
     const float* lse;
     const longfit_attention_view &grad_q, &grad_k, &grad_v;
@@ -33,7 +33,7 @@ struct Packed {
     float* grad_q;                   // [thread][panel][width][64]
 };
 
-int64_t packed_panels(const Backward& b) { return b.shape.query_heads / b.shape.kv_heads * b.panels; }
+int64_t packed_panels(const Backward& b) { return b.tile.query_heads / b.tile.kv_heads * b.panels; }
 
 int64_t packed_bytes(const Backward& b) {
     const int64_t elements = packed_panels(b) * kPanel * b.width;
@@ -65,16 +65,16 @@ float dot_row(const Rows& a, const Rows& b, int64_t row) {
 }
 
 void pack_panel(const Backward& b, const Segment& segment, const Packed& packed, int64_t panel) {
-    const int64_t head = segment.head + panel / b.panels, query = panel % b.panels * kPanel, count = least(kPanel, b.shape.queries - query);
+    const int64_t head = segment.head + panel / b.panels, query = panel % b.panels * kPanel, count = least(kPanel, b.tile.queries - query);
     const int64_t at = panel * kPanel * b.width;
-    const Rows q = rows_of(b.q, segment.batch, head, query, count, b.shape.head_dim);
-    const Rows grad = rows_of(b.grad_out, segment.batch, head, query, count, b.shape.head_dim);
-    const Rows out = rows_of(b.out, segment.batch, head, query, count, b.shape.head_dim);
+    const Rows q = rows_of(b.q, segment.batch, head, query, count, b.tile.head_dim);
+    const Rows grad = rows_of(b.grad_out, segment.batch, head, query, count, b.tile.head_dim);
+    const Rows out = rows_of(b.out, segment.batch, head, query, count, b.tile.head_dim);
     pack_transposed(q, kPanel, b.width, packed.q_columns + at);
     pack_transposed(grad, kPanel, b.width, packed.grad_columns + at);
     pack_pairs(q, kPanel, b.width, packed.q_pairs + at);
     pack_pairs(grad, kPanel, b.width, packed.grad_pairs + at);
-    const float* lse = b.lse + (segment.batch * b.shape.query_heads + head) * b.shape.queries + query;
+    const float* lse = b.lse + (segment.batch * b.tile.query_heads + head) * b.tile.queries + query;
     for (int64_t i = 0; i < kPanel; ++i) {
         packed.lse[panel * kPanel + i] = i < count ? lse[i] * kLog2E : 0;
         packed.delta[panel * kPanel + i] = i < count ? dot_row(grad, out, i) : 0;
@@ -83,14 +83,14 @@ void pack_panel(const Backward& b, const Segment& segment, const Packed& packed,
 
 // Adds up the threads' dQ^T, applies the scaling, stores bf16.
 void store_grad_q(const Backward& b, const Segment& segment, const Packed& packed, int64_t panel) {
-    const int64_t head = segment.head + panel / b.panels, query = panel % b.panels * kPanel, count = least(kPanel, b.shape.queries - query);
+    const int64_t head = segment.head + panel / b.panels, query = panel % b.panels * kPanel, count = least(kPanel, b.tile.queries - query);
     const int64_t elements = kPanel * b.width, buffer = packed_panels(b) * elements;
     float* sum = packed.grad_q + panel * elements;
     for (int64_t thread = 1; thread < b.threads; ++thread)
         for (int64_t i = 0; i < elements; ++i) sum[i] += sum[thread * buffer + i];
     alignas(64) float scaling[kPanel];
-    for (float& factor : scaling) factor = b.shape.scaling;
-    store_transposed(sum, scaling, count, b.shape.head_dim,
+    for (float& factor : scaling) factor = b.tile.scaling;
+    store_transposed(sum, scaling, count, b.tile.head_dim,
                      static_cast<bf16*>(b.grad_q.data) + segment.batch * b.grad_q.batch + head * b.grad_q.head + query * b.grad_q.token,
                      b.grad_q.token);
 }
@@ -138,15 +138,15 @@ class BackwardWorker {
 
     // Keys [low, low + count) against all queries of the segment; dQ^T goes to grad_q [panel][width][64].
     void run(const Segment& segment, const Packed& packed, int64_t low, int64_t count, float* grad_q) {
-        const Rows k = rows_of(b_.k, segment.batch, segment.kv_head, low, count, b_.shape.head_dim);
+        const Rows k = rows_of(b_.k, segment.batch, segment.kv_head, low, count, b_.tile.head_dim);
         pack_rows(k, kKeyBlock, b_.width, k_);
         pack_columns(k, kKeyBlock, b_.width, k_columns_);
-        pack_rows(rows_of(b_.v, segment.batch, segment.kv_head, low, count, b_.shape.head_dim), kKeyBlock, b_.width, v_);
+        pack_rows(rows_of(b_.v, segment.batch, segment.kv_head, low, count, b_.tile.head_dim), kKeyBlock, b_.width, v_);
         for (int64_t i = 0; i < kKeyBlock * b_.width; ++i) grad_k_[i] = grad_v_[i] = 0;
         for (int64_t head = 0; head < segment.heads; ++head)
             for (int64_t panel = 0; panel < b_.panels; panel += kStrip / kPanel)
                 add_strip(segment, packed, low, count, head * b_.panels + panel, least(kStrip / kPanel, b_.panels - panel), grad_q);
-        add_rows(grad_k_, b_.shape.scaling, count, b_.grad_k, segment, low);
+        add_rows(grad_k_, b_.tile.scaling, count, b_.grad_k, segment, low);
         add_rows(grad_v_, 1.f, count, b_.grad_v, segment, low);
     }
 
@@ -159,19 +159,20 @@ class BackwardWorker {
 
     // Two neighbouring panels of a head (one at the end), so that dK and dV are loaded and stored half as often.
     void add_strip(const Segment& segment, const Packed& packed, int64_t low, int64_t count, int64_t first, int64_t panels, float* grad_q) {
-        const int64_t query = first % b_.panels * kPanel, queries = least(panels * kPanel, b_.shape.queries - query);
-        const Seen seen = seen_of_block(b_.shape, segment, query, queries, low, count);
+        const int64_t query = first % b_.panels * kPanel, queries = least(panels * kPanel, b_.tile.queries - query);
+        const Seen seen = seen_of_block(b_.tile, segment, query, queries, low, count);
         if (seen.rows == 0) return;
         const int64_t width = b_.width, elements = kPanel * width, here = seen.low * width;
+        const float hidden = b_.tile.scaling < 0 ? INFINITY : -INFINITY;  // minus infinity once it is scaled
         for (int64_t i = 0; i < panels; ++i) {
             const int64_t panel = first + i;
-            const Lanes lanes(b_.shape, segment, query + i * kPanel, least(kPanel, queries - i * kPanel));
+            const Lanes lanes(b_.tile, segment, query + i * kPanel, least(kPanel, queries - i * kPanel));
             for (int64_t row = 0; row < seen.rows; row += kKeyGroup) {
                 const int64_t rows = least(kKeyGroup, seen.rows - row), at = here + row * width;
                 gemm<false>(rows, kPanelVectors, width / 2, k_ + at, width, packed.q_columns + panel * elements, 2 * kPanel, scores_, kPanel);
                 gemm<false>(rows, kPanelVectors, width / 2, v_ + at, width, packed.grad_columns + panel * elements, 2 * kPanel, grad_p_, kPanel);
-                if (seen.masked) lanes.mask(b_.shape.key_offset + low + seen.low + row, rows, scores_);
-                softmax_gradient(rows, b_.shape.scaling * kLog2E, packed.lse + panel * kPanel, packed.delta + panel * kPanel, scores_,
+                if (seen.masked) lanes.mask(b_.tile.key_offset + low + seen.low + row, rows, hidden, scores_);
+                softmax_gradient(rows, b_.tile.scaling * kLog2E, packed.lse + panel * kPanel, packed.delta + panel * kPanel, scores_,
                                  grad_p_, p_ + row * kStrip + i * kPanel, grad_s_ + row * kStrip + i * kPanel, grad_s_pairs_ + row * kPanel);
             }
             gemm<true>(width, kPanelVectors, seen.rows / 2, k_columns_ + seen.low, kKeyBlock, grad_s_pairs_, 2 * kPanel,
@@ -185,7 +186,7 @@ class BackwardWorker {
     void add_rows(const float* rows, float factor, int64_t count, const longfit_attention_view& to, const Segment& segment, int64_t low) {
         float* sums = static_cast<float*>(to.data) + segment.batch * to.batch + segment.kv_head * to.head + low * to.token;
         for (int64_t r = 0; r < count; ++r)
-            for (int64_t d = 0; d < b_.shape.head_dim; ++d) sums[r * to.token + d] += factor * rows[r * b_.width + d];
+            for (int64_t d = 0; d < b_.tile.head_dim; ++d) sums[r * to.token + d] += factor * rows[r * b_.width + d];
     }
 
     const Backward& b_;
@@ -199,38 +200,42 @@ class BackwardWorker {
 
 }  // namespace
 
-int32_t longfit_attention_backward(const longfit_attention_shape* shape, const longfit_attention_view* grad_out,
-                                   const longfit_attention_view* q, const longfit_attention_view* k, const longfit_attention_view* v,
-                                   const longfit_attention_view* out, const float* lse, const longfit_attention_view* grad_q,
-                                   const longfit_attention_view* grad_k, const longfit_attention_view* grad_v) {
-    const int64_t width = blocks_of(shape->head_dim, 16) * 16, panels = blocks_of(shape->queries, kPanel);
-    const int64_t threads = most(1, least(shape->threads, blocks_of(shape->keys, kKeyBlock)));
-    const Backward b{*shape, *grad_out, *q, *k, *v, *out, lse, *grad_q, *grad_k, *grad_v, width, panels, threads};
+void longfit_attention_backward_avx512_bf16(const longfit_attention_tile* tile, const longfit_attention_view* grad_out,
+                                            const longfit_attention_view* q, const longfit_attention_view* k,
+                                            const longfit_attention_view* v, const longfit_attention_view* out, const float* lse,
+                                            const longfit_attention_view* grad_q, const longfit_attention_view* grad_k,
+                                            const longfit_attention_view* grad_v) {
+    const int64_t width = blocks_of(tile->head_dim, 16) * 16, panels = blocks_of(tile->queries, kPanel);
+    const int64_t threads = most(1, least(tile->threads, blocks_of(tile->keys, kKeyBlock)));
+    const Backward b{*tile, *grad_out, *q, *k, *v, *out, lse, *grad_q, *grad_k, *grad_v, width, panels, threads};
     Scratch memory(packed_bytes(b));
-    if (memory.failed()) return 1;
+    if (memory.failed()) return report_out_of_memory(*tile);
     const Packed packed = take_packed(b, memory);
     const int64_t buffer = packed_panels(b) * kPanel * width;
-    Failure failure;
-    for (int64_t number = 0; number < num_segments(*shape) && !failure.code(); ++number) {
-        const Segment segment = segment_at(*shape, number);
-        const Range keys = visible_keys(*shape, segment, 0, shape->queries);
+    for (int64_t number = 0; number < num_segments(*tile); ++number) {
+        const Segment segment = segment_at(*tile, number);
+        if (segment.heads == 0) continue;
+        const Range keys = visible_keys(*tile, segment, 0, tile->queries);
         parallel_for(segment.heads * panels, 1, int(threads), [&](int64_t from, int64_t to) {
             for (int64_t panel = from; panel < to; ++panel) pack_panel(b, segment, packed, panel);
         });
-        Queue blocks(segment.heads ? blocks_of(keys.high - keys.low, kKeyBlock) : 0);
-        // Every thread's buffer is cleared, whether or not the thread comes in time for a block.
+        // Which blocks are summed in which buffer is fixed, so that dQ has the same bits every time. The first keys are seen by most
+        // queries, so turns go forth and back: 0 1 1 0 0 1 ...
         parallel_for(threads, 1, int(threads), [&](int64_t from, int64_t to) {
             BackwardWorker worker(b);
-            if (worker.failed()) return failure.set();
-            for (int64_t i = from * buffer; i < to * buffer; ++i) packed.grad_q[i] = 0;
-            for (int64_t block; blocks.take(block);) {
-                const int64_t low = keys.low + block * kKeyBlock;  // first keys, which most queries see, first
-                worker.run(segment, packed, low, least(kKeyBlock, keys.high - low), packed.grad_q + from * buffer);
+            if (worker.failed()) return report_out_of_memory(*tile);
+            for (int64_t share = from; share < to; ++share) {
+                float* grad_q_sum = packed.grad_q + share * buffer;
+                for (int64_t i = 0; i < buffer; ++i) grad_q_sum[i] = 0;
+                for (int64_t turn = 0;; ++turn) {
+                    const int64_t block = turn * threads + (turn % 2 ? threads - 1 - share : share), low = keys.low + block * kKeyBlock;
+                    if (low >= keys.high) break;
+                    worker.run(segment, packed, low, least(kKeyBlock, keys.high - low), grad_q_sum);
+                }
             }
         });
         parallel_for(segment.heads * panels, 1, int(threads), [&](int64_t from, int64_t to) {
             for (int64_t panel = from; panel < to; ++panel) store_grad_q(b, segment, packed, panel);
         });
     }
-    return failure.code();
 }

@@ -15,7 +15,7 @@ constexpr int64_t kKeyGroup = 24;  // keys whose scores are still in the first-l
 constexpr float kNothingSeen = -1e30f;  // the reference before the first key: finite, so that masked scores give 0 and not NaN
 
 struct Forward {
-    const longfit_attention_shape& shape;
+    const longfit_attention_tile& tile;
     const longfit_attention_view &q, &k, &v, &out;
     float* lse;
     int64_t width;         // head_dim padded to a multiple of 16
@@ -70,11 +70,11 @@ class ForwardWorker {
     void run(const Segment& segment, int64_t from, int64_t to) {
         if (segment.heads == 0) return;
         const int64_t used = begin(segment, from, to);
-        const Range keys = visible_keys(f_.shape, segment, from, to);
+        const Range keys = visible_keys(f_.tile, segment, from, to);
         for (int64_t low = keys.low; low < keys.high; low += kKeyBlock) {
             const int64_t count = least(kKeyBlock, keys.high - low);
-            pack_rows(rows_of(f_.k, segment.batch, segment.kv_head, low, count, f_.shape.head_dim), kKeyBlock, f_.width, k_);
-            pack_columns(rows_of(f_.v, segment.batch, segment.kv_head, low, count, f_.shape.head_dim), kKeyBlock, f_.width, v_);
+            pack_rows(rows_of(f_.k, segment.batch, segment.kv_head, low, count, f_.tile.head_dim), kKeyBlock, f_.width, k_);
+            pack_columns(rows_of(f_.v, segment.batch, segment.kv_head, low, count, f_.tile.head_dim), kKeyBlock, f_.width, v_);
             for (int64_t i = 0; i < used; ++i) add_block(segment, panels_[i], low, count);
         }
         for (int64_t i = 0; i < used; ++i) finish(segment, panels_[i]);
@@ -93,9 +93,9 @@ class ForwardWorker {
             for (int64_t query = from; query < to; query += kPanel) {
                 Panel& panel = panels_[used++];
                 panel.head = head, panel.query = query, panel.count = least(kPanel, to - query);
-                const Rows rows = rows_of(f_.q, segment.batch, head, query, panel.count, f_.shape.head_dim);
+                const Rows rows = rows_of(f_.q, segment.batch, head, query, panel.count, f_.tile.head_dim);
                 pack_transposed(rows, kPanel, f_.width, panel.q);
-                if (f_.shape.scaling < 0)
+                if (f_.tile.scaling < 0)
                     for (int64_t i = 0; i < kPanel * f_.width; ++i) panel.q[i] ^= 0x8000;
                 for (int64_t i = 0; i < kPanel * f_.width; ++i) panel.out[i] = 0;
                 for (int64_t i = 0; i < kPanel; ++i) panel.reference[i] = kNothingSeen, panel.sum[i] = 0;
@@ -105,9 +105,9 @@ class ForwardWorker {
 
     // Takes the packed block, keys low .. low + count, into one panel.
     void add_block(const Segment& segment, const Panel& panel, int64_t low, int64_t count) {
-        const Seen seen = seen_of_block(f_.shape, segment, panel.query, panel.count, low, count);
+        const Seen seen = seen_of_block(f_.tile, segment, panel.query, panel.count, low, count);
         if (seen.rows == 0) return;
-        const Lanes lanes(f_.shape, segment, panel.query, panel.count);
+        const Lanes lanes(f_.tile, segment, panel.query, panel.count);
         const __m512 scale = _mm512_set1_ps(f_.factor);
         __m512 max[kPanelVectors], minus_reference[kPanelVectors], sum[kPanelVectors];
         for (int j = 0; j < kPanelVectors; ++j) {
@@ -119,7 +119,7 @@ class ForwardWorker {
             const int64_t rows = least(kKeyGroup, seen.rows - row);
             float* scores = scores_ + row * kPanel;
             gemm<false>(rows, kPanelVectors, f_.width / 2, k_ + (seen.low + row) * f_.width, f_.width, panel.q, 2 * kPanel, scores, kPanel);
-            if (seen.masked) lanes.mask(f_.shape.key_offset + low + seen.low + row, rows, scores);
+            if (seen.masked) lanes.mask(f_.tile.key_offset + low + seen.low + row, rows, -INFINITY, scores);
             exponentials(rows, scale, scores, minus_reference, sum, max, p_ + row * kPanel);
         }
         if (raise_reference(panel, scale, max, minus_reference)) {  // then the block's exponentials are taken again
@@ -150,11 +150,11 @@ class ForwardWorker {
     }
 
     void finish(const Segment& segment, const Panel& panel) {
-        float* lse = f_.lse + (segment.batch * f_.shape.query_heads + panel.head) * f_.shape.queries + panel.query;
-        for (int64_t i = 0; i < panel.count; ++i) lse[i] = panel.reference[i] * fabsf(f_.shape.scaling) + logf(panel.sum[i]);
+        float* lse = f_.lse + (segment.batch * f_.tile.query_heads + panel.head) * f_.tile.queries + panel.query;
+        for (int64_t i = 0; i < panel.count; ++i) lse[i] = panel.reference[i] * fabsf(f_.tile.scaling) + logf(panel.sum[i]);
         for (int64_t i = 0; i < kPanel; i += kVector)
             _mm512_store_ps(panel.sum + i, _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_load_ps(panel.sum + i)));
-        store_transposed(panel.out, panel.sum, panel.count, f_.shape.head_dim,
+        store_transposed(panel.out, panel.sum, panel.count, f_.tile.head_dim,
                          static_cast<bf16*>(f_.out.data) + segment.batch * f_.out.batch + panel.head * f_.out.head +
                              panel.query * f_.out.token,
                          f_.out.token);
@@ -170,26 +170,25 @@ class ForwardWorker {
 
 }  // namespace
 
-int32_t longfit_attention_forward(const longfit_attention_shape* shape, const longfit_attention_view* q, const longfit_attention_view* k,
-                                  const longfit_attention_view* v, const longfit_attention_view* out, float* lse) {
-    const int64_t width = blocks_of(shape->head_dim, 16) * 16, group = shape->query_heads / shape->kv_heads;
+void longfit_attention_forward_avx512_bf16(const longfit_attention_tile* tile, const longfit_attention_view* q,
+                                           const longfit_attention_view* k, const longfit_attention_view* v,
+                                           const longfit_attention_view* out, float* lse) {
+    const int64_t width = blocks_of(tile->head_dim, 16) * 16, group = tile->query_heads / tile->kv_heads;
     // Q and O of a chunk, 6 bytes an element, wait in half of a second-level cache of 1 MiB ...
     int64_t chunk = most(1, (512 << 10) / (6 * width * group * kPanel));
     // ... unless that leaves too few tasks to keep the threads equally busy.
-    const int64_t parts = num_segments(*shape), wanted = blocks_of(4 * shape->threads, parts);
-    chunk = kPanel * most(1, least(chunk, blocks_of(shape->queries, kPanel) / wanted));
-    const Forward f{*shape, *q, *k, *v, *out, lse, width, chunk, group * (chunk / kPanel), fabsf(shape->scaling) * kLog2E};
+    const int64_t parts = num_segments(*tile), wanted = blocks_of(4 * tile->threads, parts);
+    chunk = kPanel * most(1, least(chunk, blocks_of(tile->queries, kPanel) / wanted));
+    const Forward f{*tile, *q, *k, *v, *out, lse, width, chunk, group * (chunk / kPanel), fabsf(tile->scaling) * kLog2E};
 
-    const int64_t chunks = blocks_of(shape->queries, chunk);
+    const int64_t chunks = blocks_of(tile->queries, chunk);
     Queue tasks(chunks * parts);
-    Failure failure;
-    parallel_for(least(shape->threads, chunks * parts), 1, shape->threads, [&](int64_t, int64_t) {
+    parallel_for(least(tile->threads, chunks * parts), 1, tile->threads, [&](int64_t, int64_t) {
         ForwardWorker worker(f);
-        if (worker.failed()) return failure.set();
+        if (worker.failed()) return report_out_of_memory(*tile);
         for (int64_t task; tasks.take(task);) {
             const int64_t from = (chunks - 1 - task / parts) * chunk;  // last queries, which see most keys, first
-            worker.run(segment_at(*shape, task % parts), from, least(from + chunk, shape->queries));
+            worker.run(segment_at(*tile, task % parts), from, least(from + chunk, tile->queries));
         }
     });
-    return failure.code();
 }

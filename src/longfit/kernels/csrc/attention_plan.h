@@ -21,13 +21,13 @@ struct Segment {
     const int32_t* first_key;             // [queries]
 };
 
-inline int64_t num_segments(const longfit_attention_shape& shape) { return shape.batch * shape.kv_heads * shape.classes; }
+inline int64_t num_segments(const longfit_attention_tile& tile) { return tile.batch * tile.kv_heads * tile.classes; }
 
-inline Segment segment_at(const longfit_attention_shape& shape, int64_t number) {
-    const int64_t c = number % shape.classes, kv = number / shape.classes % shape.kv_heads;
-    const int64_t b = number / shape.classes / shape.kv_heads, group = shape.query_heads / shape.kv_heads;
-    const int64_t from = most(kv * group, shape.head_bounds[c]), to = least((kv + 1) * group, shape.head_bounds[c + 1]);
-    return {b, kv, from, most(to - from, 0), shape.first_key + (c * shape.batch + b) * shape.queries};
+inline Segment segment_at(const longfit_attention_tile& tile, int64_t number) {
+    const int64_t c = number % tile.classes, kv = number / tile.classes % tile.kv_heads;
+    const int64_t b = number / tile.classes / tile.kv_heads, group = tile.query_heads / tile.kv_heads;
+    const int64_t from = most(kv * group, tile.head_bounds[c]), to = least((kv + 1) * group, tile.head_bounds[c + 1]);
+    return {b, kv, from, most(to - from, 0), tile.first_key + (c * tile.batch + b) * tile.queries};
 }
 
 struct Range {
@@ -35,8 +35,8 @@ struct Range {
 };
 
 // The stored keys (rows of k and v) that the queries [from, to) of the tile see, from the first of any to the last of any.
-inline Range visible_keys(const longfit_attention_shape& shape, const Segment& segment, int64_t from, int64_t to) {
-    return {segment.first_key[from] - shape.key_offset, shape.start + to - shape.key_offset};
+inline Range visible_keys(const longfit_attention_tile& tile, const Segment& segment, int64_t from, int64_t to) {
+    return {segment.first_key[from] - tile.key_offset, tile.start + to - tile.key_offset};
 }
 
 // Some keys of a block as seen by the queries [query, query + count): rows [low, low + rows) of the block, rows even, or none.
@@ -45,13 +45,13 @@ struct Seen {
     bool masked;  // some of the queries do not see all of the keys
 };
 
-inline Seen seen_of_block(const longfit_attention_shape& shape, const Segment& segment, int64_t query, int64_t count, int64_t block_low,
+inline Seen seen_of_block(const longfit_attention_tile& tile, const Segment& segment, int64_t query, int64_t count, int64_t block_low,
                           int64_t block_size) {
-    const Range all = visible_keys(shape, segment, query, query + count);
+    const Range all = visible_keys(tile, segment, query, query + count);
     const int64_t low = most(all.low - block_low, 0) & ~int64_t{1}, high = least(block_size, all.high - block_low);
     if (low >= high) return {0, 0, false};
-    const int64_t rows = (high - low + 1) & ~int64_t{1}, offset = shape.key_offset + block_low;
-    return {low, rows, low + offset < segment.first_key[query + count - 1] || low + rows - 1 + offset > shape.start + query};
+    const int64_t rows = (high - low + 1) & ~int64_t{1}, offset = tile.key_offset + block_low;
+    return {low, rows, low + offset < segment.first_key[query + count - 1] || low + rows - 1 + offset > tile.start + query};
 }
 
 // One allocation from which one thread takes its buffers, each on a cache line of its own.
@@ -85,14 +85,6 @@ class Queue {
     const int64_t count_;
 };
 
-// Set by any thread that could not get memory.
-class Failure {
-  public:
-    void set() { __atomic_store_n(&failed_, 1, __ATOMIC_RELAXED); }
-    int32_t code() const { return __atomic_load_n(&failed_, __ATOMIC_RELAXED); }
-
-  private:
-    int32_t failed_ = 0;
-};
+inline void report_out_of_memory(const longfit_attention_tile& tile) { __atomic_store_n(tile.out_of_memory, 1, __ATOMIC_RELAXED); }
 
 }  // namespace

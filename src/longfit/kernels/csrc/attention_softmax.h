@@ -41,22 +41,22 @@ inline __m512 exp2(__m512 x) {
 struct Lanes {
     alignas(64) int32_t first[kPanel], last[kPanel];
 
-    Lanes(const longfit_attention_shape& shape, const Segment& segment, int64_t query, int64_t count) {
+    Lanes(const longfit_attention_tile& tile, const Segment& segment, int64_t query, int64_t count) {
         for (int64_t i = 0; i < kPanel; ++i) {
             const int64_t lane = query + least(i, count - 1);
             first[i] = segment.first_key[lane];
-            last[i] = int32_t(shape.start + lane);
+            last[i] = int32_t(tile.start + lane);
         }
     }
 
-    // Overwrites with -inf what is not seen of the scores [keys][64]; row 0 belongs to the key with token number `key`.
-    void mask(int64_t key, int64_t keys, float* scores) const {
+    // Overwrites with `hidden` what is not seen of the scores [keys][64]; row 0 belongs to the key with token number `key`.
+    void mask(int64_t key, int64_t keys, float hidden, float* scores) const {
         for (int j = 0; j < kPanelVectors; ++j) {
             const __m512i low = _mm512_load_si512(first + j * kVector), high = _mm512_load_si512(last + j * kVector);
             for (int64_t row = 0; row < keys; ++row) {
                 const __m512i here = _mm512_set1_epi32(int32_t(key + row));
-                const __mmask16 hidden = _mm512_cmplt_epi32_mask(here, low) | _mm512_cmpgt_epi32_mask(here, high);
-                _mm512_mask_store_ps(scores + row * kPanel + j * kVector, hidden, _mm512_set1_ps(-INFINITY));
+                const __mmask16 unseen = _mm512_cmplt_epi32_mask(here, low) | _mm512_cmpgt_epi32_mask(here, high);
+                _mm512_mask_store_ps(scores + row * kPanel + j * kVector, unseen, _mm512_set1_ps(hidden));
             }
         }
     }
