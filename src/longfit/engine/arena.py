@@ -223,4 +223,4 @@ class _FileStay:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+    return tensor.flatten().view(torch.uint8).numpy().data

@@ -3,7 +3,7 @@
 A swept layer writes dx over dy. In general a backward must not do that: autograd may give the same tensor to several
 nodes (the gradient of ``a + b`` goes to both). It may when dy is *ours*: when the consumer of our output took it
 straight from us (so that its gradient goes to us and to nobody else), and promised that it gives up the tensor. The
-promise is the address of that tensor, left on the node that will receive it; any other address is somebody else's.
+promise is the identity of that tensor's storage, left on the node that will receive it; any other is somebody else's.
 """
 
 from typing import Any
@@ -24,13 +24,12 @@ def receiver_of(tensor: Tensor) -> Any | None:
     return node if isinstance(function, type) and issubclass(function, Receiver) else None
 
 
-def promise(receiver: Any | None, gradient: Tensor) -> Tensor:
+def promise(receiver: Any | None, gradient: Tensor) -> None:
     """Give up ``gradient``, which is about to be returned by backward."""
     if receiver is not None:
-        receiver.promised = gradient.data_ptr()
-    return gradient
+        receiver.promised = gradient.untyped_storage()._cdata  # unlike data_ptr, also of tensors without memory
 
 
 def is_promised(node: Any, gradient: Tensor) -> bool:
     """Whether ``node`` may overwrite the gradient that it was called with."""
-    return getattr(node, "promised", None) == gradient.data_ptr() != 0
+    return bool(getattr(node, "promised", None) == gradient.untyped_storage()._cdata)

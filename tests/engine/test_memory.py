@@ -1,0 +1,166 @@
+"""Bytes per token on the accelerator, counted on fake tensors: real models at full size, without weights or a GPU.
+
+Live storages are counted while a training step runs at two lengths; the slope between them is what a token costs, in
+forward and in backward, whichever is larger (a tile's activations, which do not grow, differ between the two). What
+waits in the arena is not on the accelerator. The vocabulary is small, because its cost does not grow either. Attention is replaced by what a kernel allocates (output, log-sum-exp,
+query gradient and its float32 sum): a fake tensor has no values to attend with.
+"""
+
+import weakref
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longfit.engine import loss as loss_module
+from longfit.engine import sweep as sweep_module
+from longfit.engine import walk as walk_module
+from longfit.engine.attention import attention_key
+from longfit.engine.loss import training_loss
+from longfit.engine.replay import RandomState
+from longfit.engine.schedule import build_schedule, document_starts
+from longfit.engine.sweep import enable_sweep
+from longfit.engine.walk import Visible
+
+GROUP, TILE, SHORT, LONG = 4096, 2048, 8192, 16384  # a tile of shifted attention sees at most SHORT keys
+
+SHAPES = {
+    "Llama-3.1-8B": {"intermediate_size": 14336, "num_key_value_heads": 8},
+    "Llama-2-7B": {"intermediate_size": 11008, "num_key_value_heads": 32},
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that are made under it and still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.sizes:
+                storage = leaf.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.sizes[key] = size
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, key)
+        return result
+
+    def _gone(self, key):
+        self.now -= self.sizes.pop(key, 0)
+
+
+class HostArena:
+    """What the accelerator sees of layer inputs that wait elsewhere: one tile at a time."""
+
+    aliases = False
+
+    def open(self, num_tiles):
+        return HostStay()
+
+
+class HostStay:
+    def __init__(self):
+        self.likes = {}
+
+    def put(self, index, tile):
+        self.likes[index] = (tile.shape, tile.dtype)
+
+    def settle(self, index):
+        pass
+
+    def prefetch(self, index):
+        pass
+
+    def get(self, index):
+        shape, dtype = self.likes[index]
+        return torch.empty(shape, dtype=dtype)
+
+    def close(self):
+        pass
+
+
+def tile_forward(q, k, v, schedule, **options):
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def tile_backward(grad_out, q, k, v, out, lse, schedule, *, grad_k, grad_v, **options):
+    torch.empty(q.shape, dtype=torch.float32)
+    return torch.empty_like(q)
+
+
+def empty_model(shape, key):
+    """Two layers of a Llama with adapters on all linear layers, without memory."""
+    config = transformers.LlamaConfig(
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_hidden_layers=2,
+        vocab_size=1024,
+        max_position_embeddings=1 << 20,
+        **shape,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=key)
+        lora = LoraConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, lora, autocast_adapter_dtype=False, low_cpu_mem_usage=True).train()
+
+
+def fill(model):
+    """Give every parameter and buffer a tensor of the mode that is on."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+        for name, b in module._buffers.items():
+            module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def step_peaks(num_tokens, shape, group_size):
+    """Most live bytes in forward and in backward of a step of two layers; weights and adapters are not counted."""
+    schedule = build_schedule(2, document_starts(1, num_tokens), group_size=group_size)
+    visible = Visible.of(schedule, TILE)
+    key = attention_key("shifted", group_size) if group_size else attention_key()
+    model = empty_model(shape, key)
+    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        for module in (walk_module, sweep_module):
+            patch.setattr(module, "tile_forward", tile_forward)
+        patch.setattr(walk_module, "tile_backward", tile_backward)
+        patch.setattr(walk_module.Visible, "of", lambda schedule, tile: visible)
+        patch.setattr(loss_module, "_trained_rows", lambda labels, num_words: torch.arange(len(labels)))
+        patch.setattr(RandomState, "same", lambda self, other: True)
+        fill(model)
+        report = enable_sweep(model, tile=TILE, arena=HostArena())
+        assert len(report.layers) == 2
+        ids = torch.zeros(1, num_tokens, dtype=torch.long)
+        with LiveBytes() as live:
+            loss = training_loss(model, ids, num_items=num_tokens)
+            forward_peak, live.peak = live.peak, live.now
+            loss.backward()
+        assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)
+        return forward_peak, live.peak
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "most"),
+    [
+        ("Llama-3.1-8B", None, 32_000),
+        ("Llama-3.1-8B", GROUP, 18_000),
+        ("Llama-2-7B", None, 70_000),
+        ("Llama-2-7B", GROUP, 18_000),
+    ],
+)
+def test_bytes_per_token(name, group_size, most, record_property):
+    short, long = (step_peaks(num_tokens, SHAPES[name], group_size) for num_tokens in (SHORT, LONG))
+    slopes = [(b - a) / (LONG - SHORT) for a, b in zip(short, long, strict=True)]
+    record_property("bytes_per_token", max(slopes))
+    assert 8_192 < max(slopes) < most  # one hidden state is the least that this algorithm can hold
