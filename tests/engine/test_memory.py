@@ -2,8 +2,9 @@
 
 Live storages are counted while a training step runs at two lengths; the slope between them is what a token costs, in
 forward and in backward, whichever is larger (a tile's activations, which do not grow, differ between the two). What
-waits in the arena is not on the accelerator. The vocabulary is small, because its cost does not grow either. Attention is replaced by what a kernel allocates (output, log-sum-exp,
-query gradient and its float32 sum): a fake tensor has no values to attend with.
+waits in the arena is not on the accelerator. The vocabulary is small, because its cost does not grow either. Attention
+is replaced by what a kernel allocates (output, log-sum-exp, query gradient and its float32 sum): a fake tensor has no
+values to attend with.
 """
 
 import weakref
