@@ -9,6 +9,7 @@ Editing the configuration of a loaded model changes nothing by itself: the rotar
 float32. Casting a whole model to bfloat16 ruins them (at position 32,768 angles are off by many radians); this repairs.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +110,7 @@ def extend_context(
     after = dict(before)
     if rope != "none":
         after = _extended(before, config, rope, context=context, present=present, native=native, theta=theta)
+        _check_accepted(config, after, context=context, rope=rope)
     rotaries = list(_rotary_modules(base))  # nothing is changed before all has been checked
     key = attention_key(attention, group_size)
 
@@ -192,11 +194,10 @@ def _extended(
     """Merge one method into present parameters; what it does not concern (theta, partial rotation) stays."""
     rope_type = before["rope_type"]
     if rope_type not in _EXTENDABLE[rope]:
-        methods = [method for method, types in _EXTENDABLE.items() if rope_type in types]
+        methods = [repr(method) for method, types in _EXTENDABLE.items() if rope_type in types]
         raise ContextError(
             f"rope {rope!r}: this model's positions are scaled by {rope_type!r} up to {present:,} tokens; the two"
-            f" do not compose; {'try rope ' + ' or '.join(map(repr, methods)) if methods else 'longfit cannot extend it'},"
-            f" or keep the context at {present:,} or below"
+            f" do not compose; {_try(methods)}, or keep the context at {present:,} or below"
         )
     after = dict(before)
     if rope_type == "dynamic":
@@ -220,6 +221,32 @@ def _extended(
     if theta <= old:
         raise ContextError(f"theta {theta}: must be above the model's {old}, or its context would shrink")
     return {**after, "rope_theta": float(theta)}
+
+
+def _try(methods: list[str]) -> str:
+    return f"try rope {' or '.join(methods)}" if methods else "longfit cannot extend it"
+
+
+def _check_accepted(config: Any, after: dict[str, Any], *, context: int, rope: str) -> None:
+    """Ask the family's own validation, before anything is changed: Phi-3, for one, would not save YaRN."""
+    trial = copy.deepcopy(config)
+    _write_positions(trial, after, context=context)
+    try:
+        trial.validate_rope()
+    except ValueError as error:
+        raise ContextError(
+            f"rope {rope!r}: the configuration of {config.model_type} does not accept it ({error}); try rope 'ntk' or"
+            " 'theta', which only raise its theta"
+        ) from error
+
+
+def _write_positions(config: Any, after: dict[str, Any], *, context: int) -> None:
+    parameters = config.rope_parameters
+    config.rope_parameters = {**parameters, "full_attention": after} if _is_nested(parameters) else after
+    original = after.get("original_max_position_embeddings")
+    if original is not None and config.to_dict().get("original_max_position_embeddings") is not None:
+        config.original_max_position_embeddings = original  # a second copy, which would win
+    config.max_position_embeddings = context
 
 
 def _rotated(config: Any, parameters: dict[str, Any]) -> int:
@@ -258,15 +285,10 @@ def _apply_positions(
     """Write the configuration, then rebuild the rotary modules from it where it, or their precision, is off."""
     changes = []
     present = config.max_position_embeddings
+    _write_positions(config, after, context=context)
     if changed:
-        parameters = config.rope_parameters
-        config.rope_parameters = {**parameters, "full_attention": after} if _is_nested(parameters) else after
-        original = after.get("original_max_position_embeddings")
-        if original is not None and config.to_dict().get("original_max_position_embeddings") is not None:
-            config.original_max_position_embeddings = original  # Phi-3 keeps a second copy, and it would win
         changes.append(f"config.rope_parameters -> {after}")
     if context != present:
-        config.max_position_embeddings = context
         changes.append(f"config.max_position_embeddings {present:,} -> {context:,}")
     for parent, name, rotary in rotaries:
         tables = _inverse_frequencies(rotary)
@@ -293,7 +315,7 @@ def _apply_attention(base: Any, key: str) -> list[str]:
     base.set_attn_implementation(key)
     if base.config._attn_implementation != key:
         raise ModelError(
-            f"{type(base).__name__}: does not take its attention from transformers' AttentionInterface; use a model"
+            f"{type(base).__name__}: takes no attention from transformers' AttentionInterface; use a model"
             " that does, as Llama, Qwen, Mistral, Gemma and Phi do"
         )
     return [f"attention {before} -> {key}"] if before != key else []
@@ -308,5 +330,5 @@ def _warnings(context: int, present: int, rope: str, group_size: int | None, rea
     if reach is not None and reach < context:
         yield (
             f"shifted attention with group_size {group_size:,} carries information across at most {reach:,} tokens,"
-            f" less than the context of {context:,}: nothing farther apart can be learned together; raise the group size"
+            f" less than the context of {context:,}: nothing farther apart is learned together; raise the group size"
         )
