@@ -2,8 +2,8 @@
 
 The kernels (csrc/attention_forward_avx512bf16.cpp and its backward twin) multiply bf16 pairs with vdpbf16ps and keep
 every sum in fp32; P and dS are rounded to bf16 before the products that consume them, as on a GPU's tensor cores. So
-out and the gradients carry bf16 rounding, and the log-sum-exp is good to fp32. The same call on the same number of
-threads gives the same bits every time. There is one instruction set so far; `supported` names what is missing elsewhere.
+out and the gradients carry bf16 rounding, and the log-sum-exp is good to fp32. The same call on as many threads gives
+the same bits every time. There is one instruction set so far; `supported` names what is missing elsewhere.
 
 What a query sees is one number per head class: all keys from ``first_key`` to itself. Exact and shifted attention
 (LongLoRA, section 3.2), sliding windows and packed documents all have that form; keys that a block of queries does not
