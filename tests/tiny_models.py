@@ -58,7 +58,7 @@ def tiny_model(
     """
     config_class, model_class, extra = _FAMILIES[family]
     settings = {
-        "hidden_size": 48,
+        "hidden_size": 8 * num_heads,
         "intermediate_size": 80,
         "num_hidden_layers": 2,
         "num_attention_heads": num_heads,
@@ -72,9 +72,8 @@ def tiny_model(
         **extra,
         **config,
     }
-    if family == "phi3":  # Phi-3 derives its head dimension
-        settings["hidden_size"] = 8 * num_heads
-        del settings["head_dim"]
+    if family == "phi3":
+        del settings["head_dim"]  # derived
     model_config = getattr(transformers, config_class)(**settings)
     torch.manual_seed(seed)
     model = getattr(transformers, model_class)._from_config(
