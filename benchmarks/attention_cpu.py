@@ -177,8 +177,8 @@ def table(report: dict[str, object]) -> str:
         "# Tile attention on the CPU",
         "",
         f"{about['processor']}, {about['threads']} threads, torch {about['torch']}, commit {about['commit']}, bf16;"
-        f" medians of {report['repeats']} alternating runs; GFLOP/s over visible pairs. A 2,048 x 2,048 bf16 matmul reaches"
-        f" {about['gemm_gflops']:.0f} GFLOP/s. Made by `python benchmarks/attention_cpu.py`.",
+        f" medians of {report['repeats']} alternating runs; GFLOP/s over visible pairs. A 2,048 x 2,048 bf16 matmul"
+        f" reaches {about['gemm_gflops']:.0f} GFLOP/s. Made by `python benchmarks/attention_cpu.py`.",
         "",
         "| tile | queries | forward | torch | ratio | backward | torch | ratio | error | torch |",
         "|---|---|---|---|---|---|---|---|---|---|",

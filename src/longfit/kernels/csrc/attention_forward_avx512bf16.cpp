@@ -32,19 +32,23 @@ struct Panel {
     float *reference, *sum;  // [64]; a score, before the factor, and the sum of exponentials relative to it
 };
 
-// P^T in pairs of keys from scores [keys][64], relative to minus_reference; adds to the sums and widens the maxima.
-inline void exponentials(int64_t keys, __m512 scale, const float* scores, const __m512* minus_reference, __m512* sum, __m512* max, bf16* p) {
+// P^T in pairs of keys from scores [keys][64], relative to minus_reference; adds to the sums, widens the maxima. Not inlined: the
+// caller's product would take the registers.
+[[gnu::noinline]] void exponentials(int64_t keys, __m512 scale, const float* scores, const __m512* minus_reference, __m512* sums,
+                                    __m512* maxima, bf16* p) {
+    __m512 sum[kPanelVectors], max[kPanelVectors], shift[kPanelVectors];
+    for (int j = 0; j < kPanelVectors; ++j) sum[j] = sums[j], max[j] = maxima[j], shift[j] = minus_reference[j];
     for (int64_t key = 0; key < keys; key += 2)
 #pragma GCC unroll 4
         for (int j = 0; j < kPanelVectors; ++j) {
             const float* pair = scores + key * kPanel + j * kVector;
-            const __m512 sa = _mm512_load_ps(pair), sb = _mm512_load_ps(pair + kPanel);
-            max[j] = _mm512_max_ps(max[j], _mm512_max_ps(sa, sb));
-            const __m512 a = exp2(_mm512_fmadd_ps(sa, scale, minus_reference[j]));
-            const __m512 b = exp2(_mm512_fmadd_ps(sb, scale, minus_reference[j]));
+            const __m512 score_a = _mm512_load_ps(pair), score_b = _mm512_load_ps(pair + kPanel);
+            max[j] = _mm512_max_ps(max[j], _mm512_max_ps(score_a, score_b));
+            const __m512 a = exp2(_mm512_fmadd_ps(score_a, scale, shift[j])), b = exp2(_mm512_fmadd_ps(score_b, scale, shift[j]));
             sum[j] = _mm512_add_ps(sum[j], _mm512_add_ps(a, b));
             _mm512_store_si512(p + key * kPanel + j * 2 * kVector, pairs_of_rows(to_bf16(a, b)));
         }
+    for (int j = 0; j < kPanelVectors; ++j) sums[j] = sum[j], maxima[j] = max[j];
 }
 
 // One thread's buffers, and the work on a chunk.
