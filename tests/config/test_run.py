@@ -76,11 +76,12 @@ def test_all_mistakes_are_told_at_once_each_with_its_place_and_its_fix(tmp_path:
         (["context.group_size=64"], "group_size only acts with shifted attention"),
         (
             ["context.attention=shifted", "context.group_size=64", "context.context=32"],
-            "longer than the context 32; try 8",
+            "longer than the context 32; drop it",
         ),
         (["train.steps=5", "train.warmup_steps=5"], "must be smaller than steps"),
         (["optim.file=state"], "file only acts with a budget"),
-        (["engine.engine=plain", "engine.tile=64"], "tile only acts with engine sweep"),
+        (["engine.engine=plain", "engine.tile=64"], "tile and arena only act with engine sweep"),
+        (["engine.arena_folder=/tmp"], "arena_folder only acts with arena file"),
         (["data.validation=x", "data.validation_fraction=0.1"], "exclude each other"),
         (["model.block_size=96"], "must be a power of two; try model.block_size=64"),
         (["train.learning_rate=nan"], "must be"),
@@ -121,7 +122,6 @@ def test_resolved_settings_survive_yaml(tmp_path: Path) -> None:
     )
     config = config.resolve(native_context=8_200).resolve_steps(num_windows=103, num_processes=2)
     assert config.context.context == 8_200
-    assert config.context.group_size == 2_050  # a quarter, even
     assert (config.train.steps, config.train.epochs, config.train.warmup_steps) == (103, None, 10)
     assert config.resolve(native_context=1).resolve_steps(num_windows=1) == config  # nothing is resolved twice
     file = tmp_path / "config.yaml"
@@ -129,7 +129,6 @@ def test_resolved_settings_survive_yaml(tmp_path: Path) -> None:
     assert load_config(file).flat() == config.flat()
     assert {row.key for row in config.explain() if row.origin.startswith("auto")} == {
         "context.context",
-        "context.group_size",
         "train.steps",
         "train.epochs",
         "train.warmup_steps",

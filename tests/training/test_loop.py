@@ -17,7 +17,7 @@ from longfit.errors import ConfigError, RunError
 from longfit.training.loop import TrainResult, train
 from longfit.training.metrics import Event, read_metrics
 from longfit.training.prepare import open_run, pack_documents, read_data
-from longfit.training.run_directory import list_runs
+from longfit.training.run_directory import list_runs, read_config
 
 
 def numbers(run_dir: Path) -> list[tuple[object, ...]]:
@@ -200,6 +200,8 @@ def test_every_setting_is_read_by_a_run(
         data__validation_fraction=0.2,
         adapter__train_norms=True,
         context__attention="shifted",
+        engine__arena="file",
+        engine__arena_folder=str(tmp_path),
         optim__budget="8MiB",
         optim__file=str(tmp_path / "state"),
     )
@@ -216,3 +218,4 @@ def test_every_setting_is_read_by_a_run(
         monkeypatch.setattr(section, "__getattribute__", recording(name))
     train(config)
     assert set(sections.known_keys()) - read == set()
+    assert read_config(tmp_path / "run").context.group_size == 24  # a quarter of the context, as the model was extended

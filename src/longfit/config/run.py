@@ -22,7 +22,6 @@ from longfit.config.sections import (
     TrainSection,
     known_keys,
     meaning,
-    quarter,
 )
 from longfit.config.source import Given, read_override, read_yaml
 from longfit.errors import ConfigError
@@ -83,19 +82,14 @@ class RunConfig(Section):
         return _build([*kept, *(Given(key, value, origin) for key, value in settings.items())])
 
     def resolve(self, *, native_context: int) -> "RunConfig":
-        """Fill what depends on the model: context and group size.
+        """Fill the context, if it is not given.
 
         Args:
             native_context: tokens the base model was made for.
         """
-        config = self
-        if config.context.context is None:
-            config = config.replace({"context.context": native_context}, origin="auto: the native context of the model")
-        if config.context.attention == "shifted" and config.context.group_size is None:
-            group_size = quarter(config.context.context or native_context)
-            origin = "auto: a quarter of the context (LongLoRA, section 3.2)"
-            config = config.replace({"context.group_size": group_size}, origin=origin)
-        return config
+        if self.context.context is not None:
+            return self
+        return self.replace({"context.context": native_context}, origin="auto: the native context of the model")
 
     def resolve_steps(self, *, num_windows: int, num_processes: int = 1) -> "RunConfig":
         """Fill what depends on the data: steps, from epochs, and warm-up.

@@ -53,11 +53,6 @@ def _power_of_two(value: int) -> int:
     return value
 
 
-def quarter(context: int) -> int:
-    """Return the largest even number of tokens within a quarter of the context: LongLoRA's group size (section 3.2)."""
-    return max(2, context // 4 // 2 * 2)
-
-
 Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1)]
 EvenTokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1), AfterValidator(_even)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
@@ -107,8 +102,8 @@ class ContextSection(Section):
                 "group_size only acts with shifted attention; add --attention shifted or drop group_size"
             )
         if self.group_size is not None and self.context is not None and self.group_size > self.context:
-            text = "group_size {group_size} is longer than the context {context}; try {fix}"
-            raise _contradiction(text, group_size=self.group_size, context=self.context, fix=quarter(self.context))
+            text = "group_size {group_size} is longer than the context {context}; drop it for a quarter of the context"
+            raise _contradiction(text, group_size=self.group_size, context=self.context)
         return self
 
 
@@ -216,11 +211,17 @@ class EngineSection(Section):
     """How layers are differentiated: swept tile by tile, or plain gradient checkpointing."""
     tile: Tokens | None = None
     """Tokens the sweep handles at once; unset: chosen by the engine."""
+    arena: Literal["device", "pinned", "file"] = "device"
+    """Where layer inputs wait for backward: on the device, in pinned host memory (CUDA), or in a file."""
+    arena_folder: str | None = None
+    """Folder of that file, on a real disk; unset: the system's folder for temporary files."""
 
     @model_validator(mode="after")
-    def _tile_needs_sweep(self) -> "EngineSection":
-        if self.tile is not None and self.engine == "plain":
-            raise _contradiction("tile only acts with engine sweep; drop tile")
+    def _settings_need_what_they_act_on(self) -> "EngineSection":
+        if self.engine == "plain" and (self.tile is not None or self.arena != "device"):
+            raise _contradiction("tile and arena only act with engine sweep; drop them")
+        if self.arena_folder is not None and self.arena != "file":
+            raise _contradiction("arena_folder only acts with arena file; add --arena file or drop it")
         return self
 
 

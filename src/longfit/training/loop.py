@@ -164,8 +164,11 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     ledger = Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
     config = config.resolve_steps(num_windows=len(windows), num_processes=accelerator.num_processes)
 
-    extend(model, tokenizer, config)
-    model = make_trainable(model, config)
+    report = extend(model, tokenizer, config)
+    if report.group_size != config.context.group_size:
+        origin = "auto: a quarter of the context (LongLoRA, section 3.2)"
+        config = config.replace({"context.group_size": report.group_size}, origin=origin)
+    model = make_trainable(model, config, on_event=notify)
     loss_module = accelerator.prepare(TrainingLoss(model))
     loss_module.train()
     optimizer = make_optimizer(config, parameter_groups(model, weight_decay=config.train.weight_decay))
@@ -180,7 +183,7 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     accelerator.wait_for_everyone()  # every process has seen the directory as it was
     if not resume and accelerator.is_main_process:
         run_directory.create(run_dir, config, digest=digest, ledger=ledger)
-    for line in ledger.warnings:
+    for line in (*ledger.warnings, *report.warnings):
         notify(Event("warning", line))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     steps = f"{config.train.steps:,} steps" if not state.step else f"steps {state.step + 1:,} to {config.train.steps:,}"

@@ -14,12 +14,14 @@ from longfit.config import RunConfig
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset, pack, tokenize_documents
 from longfit.data.sources import Documents, read_documents, split_documents
+from longfit.engine.arena import Arena, FileArena
+from longfit.engine.arena_pinned import PinnedArena
 from longfit.engine.doors import base_model
 from longfit.engine.sweep import enable_sweep
-from longfit.errors import DataError, ModelError
+from longfit.errors import ConfigError, DataError, ModelError
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters
-from longfit.model.context import extend_context
+from longfit.model.context import ContextReport, extend_context
 from longfit.model.load import load, read_config
 from longfit.model.save import load_adapter
 from longfit.training import run_directory
@@ -68,11 +70,11 @@ def load_base(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
     )
 
 
-def extend(model: Any, tokenizer: Any, config: RunConfig) -> None:
+def extend(model: Any, tokenizer: Any, config: RunConfig) -> ContextReport:
     """Extend the model to the context of the config, with its attention."""
     section = config.context
     assert section.context is not None, "resolved"
-    extend_context(
+    return extend_context(
         model,
         tokenizer,
         context=section.context,
@@ -82,8 +84,11 @@ def extend(model: Any, tokenizer: Any, config: RunConfig) -> None:
     )
 
 
-def make_trainable(model: Any, config: RunConfig) -> Any:
-    """Add adapters and choose how layers are differentiated."""
+def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
+    """Add adapters and choose how layers are differentiated.
+
+    Returns: the PeftModel.
+    """
     adapter = config.adapter
     torch.manual_seed(config.train.seed)
     model = add_adapters(
@@ -96,10 +101,33 @@ def make_trainable(model: Any, config: RunConfig) -> Any:
         train_norms=adapter.train_norms,
     )
     if config.engine.engine == "sweep":
-        enable_sweep(model, tile=config.engine.tile)
+        report = enable_sweep(model, tile=config.engine.tile, arena=make_arena(config))
+        text = f"sweeping {len(report.layers)} layers, {report.tile:,} tokens at a time"
+        on_event(Event("phase", text, {"tile": report.tile, "fallback": report.fallback}))
     else:
         base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def make_arena(config: RunConfig) -> Arena | None:
+    """Make the place where layer inputs wait; None leaves them on the device.
+
+    Raises: ConfigError: the place does not exist on this machine.
+    """
+    section = config.engine
+    if section.arena == "device":
+        return None
+    if section.arena == "pinned":
+        if not torch.cuda.is_available():
+            raise ConfigError("engine.arena=pinned: this machine has no CUDA device; use device or file")
+        return PinnedArena()
+    try:
+        return FileArena(section.arena_folder)
+    except OSError as error:
+        folder = f"{section.arena_folder}: " if section.arena_folder else ""
+        raise ConfigError(
+            f"engine.arena_folder: {folder}{error.strerror}; name a folder that can be written"
+        ) from error
 
 
 def native_context(model_config: Any) -> int:

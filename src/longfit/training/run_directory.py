@@ -37,6 +37,8 @@ FREE_SETTINGS = frozenset(
         "data.validation_windows",
         "optim.budget",
         "optim.file",
+        "engine.arena",
+        "engine.arena_folder",
     }
 )
 # These change rounding, but not what is computed: a smaller tile after running out of memory, another device.
