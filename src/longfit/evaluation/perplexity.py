@@ -1,0 +1,193 @@
+"""Perplexity of a model on long text, over all and by position in the window, always with exact attention.
+
+Two numbers are comparable only if they score the same tokens with the same context before them. The result therefore
+names its convention; two are offered and never mixed:
+
+    document    each document on its own; a window scores only the tokens that no window scored before; every scored
+                token counts alike. The stride says how much context the first of them has: ``window - stride`` tokens.
+                (YaRN, arXiv 2309.00071, section 4.3, and the Hugging Face documentation.)
+    longlora    whole windows only, one every ``stride`` tokens; each scores all its tokens but the first, so that
+                overlapping windows score a token again; the mean over windows. (LongLoRA's ``eval.py``, stride 256.)
+
+Perplexity by position shows where a model stops reading: beyond the native context of a base it explodes. It does not
+show whether distant text is *used*; that is what retrieval tests are for. Logits never exist for more than a tile.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longfit.engine.doors import hidden_states, output_head
+from longfit.engine.loss import token_losses
+from longfit.errors import ConfigError, DataError
+
+CONVENTIONS = ("document", "longlora")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The scored tokens at positions ``[start, stop)`` of their windows: mean loss in nats, and its exponential."""
+
+    start: int
+    stop: int
+    num_tokens: int
+    nll: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """A perplexity with all that it depends on.
+
+    Attributes:
+        perplexity: ``exp(nll)``.
+        nll: mean negative log-likelihood of a token, in nats.
+        num_tokens: scored, repetitions counted.
+        num_windows: read.
+        convention, window, stride: as asked for.
+        by_position: buckets that hold a token, in order.
+    """
+
+    perplexity: float
+    nll: float
+    num_tokens: int
+    num_windows: int
+    convention: str
+    window: int
+    stride: int
+    by_position: tuple[Bucket, ...]
+
+
+class Window(NamedTuple):
+    """Tokens ``[start, stop)`` of a document are read; those from ``first_scored`` on count."""
+
+    document: int
+    start: int
+    stop: int
+    first_scored: int
+
+
+def perplexity(
+    model: nn.Module,
+    token_ids: Tensor | Sequence[Tensor],
+    *,
+    window: int,
+    stride: int,
+    convention: str = "document",
+    bucket_tokens: int = 2048,
+    on_progress: Callable[[int, int], Any] | None = None,
+) -> PerplexityResult:
+    """Measure how well a model predicts text (see above for the conventions).
+
+    Args:
+        model: a transformers causal language model, or a PeftModel around one; it is put into eval mode meanwhile.
+        token_ids: integer ``[N]``, one document, or several of them; a window never spans two. Begin-of-text tokens,
+            where the model wants them, are the caller's.
+        window: tokens read at once; may exceed what the model was made for.
+        stride: tokens from one window's start to the next's.
+        convention: ``"document"`` or ``"longlora"``.
+        bucket_tokens: positions per bucket.
+        on_progress: called with windows done and windows in all.
+    Raises: ConfigError: settings that do not go together. DataError: nothing to score, or tokens that the model
+            does not know.
+    """
+    _check(window, stride, convention, bucket_tokens)
+    documents = [token_ids] if isinstance(token_ids, Tensor) else list(token_ids)
+    plan = [
+        found for number, ids in enumerate(documents) for found in _windows(number, ids, window, stride, convention)
+    ]
+    if not plan:
+        longest = max((len(ids) for ids in documents), default=0)
+        needed = window if convention == "longlora" else 2
+        raise DataError(
+            f"nothing to score: {len(documents)} documents, the longest of {longest:,} tokens; at least {needed:,} are"
+            " needed in one; give more text or a smaller window"
+        )
+    totals = torch.zeros(-(-window // bucket_tokens), dtype=torch.float64)
+    counts = torch.zeros(len(totals), dtype=torch.int64)
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        for done, part in enumerate(plan, start=1):
+            losses = _score(model, documents[part.document][part.start : part.stop], part.first_scored - part.start)
+            bucket = torch.arange(part.first_scored - part.start, part.stop - part.start) // bucket_tokens
+            totals.index_add_(0, bucket, losses.double().cpu())
+            counts += bucket.bincount(minlength=len(counts))
+            if on_progress is not None:
+                on_progress(done, len(plan))
+    finally:
+        for module in training:
+            module.training = True
+    nll = float(totals.sum() / counts.sum())
+    buckets = [
+        _bucket(number * bucket_tokens, min((number + 1) * bucket_tokens, window), int(count), float(total))
+        for number, (total, count) in enumerate(zip(totals, counts, strict=True))
+        if count
+    ]
+    return PerplexityResult(_exp(nll), nll, int(counts.sum()), len(plan), convention, window, stride, tuple(buckets))
+
+
+def _windows(number: int, ids: Tensor, window: int, stride: int, convention: str) -> Iterator[Window]:
+    if ids.dim() != 1:
+        raise DataError(f"token_ids: document {number} has shape {list(ids.shape)}; give one dimension per document")
+    if convention == "longlora":
+        for start in range(0, len(ids) - window + 1, stride):
+            yield Window(number, start, start + window, start + 1)
+        return
+    scored = 0
+    for start in range(0, len(ids), stride):
+        stop = min(start + window, len(ids))
+        first = max(scored, start + 1)  # a window's first token has nothing to be predicted from
+        if first < stop:
+            yield Window(number, start, stop, first)
+        scored = stop
+        if stop == len(ids):
+            return
+
+
+@torch.no_grad()
+def _score(model: nn.Module, ids: Tensor, first: int) -> Tensor:
+    """Negative log-likelihood of the tokens ``[first, len(ids))``."""
+    head = output_head(model)
+    words = head.weight.shape[0]
+    if int(ids.min()) < 0 or int(ids.max()) >= words:
+        raise DataError(
+            f"token_ids: run from {int(ids.min())} to {int(ids.max())}, the model knows 0 to {words - 1}; use its own"
+            " tokenizer"
+        )
+    ids = ids.to(head.weight.device)
+    hidden, norm = hidden_states(model, input_ids=ids[None], use_cache=False)  # [1, T, D]
+    return token_losses(
+        hidden[0, first - 1 : -1],
+        head.weight,
+        ids[first:].long(),
+        bias=head.bias,
+        softcap=head.softcap,
+        scale=head.scale,
+        norm=norm,
+    )
+
+
+def _bucket(start: int, stop: int, count: int, total: float) -> Bucket:
+    return Bucket(start, stop, count, total / count, _exp(total / count))
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf  # a broken model may overflow even float64
+
+
+def _check(window: int, stride: int, convention: str, bucket_tokens: int) -> None:
+    if convention not in CONVENTIONS:
+        raise ConfigError(f"convention {convention!r}: unknown; allowed are {', '.join(CONVENTIONS)}")
+    if window < 2:
+        raise ConfigError(f"window {window}: must be at least 2 tokens, one to read and one to predict")
+    if stride < 1 or (convention == "document" and stride > window):
+        raise ConfigError(
+            f"stride {stride}: must be from 1 to the window, {window}, or tokens between would be skipped"
+        )
+    if bucket_tokens < 1:
+        raise ConfigError(f"bucket_tokens {bucket_tokens}: must be at least 1")
