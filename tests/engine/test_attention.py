@@ -117,11 +117,15 @@ def test_log_sum_exp_is_that_of_the_visible_scores() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("backend", ["aten", "reference"])
+@pytest.mark.parametrize("backend", [row.name for row in BACKENDS])
 def test_low_precision(dtype: torch.dtype, backend: str) -> None:
     """Each backend against float64 of the same rounded inputs, in units of the dtype's rounding error."""
     schedule = build_schedule(9, document_starts(2, 130), group_size=64)
     qkv, grad_out = random_tensors(9, 3, 130, dtype=dtype, dim=64)
+    row = next(row for row in BACKENDS if row.name == backend)
+    reason = row.supports(*qkv, softcap=None)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
     exact_inputs = [x.detach().double().requires_grad_() for x in qkv]
     expected = dense(exact_inputs, grad_out.double(), schedule, scaling=0.125)
     out, _, *ours = by_tiles(qkv, grad_out, schedule, tile=50, backend=backend, scaling=0.125)

@@ -22,11 +22,11 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 SHORT_RUN = 32
-"""Below so many queries with one first key, calls of their own cost more than a share in a masked block: for documents of
-16 tokens, 1,024 queries took 0.11 s forward and backward on their own and 0.08 s shared; for 64 tokens, the reverse."""
+"""Below so many queries with one first key, calls of their own cost more than a share in a masked block: for documents
+of 16 tokens, 1,024 queries took 0.11 s forward and backward on their own and 0.08 s shared; for 64, the reverse."""
 
 MASK_BLOCK = 128
-"""Queries that share a mask. For a window of 512, blocks of 64, 128 and 256 took the same time and 512 twice that; never
+"""Queries that share a mask. For a window of 512, blocks of 64, 128 and 256 took the same time and 512 twice that; no
 more than half of the plain torch backend's time, and two thirds of it for a window of 4,096."""
 
 
