@@ -1,8 +1,9 @@
-"""The AdamW step in C++: one fused pass over a run of elements, with the bits of ``numerics/adamw.py``."""
+"""The AdamW step in C++: one fused pass over runs of elements, with the bits of ``numerics/adamw.py``."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int32, c_int64, c_uint32, c_void_p
 from functools import cache
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from longfit.kernels.cpu import library
 from longfit.numerics import adamw
-from longfit.numerics.adamw import RunState, StepScalars
+from longfit.numerics.adamw import BLOCK_SIZE, RunUpdate
 from longfit.numerics.codebooks import dynamic_map
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -31,6 +32,7 @@ class AdamwRun(ctypes.Structure):
         ("master", c_void_p),
         ("maps", c_void_p),
         ("numel", c_int64),
+        ("end_block", c_int64),
         ("rounding_key", c_uint32),
         ("start", c_uint32),
         ("param_dtype", c_int32),
@@ -46,42 +48,43 @@ class AdamwRun(ctypes.Structure):
     ]
 
 
-def adamw_run(
-    param: Tensor, grad: Tensor, state: RunState, scalars: StepScalars, *, rounding_key: int = 0, start: int = 0
-) -> None:
-    """See `longfit.numerics.adamw.adamw_run`; an fp64 parameter is stepped by it, as it is rare."""
-    if param.dtype == torch.float64:
-        adamw.adamw_run(param, grad, state, scalars)
-        return
-    grad = grad.contiguous() if grad.dtype in _DTYPES else grad.float()
-    run = AdamwRun(
-        param=param.data_ptr(),
-        grad=grad.data_ptr(),
-        exp_avg=state.exp_avg.data_ptr(),
-        exp_avg_sq=state.exp_avg_sq.data_ptr(),
-        exp_avg_absmax=_pointer(state.exp_avg_absmax),
-        exp_avg_sq_absmax=_pointer(state.exp_avg_sq_absmax),
-        master=_pointer(state.master),
-        maps=None if state.exp_avg_absmax is None else _maps(library().isa).data_ptr(),
-        numel=param.numel(),
-        rounding_key=rounding_key,
-        start=start & _LOW_32,
-        param_dtype=_DTYPES[param.dtype],
-        grad_dtype=_DTYPES[grad.dtype],
-        decay=scalars.decay,
-        beta1=scalars.beta1,
-        grad_weight=scalars.grad_weight,
-        beta2=scalars.beta2,
-        square_weight=scalars.square_weight,
-        step_size=scalars.step_size,
-        root_scale=scalars.root_scale,
-        eps=scalars.eps,
+def adamw_step(updates: Sequence[RunUpdate]) -> None:
+    """See `longfit.numerics.adamw.adamw_step`, which also steps the fp64 parameters, as they are rare."""
+    adamw.adamw_step([update for update in updates if update.param.dtype == torch.float64])
+    native = [update for update in updates if update.param.dtype != torch.float64]
+    grads = [_readable(update.grad) for update in native]  # held until the kernel has returned
+    runs = (AdamwRun * len(native))()
+    end_block = 0
+    for run, update, grad in zip(runs, native, grads, strict=True):
+        end_block += -(-update.param.numel() // BLOCK_SIZE)
+        _describe(run, update, grad, end_block)
+    library().kernel("adamw")(runs, len(native), torch.get_num_threads())
+
+
+def _describe(run: AdamwRun, update: RunUpdate, grad: Tensor, end_block: int) -> None:
+    state, scalars = update.state, update.scalars
+    run.param, run.param_dtype = update.param.data_ptr(), _DTYPES[update.param.dtype]
+    run.grad, run.grad_dtype = grad.data_ptr(), _DTYPES[grad.dtype]
+    run.exp_avg, run.exp_avg_sq = state.exp_avg.data_ptr(), state.exp_avg_sq.data_ptr()
+    if state.exp_avg_absmax is not None and state.exp_avg_sq_absmax is not None:
+        run.exp_avg_absmax, run.exp_avg_sq_absmax = state.exp_avg_absmax.data_ptr(), state.exp_avg_sq_absmax.data_ptr()
+        run.maps = _maps(library().isa).data_ptr()
+    if state.master is not None:
+        run.master = state.master.data_ptr()
+    run.numel, run.end_block = update.param.numel(), end_block
+    run.rounding_key, run.start = update.rounding_key, update.start & _LOW_32
+    run.decay, run.step_size, run.root_scale, run.eps = (
+        scalars.decay,
+        scalars.step_size,
+        scalars.root_scale,
+        scalars.eps,
     )
-    library().kernel("adamw")(ctypes.byref(run), torch.get_num_threads())
+    run.beta1, run.grad_weight = scalars.beta1, scalars.grad_weight
+    run.beta2, run.square_weight = scalars.beta2, scalars.square_weight
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _readable(grad: Tensor) -> Tensor:
+    return grad.contiguous() if grad.dtype in _DTYPES else grad.float()
 
 
 @cache

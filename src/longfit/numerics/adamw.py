@@ -26,6 +26,7 @@ What it is not: it knows nothing of parameters, pages or param groups.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,43 +97,51 @@ def step_scalars(step: int, *, lr: float, betas: tuple[float, float], eps: float
     )
 
 
-def adamw_run(
-    param: Tensor, grad: Tensor, state: RunState, scalars: StepScalars, *, rounding_key: int = 0, start: int = 0
-) -> None:
-    """Take one AdamW step on a run of elements: ``param`` and ``state`` change in place.
+@dataclass(frozen=True)
+class RunUpdate:
+    """One step of ``n`` consecutive elements of one parameter; ``param`` and ``state`` are changed in place.
 
-    Args:
+    Attributes:
         param: ``[n]`` contiguous, fp32, fp64, bf16 or fp16. A 16-bit parameter follows ``state.master``; without one it
             must be bf16 and is rounded stochastically.
         grad: ``[n]`` of any float dtype.
         state: of the same elements; with 8-bit moments the run must begin at a multiple of 256.
-        scalars: of this step.
         rounding_key, start: see ``round_stochastically``; unused otherwise.
     """
-    for begin in range(0, param.numel(), SLICE_NUMEL):
-        here = slice(begin, min(begin + SLICE_NUMEL, param.numel()))
-        _step_slice(param[here], grad[here], state.part(here), scalars, rounding_key, start + begin)
+
+    param: Tensor
+    grad: Tensor
+    state: RunState
+    scalars: StepScalars
+    rounding_key: int = 0
+    start: int = 0
 
 
-def _step_slice(
-    param: Tensor, grad: Tensor, state: RunState, scalars: StepScalars, rounding_key: int, start: int
-) -> None:
-    grad = grad.to(torch.promote_types(param.dtype, torch.float32))
+def adamw_step(updates: Sequence[RunUpdate]) -> None:
+    """Take one AdamW step on runs of elements that do not overlap, all on one device."""
+    for update in updates:
+        for begin in range(0, update.param.numel(), SLICE_NUMEL):
+            _step_slice(update, slice(begin, min(begin + SLICE_NUMEL, update.param.numel())))
+
+
+def _step_slice(update: RunUpdate, here: slice) -> None:
+    param, state, scalars = update.param[here], update.state.part(here), update.scalars
+    grad = update.grad[here].to(torch.promote_types(param.dtype, torch.float32))
     exp_avg, exp_avg_sq = _decode_moments(state)
     if param.dtype == grad.dtype:
-        _update(param, grad, exp_avg, exp_avg_sq, scalars)
+        _move(param, grad, exp_avg, exp_avg_sq, scalars)
     elif state.master is not None:
         _refresh_master(state.master, param)
-        _update(state.master, grad, exp_avg, exp_avg_sq, scalars)
+        _move(state.master, grad, exp_avg, exp_avg_sq, scalars)
         param.copy_(state.master)
     else:
         wide = param.float()
-        _update(wide, grad, exp_avg, exp_avg_sq, scalars)
-        param.copy_(round_stochastically(wide, key=rounding_key, start=start))
+        _move(wide, grad, exp_avg, exp_avg_sq, scalars)
+        param.copy_(round_stochastically(wide, key=update.rounding_key, start=update.start + here.start))
     _encode_moments(state, exp_avg, exp_avg_sq)
 
 
-def _update(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: StepScalars) -> None:
+def _move(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: StepScalars) -> None:
     param.mul_(scalars.decay)
     exp_avg.mul_(scalars.beta1).add_(grad * scalars.grad_weight)
     exp_avg_sq.mul_(scalars.beta2).add_((grad * scalars.square_weight).mul_(grad))

@@ -14,7 +14,7 @@ it survives a kill in ``page_file.py``. Here they become a ``torch.optim.Optimiz
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from longfit.errors import ConfigError, PagingError
-from longfit.kernels.dispatch import adamw_run
-from longfit.numerics.adamw import StepScalars, step_scalars
+from longfit.kernels.dispatch import adamw_step
+from longfit.numerics.adamw import RunUpdate, StepScalars, step_scalars
 from longfit.numerics.stochastic_rounding import rounding_key
 from longfit.optim.elements import put, take
+from longfit.optim.frames import Frames
 from longfit.optim.layout import Layout, Page, Run, StateFormat, format_of
 from longfit.optim.page_file import PageFile
 from longfit.optim.paging import SMALLEST_CAPACITY, PageCache
@@ -146,10 +147,9 @@ class PagedAdamW(torch.optim.Optimizer):
         if self._file is not None:
             self._file.check()
         self._torn = True
-        for page, frame in self._sweep(pages):
-            for run in page.runs:
-                if run.param in parts:
-                    _update(run, parts[run.param], frame)
+        for batch in self._sweep(pages):
+            runs = [(run, frame) for page, frame in batch for run in page.runs if run.param in parts]
+            _step_runs(runs, parts)
         for number in parts:
             self._steps[number] += 1
         self._torn = False
@@ -189,11 +189,11 @@ class PagedAdamW(torch.optim.Optimizer):
             _check_saved(number, param, self._formats[number], saved[number])
         self._seed = state_dict.get("seed", self._seed)
         changed = {number for number in saved if saved[number] or self._steps[number]}
-        for page, frame in self._sweep(
-            [page for page in self._layout.pages if any(r.param in changed for r in page.runs)]
-        ):
-            for run in page.runs:
-                _scatter(run, saved[run.param], frame)
+        pages = [page for page in self._layout.pages if any(run.param in changed for run in page.runs)]
+        for batch in self._sweep(pages):
+            for page, frame in batch:
+                for run in page.runs:
+                    _scatter(run, saved[run.param], frame)
         self._steps = [int(saved[number].get("step", 0)) for number in saved]
 
     def commit(self) -> None:
@@ -285,18 +285,16 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _new_cache(self, device: torch.device) -> PageCache:
         page_bytes = self._layout.page_bytes
-        capacity = _capacity(self.budget_bytes, page_bytes)
-        if device.type == "cpu":
-            return PageCache(device, page_bytes=page_bytes, capacity=capacity, below=self._file)
+        below = self._file if device.type == "cpu" else self._host_cache(pinned=device.type == "cuda")
+        frames = Frames(device, page_bytes=page_bytes, below=below)
+        return PageCache(frames, capacity=_capacity(self.budget_bytes, page_bytes))
+
+    def _host_cache(self, *, pinned: bool) -> PageCache:
         if self._host is None:
-            self._host = PageCache(
-                torch.device("cpu"),
-                page_bytes=page_bytes,
-                capacity=_capacity(self.host_budget_bytes, page_bytes),
-                below=self._file,
-                pinned=device.type == "cuda",
-            )
-        return PageCache(device, page_bytes=page_bytes, capacity=capacity, below=self._host)
+            page_bytes = self._layout.page_bytes
+            frames = Frames(torch.device("cpu"), page_bytes=page_bytes, below=self._file, pinned=pinned)
+            self._host = PageCache(frames, capacity=_capacity(self.host_budget_bytes, page_bytes))
+        return self._host
 
     def _resume(self, record: dict[str, Any]) -> None:
         """Take up the committed state of the file."""
@@ -330,12 +328,12 @@ class PagedAdamW(torch.optim.Optimizer):
                 parts[number] = _Part(param, param.grad, scalars, rounding_key(self._seed, param=number, step=step))
         return parts
 
-    def _sweep(self, pages: list[Page], *, change: bool = True) -> Any:
-        """Yield (page, frame) for the pages, device by device."""
+    def _sweep(self, pages: list[Page], *, change: bool = True) -> Iterator[list[tuple[Page, Tensor]]]:
+        """Yield the pages with their frames in batches, device by device."""
         for device, cache in self._caches.items():
             here = [page.number for page in pages if page.device == device]
-            for number, frame in cache.sweep(here, change=change):
-                yield self._layout.pages[number], frame
+            for batch in cache.sweep(here, change=change):
+                yield [(self._layout.pages[number], frame) for number, frame in batch]
 
     def _gather(self) -> dict[Tensor, dict[str, Tensor]]:
         """Copy the state of every parameter that has taken a step to CPU tensors of its shape."""
@@ -348,10 +346,11 @@ class PagedAdamW(torch.optim.Optimizer):
                     count = field.count(params[number].numel())
                     gathered[number][field.name] = torch.zeros(count, dtype=field.dtype)
         wanted = [page for page in self._layout.pages if any(run.param in gathered for run in page.runs)]
-        for page, frame in self._sweep(wanted, change=False):
-            for run in page.runs:
-                if run.param in gathered:
-                    _collect(run, frame, gathered[run.param])
+        for batch in self._sweep(wanted, change=False):
+            for page, frame in batch:
+                for run in page.runs:
+                    if run.param in gathered:
+                        _collect(run, frame, gathered[run.param])
         for number, state in gathered.items():
             for name in ("exp_avg", "exp_avg_sq", "master"):
                 if name in state:
@@ -359,16 +358,25 @@ class PagedAdamW(torch.optim.Optimizer):
         return {params[number]: state for number, state in gathered.items()}
 
 
-def _update(run: Run, part: _Part, frame: Tensor) -> None:
-    if part.param.device != frame.device:
-        raise ConfigError(
-            f"a parameter is on {part.param.device}, its state on {frame.device}: the model was moved after the first "
-            "step. Save state_dict(), make a new optimiser for the moved model and load it"
-        )
-    param, grad = (take(tensor, run.start, run.stop) for tensor in (part.param, part.grad))
-    adamw_run(param, grad, run.state(frame), part.scalars, rounding_key=part.rounding_key, start=run.start)
-    if not part.param.is_contiguous():
-        put(part.param, run.start, run.stop, param)
+def _step_runs(runs: list[tuple[Run, Tensor]], parts: dict[int, _Part]) -> None:
+    """Step runs of elements, given with the frames of their pages."""
+    updates = []
+    for run, frame in runs:
+        part = parts[run.param]
+        if part.param.device != frame.device:
+            raise ConfigError(
+                f"a parameter is on {part.param.device}, its state on {frame.device}: the model was moved after the "
+                "first step. Save state_dict(), make a new optimiser for the moved model and load it"
+            )
+        param, grad = (take(tensor, run.start, run.stop) for tensor in (part.param, part.grad))
+        update = RunUpdate(param, grad, run.state(frame), part.scalars, part.rounding_key, run.start)
+        if part.param.is_contiguous() and part.grad.is_contiguous():
+            updates.append(update)
+        else:  # copies: stepped at once, so that no more than one run's are alive
+            adamw_step([update])
+            if not part.param.is_contiguous():
+                put(part.param, run.start, run.stop, param)
+    adamw_step(updates)
 
 
 def _collect(run: Run, frame: Tensor, into: dict[str, Tensor]) -> None:

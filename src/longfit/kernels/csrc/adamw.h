@@ -14,6 +14,7 @@ struct longfit_adamw_run {
     float* master;             // fp32, or null: a bf16 parameter is then rounded stochastically
     const void* maps;          // what longfit_adamw_maps prepared, or null with fp32 moments
     int64_t numel;
+    int64_t end_block;         // blocks of 256 elements of this run and all runs before it
     uint32_t rounding_key;
     uint32_t start;            // number of the first element, modulo 2^32
     int32_t param_dtype, grad_dtype;
