@@ -157,6 +157,15 @@ def test_every_element_within_its_bound_of_float64(case: dict) -> None:
 
 
 @runs_here
+@pytest.mark.parametrize("hidden", [1, 2, 127, 129])
+def test_keys_hidden_from_the_last_query_alone(hidden: int) -> None:
+    p = problem(queries=64, start=200, heads=(2, 1))
+    p.first_key = p.first_key.clone()
+    p.first_key[..., -1] = hidden
+    check_against_float64(p)
+
+
+@runs_here
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_every_number_of_threads(threads: int) -> None:
     torch.set_num_threads(threads)
