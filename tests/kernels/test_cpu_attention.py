@@ -205,6 +205,19 @@ def test_growing_scores_move_the_reference_in_every_block() -> None:
 
 
 @runs_here
+def test_a_nan_key_is_seen_by_its_queries_and_no_other() -> None:
+    p = problem(start=200, window=40, heads=(2, 1))
+    clean = p.run()
+    p.k[:, :, 250] = torch.nan
+    out, lse, grad_q, _, _ = p.run()
+    sees = p.visible()[..., 250]  # [B, H, t]
+    for got, expected in ((out, clean[0]), (lse, clean[1])):
+        assert got[sees].isnan().all()
+        assert torch.equal(got[~sees], expected[~sees])
+    assert grad_q[sees].isnan().all()  # dQ = dS K also reaches others, by 0 times NaN, as in any product
+
+
+@runs_here
 def test_gradients_are_added_into_strided_sums() -> None:
     p = problem(start=70)
     _, _, grad_q, grad_k, grad_v = p.run()

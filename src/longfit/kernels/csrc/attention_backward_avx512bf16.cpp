@@ -11,8 +11,8 @@
 
 namespace {
 
-constexpr int64_t kKeyBlock = 128;
-constexpr int64_t kKeyGroup = 24;  // keys whose scores are still in the first-level cache when their gradient is taken
+constexpr int64_t kKeyBlock = 128;      // keys that are packed at once
+constexpr int64_t kKeyGroup = 24;       // keys whose scores are still in the first-level cache when their gradient is taken
 constexpr int64_t kStrip = 2 * kPanel;  // queries summed over at once for dK and dV
 
 struct Backward {
@@ -37,7 +37,8 @@ int64_t packed_panels(const Backward& b) { return b.tile.query_heads / b.tile.kv
 
 int64_t packed_bytes(const Backward& b) {
     const int64_t elements = packed_panels(b) * kPanel * b.width;
-    return 4 * Scratch::size<bf16>(elements) + 2 * Scratch::size<float>(packed_panels(b) * kPanel) + b.threads * Scratch::size<float>(elements);
+    return 4 * Scratch::size<bf16>(elements) + 2 * Scratch::size<float>(packed_panels(b) * kPanel) +
+           b.threads * Scratch::size<float>(elements);
 }
 
 Packed take_packed(const Backward& b, Scratch& memory) {
@@ -163,17 +164,18 @@ class BackwardWorker {
         const Seen seen = seen_of_block(b_.tile, segment, query, queries, low, count);
         if (seen.rows == 0) return;
         const int64_t width = b_.width, elements = kPanel * width, here = seen.low * width;
-        const float hidden = b_.tile.scaling < 0 ? INFINITY : -INFINITY;  // minus infinity once it is scaled
+        const float factor = copysignf(score_scale(b_.tile) * kLog2E, b_.tile.scaling), hidden = copysignf(INFINITY, -factor);
         for (int64_t i = 0; i < panels; ++i) {
-            const int64_t panel = first + i;
-            const Lanes lanes(b_.tile, segment, query + i * kPanel, least(kPanel, queries - i * kPanel));
+            const int64_t panel = first + i, at = i * kPanel;
+            const bf16 *q = packed.q_columns + panel * elements, *grad = packed.grad_columns + panel * elements;
+            const float *lse = packed.lse + panel * kPanel, *delta = packed.delta + panel * kPanel;
+            const Lanes lanes(b_.tile, segment, query + at, least(kPanel, queries - at));
             for (int64_t row = 0; row < seen.rows; row += kKeyGroup) {
-                const int64_t rows = least(kKeyGroup, seen.rows - row), at = here + row * width;
-                gemm<false>(rows, kPanelVectors, width / 2, k_ + at, width, packed.q_columns + panel * elements, 2 * kPanel, scores_, kPanel);
-                gemm<false>(rows, kPanelVectors, width / 2, v_ + at, width, packed.grad_columns + panel * elements, 2 * kPanel, grad_p_, kPanel);
+                const int64_t rows = least(kKeyGroup, seen.rows - row), key = here + row * width, to = row * kStrip + at;
+                gemm<false>(rows, kPanelVectors, width / 2, k_ + key, width, q, 2 * kPanel, scores_, kPanel);
+                gemm<false>(rows, kPanelVectors, width / 2, v_ + key, width, grad, 2 * kPanel, grad_p_, kPanel);
                 if (seen.masked) lanes.mask(b_.tile.key_offset + low + seen.low + row, rows, hidden, scores_);
-                softmax_gradient(rows, b_.tile.scaling * kLog2E, packed.lse + panel * kPanel, packed.delta + panel * kPanel, scores_,
-                                 grad_p_, p_ + row * kStrip + i * kPanel, grad_s_ + row * kStrip + i * kPanel, grad_s_pairs_ + row * kPanel);
+                softmax_gradient(rows, factor, lse, delta, scores_, grad_p_, p_ + to, grad_s_ + to, grad_s_pairs_ + row * kPanel);
             }
             gemm<true>(width, kPanelVectors, seen.rows / 2, k_columns_ + seen.low, kKeyBlock, grad_s_pairs_, 2 * kPanel,
                        grad_q + panel * elements, kPanel);

@@ -10,26 +10,26 @@
 
 namespace {
 
-constexpr int64_t kKeyBlock = 128;
-constexpr int64_t kKeyGroup = 24;  // keys whose scores are still in the first-level cache when their exponentials are taken
+constexpr int64_t kKeyBlock = 128;      // keys that are packed at once
+constexpr int64_t kKeyGroup = 24;       // keys whose scores are still in the first-level cache when their exponentials are taken
 constexpr float kNothingSeen = -1e30f;  // the reference before the first key: finite, so that masked scores give 0 and not NaN
 
 struct Forward {
     const longfit_attention_tile& tile;
     const longfit_attention_view &q, &k, &v, &out;
     float* lse;
-    int64_t width;         // head_dim padded to a multiple of 16
-    int64_t chunk;         // queries of a task
-    int64_t panels;        // of a chunk, all heads of a segment
-    float factor;          // |scaling| * log2(e): scores in powers of two; the sign of scaling is put into q
+    int64_t width;   // head_dim padded to a multiple of 16
+    int64_t chunk;   // queries of a task
+    int64_t panels;  // of a chunk, all heads of a segment
+    float scale;     // of the scores; their sign is put into q
 };
 
 // 64 queries of one head on their way through the keys.
 struct Panel {
     int64_t head, query, count;
-    bf16* q;             // [width / 2][64][2]
-    float* out;          // [width][64]
-    float *reference, *sum;  // [64]; a score, before the factor, and the sum of exponentials relative to it
+    bf16* q;                 // [width / 2][64][2]
+    float* out;              // [width][64]
+    float *reference, *sum;  // [64]: a score, before the scale, and the sum of exponentials relative to it
 };
 
 // P^T in pairs of keys from scores [keys][64], relative to minus_reference; adds to the sums, widens the maxima. Not inlined: the
@@ -86,7 +86,8 @@ class ForwardWorker {
 
   private:
     static int64_t bytes(const Forward& f) {
-        const int64_t panel = Scratch::size<bf16>(kPanel * f.width) + Scratch::size<float>(kPanel * f.width) + 2 * Scratch::size<float>(kPanel);
+        const int64_t panel = Scratch::size<bf16>(kPanel * f.width) + Scratch::size<float>(kPanel * f.width) +
+                              2 * Scratch::size<float>(kPanel);
         return 2 * Scratch::size<bf16>(kKeyBlock * f.width) + Scratch::size<float>(kKeyBlock * kPanel) +
                Scratch::size<bf16>(kKeyBlock * kPanel) + Scratch::size<Panel>(f.panels) + f.panels * panel;
     }
@@ -112,7 +113,7 @@ class ForwardWorker {
         const Seen seen = seen_of_block(f_.tile, segment, panel.query, panel.count, low, count);
         if (seen.rows == 0) return;
         const Lanes lanes(f_.tile, segment, panel.query, panel.count);
-        const __m512 scale = _mm512_set1_ps(f_.factor);
+        const __m512 scale = _mm512_set1_ps(f_.scale * kLog2E);
         __m512 max[kPanelVectors], minus_reference[kPanelVectors], sum[kPanelVectors];
         for (int j = 0; j < kPanelVectors; ++j) {
             max[j] = _mm512_load_ps(panel.reference + j * kVector);
@@ -155,7 +156,7 @@ class ForwardWorker {
 
     void finish(const Segment& segment, const Panel& panel) {
         float* lse = f_.lse + (segment.batch * f_.tile.query_heads + panel.head) * f_.tile.queries + panel.query;
-        for (int64_t i = 0; i < panel.count; ++i) lse[i] = panel.reference[i] * fabsf(f_.tile.scaling) + logf(panel.sum[i]);
+        for (int64_t i = 0; i < panel.count; ++i) lse[i] = panel.reference[i] * f_.scale + logf(panel.sum[i]);
         for (int64_t i = 0; i < kPanel; i += kVector)
             _mm512_store_ps(panel.sum + i, _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_load_ps(panel.sum + i)));
         store_transposed(panel.out, panel.sum, panel.count, f_.tile.head_dim,
@@ -183,7 +184,7 @@ void longfit_attention_forward_avx512_bf16(const longfit_attention_tile* tile, c
     // ... unless that leaves too few tasks to keep the threads equally busy.
     const int64_t parts = num_segments(*tile), wanted = blocks_of(4 * tile->threads, parts);
     chunk = kPanel * most(1, least(chunk, blocks_of(tile->queries, kPanel) / wanted));
-    const Forward f{*tile, *q, *k, *v, *out, lse, width, chunk, group * (chunk / kPanel), fabsf(tile->scaling) * kLog2E};
+    const Forward f{*tile, *q, *k, *v, *out, lse, width, chunk, group * (chunk / kPanel), score_scale(*tile)};
 
     const int64_t chunks = blocks_of(tile->queries, chunk);
     Queue tasks(chunks * parts);

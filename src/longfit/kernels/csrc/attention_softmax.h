@@ -17,12 +17,18 @@ namespace {
 constexpr int kPanelVectors = kPanel / kVector;
 constexpr float kLog2E = 1.44269504088896340736f;
 
+// |scaling|, but not 0: a hidden score, minus infinity, must stay so when it is scaled.
+inline float score_scale(const longfit_attention_tile& tile) {
+    const float scale = fabsf(tile.scaling);
+    return scale < 1e-30f ? 1e-30f : scale;
+}
+
 inline __m512 minus(__m512 x) { return _mm512_sub_ps(_mm512_setzero_ps(), x); }
 
-// 2^x for x <= 128; exactly 0 for x <= -127 and for -inf.  Largest relative error 1e-7 where the result is normal.
+// 2^x for x < 128; exactly 0 for x <= -127 and for -inf; NaN stays NaN. Largest relative error 1e-7 where the result is normal.
 inline __m512 exp2(__m512 x) {
     const __m512 shift = _mm512_set1_ps(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    x = _mm512_max_ps(x, _mm512_set1_ps(-127.f));
+    x = _mm512_max_ps(_mm512_set1_ps(-127.f), x);  // of a NaN, the second operand is the result
     const __m512 shifted = _mm512_add_ps(x, shift);
     const __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(shifted, shift));  // [-1/2, 1/2]
     // Least largest relative error with p(0) = 1, so that a clamped x gives the bits of zero below.
