@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longfit.cli.output import gib, print_json, print_lines, print_note, show_progress
+from longfit.cli.output import gib, print_json, print_lines, print_note, print_table, show_progress
 from longfit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -161,7 +161,5 @@ def _print_explained(config: "RunConfig", *, as_json: bool) -> None:
     if as_json:
         print_json(rows)
         return
-    values = ["unset" if row.value is None else str(row.value) for row in rows]
-    widths = [max(map(len, column)) for column in ([row.key for row in rows], values, [row.origin for row in rows])]
-    for row, value in zip(rows, values, strict=True):
-        print_lines(f"{row.key:<{widths[0]}}  {value:<{widths[1]}}  {row.origin:<{widths[2]}}  {row.meaning}")
+    shown = [(row.key, "unset" if row.value is None else str(row.value), row.origin, row.meaning) for row in rows]
+    print_table(("setting", "value", "from", "meaning"), shown)
