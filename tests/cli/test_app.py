@@ -104,6 +104,18 @@ def test_a_run_from_the_command_line(
 
     assert main(["train", "--run-dir", str(tmp_path / "run"), "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["finished"] is True
+    text = str(workplace / "texts" / "text0.txt")
+    measured = []
+    for target in (str(tmp_path / "run"), str(workplace / "model")):
+        assert main(["eval", target, "ppl", "--data", text, "--window", "60", "--quant", "none", "--json"]) == 0
+        measured.append(json.loads(capsys.readouterr().out))
+    assert measured[0]["num_tokens"] == measured[1]["num_tokens"]
+    assert measured[0]["perplexity"] != measured[1]["perplexity"]  # the run's adapter acts
+    assert main(["eval", str(tmp_path / "run"), "ppl", "--data", text, "--max-tokens", "20"]) == 0
+    assert "over 19 tokens (convention document, window 400" in capsys.readouterr().out  # the context of the run
+    assert "--window x: must be a number of tokens" in refused(["eval", "m", "--data", text, "--window", "x"], capsys)
+    assert "one of ppl" in refused(["eval", "m", "passkey"], capsys)
+
     assert main(["runs", str(tmp_path), "--json"]) == 0
     assert [run["step"] for run in json.loads(capsys.readouterr().out)] == [2]
     assert main(["runs", str(tmp_path)]) == 0

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -104,6 +104,29 @@ def show_progress(*, quiet: bool = False) -> Iterator["OnEvent"]:
             progress.console.print(f"warning: {event.text}" if event.kind == "warning" else event.text)
 
         yield show
+
+
+@contextmanager
+def show_count(unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how many of something are done: a bar on a terminal, a line every few seconds elsewhere; to stderr."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    if not console.is_terminal:
+        began = next_line_at = time.monotonic()
+
+        def count(done: int, total: int) -> None:
+            nonlocal next_line_at
+            now = time.monotonic()
+            if now >= next_line_at + LINE_SECONDS:
+                next_line_at = now
+                console.print(f"{done}/{total} {unit}, {now - began:.0f} s")
+
+        yield count
+        return
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(unit, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 class _Lines:

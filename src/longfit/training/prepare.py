@@ -18,7 +18,7 @@ from longfit.engine.arena import Arena, FileArena
 from longfit.engine.arena_pinned import PinnedArena
 from longfit.engine.doors import base_model
 from longfit.engine.sweep import enable_sweep
-from longfit.errors import ConfigError, DataError, ModelError
+from longfit.errors import ConfigError, ModelError
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters
 from longfit.model.context import ContextReport, extend_context
@@ -186,15 +186,17 @@ def open_target(target: str | Path, *, quant: str = "nf4", device: torch.device 
     return load(target, quant=quant, device=device)
 
 
-def join_tokens(path: str, tokenizer: Any, *, max_tokens: int | None = None) -> torch.Tensor:
-    """Read all documents under a path as one row of tokens, an end token after each.
+def read_token_ids(path: str, tokenizer: Any, *, max_tokens: int | None = None) -> list[torch.Tensor]:
+    """Read the documents under a path as tokens, for measuring.
 
-    Returns: int64 ``[N]``, at most ``max_tokens``.
-    Raises: DataError: nothing readable, or fewer than two tokens.
+    Returns: int64 ``[N]`` for each document, together at most ``max_tokens``.
+    Raises: DataError: nothing readable.
     """
-    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = [[*document.input_ids, *ends] for document in tokenize_documents(read_documents(path), tokenizer)]
-    tokens = torch.tensor([token for row in rows for token in row][:max_tokens], dtype=torch.int64)
-    if len(tokens) < 2:
-        raise DataError(f"{path}: {len(tokens)} tokens; at least 2 are needed, one to read and one to predict")
-    return tokens
+    left = max_tokens
+    rows = []
+    for document in tokenize_documents(read_documents(path), tokenizer):
+        row = torch.from_numpy(document.input_ids[:left].astype("int64"))
+        left = None if left is None else left - len(row)
+        if len(row):
+            rows.append(row)
+    return rows
