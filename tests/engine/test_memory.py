@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longfit.engine import loss as loss_module
-from longfit.engine import sweep as sweep_module
+from longfit.engine import sweep_probe
 from longfit.engine import walk as walk_module
 from longfit.engine.attention import attention_key
 from longfit.engine.loss import training_loss
@@ -133,7 +133,7 @@ def step_peaks(num_tokens, shape, group_size):
     key = attention_key("shifted", group_size) if group_size else attention_key()
     model = empty_model(shape, key)
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-        for module in (walk_module, sweep_module):
+        for module in (walk_module, sweep_probe):
             patch.setattr(module, "tile_forward", tile_forward)
         patch.setattr(walk_module, "tile_backward", tile_backward)
         patch.setattr(walk_module.Visible, "of", lambda schedule, tile: visible)

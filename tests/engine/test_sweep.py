@@ -14,7 +14,7 @@ from longfit.engine import sweep as sweep_module
 from longfit.engine.attention import attention_key
 from longfit.engine.doors import hidden_states
 from longfit.engine.loss import TrainingLoss, training_loss
-from longfit.engine.sweep import choose_tile, disable_sweep, enable_sweep, sweeper_of
+from longfit.engine.sweep import choose_tile, disable_sweep, enable_sweep, sweeper_of, swept_evaluation
 from longfit.errors import ModelError
 
 # float64: some thousand terms in another order. The routers of a mixture of experts work in float32, where a last-bit
@@ -239,6 +239,31 @@ def test_without_gradient_tiles_leave_nothing_behind():
     arena.open = None  # never called
     with torch.no_grad():
         assert abs(training_loss(model, ids) - expected) < EXACT
+
+
+def test_evaluation_in_tiles_is_exact_attention_without_dropout():
+    shifted = attention_key("shifted", 8)
+    model, ids = lora(exact_norms(tiny_model("llama", attn_implementation=shifted)), lora_dropout=0.5), batch()
+    enable_sweep(model, tile=7)
+    model.eval()
+    with torch.no_grad():
+        expected = training_loss(model, ids)
+    model.train()
+    calls = []
+    inner = sweeper_of(model).tile_for
+    sweeper_of(model).tile_for = lambda hidden: calls.append(1) or inner(hidden)
+    with swept_evaluation(model):
+        assert abs(training_loss(model, ids) - expected) < EXACT
+    assert len(calls) == 2
+    assert all(module.training for module in model.modules())
+
+
+def test_training_in_eval_mode_is_warned_about():
+    model, ids = tiny_model("llama"), batch()
+    enable_sweep(model)
+    model.eval()
+    with pytest.warns(UserWarning, match=r"call model\.train\(\) first"):
+        training_loss(model, ids)
 
 
 # ------------------------------------------------------------------------------------------------ ownership

@@ -17,7 +17,9 @@ accumulation exact: a mean of micro-batch means is another loss when their token
 Not here: the auxiliary balance loss of mixture-of-experts routers, label smoothing, z-loss.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +27,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longfit.engine.doors import hidden_states, output_head
+from longfit.engine.doors import base_model, hidden_states, output_head
 from longfit.engine.handover import promise, receiver_of
 from longfit.engine.schedule import document_starts
+from longfit.engine.sweep import sweeper_of
 from longfit.errors import DataError
 
 IGNORED = -100
@@ -411,7 +414,12 @@ def training_loss(
     Raises: ModelError: the model's head cannot be entered. DataError: no token is trained on. ValueError: shapes.
     """
     targets = shifted_labels(input_ids, labels, position_ids, attention_mask)
-    head = output_head(model)
+    sweeper = sweeper_of(model)
+    if sweeper is not None and torch.is_grad_enabled() and not model.training:
+        warnings.warn(
+            "the model is in eval mode, so its layers are neither swept nor checkpointed; call model.train() first",
+            stacklevel=2,
+        )
     hidden, norm = hidden_states(
         model,
         input_ids=input_ids,
@@ -420,17 +428,20 @@ def training_loss(
         use_cache=False,
         return_dict=True,
     )
-    return linear_cross_entropy(
-        hidden,
-        head.weight,
-        targets,
-        bias=head.bias,
-        softcap=head.softcap,
-        scale=head.scale,
-        norm=norm,
-        num_items=num_items,
-        overwrite_hidden=not hidden.is_leaf and hidden.is_contiguous(),  # the decoder made it for this call alone
-    )
+    head_module = base_model(model).get_output_embeddings()
+    with nullcontext() if sweeper is None else sweeper.present(head_module, backward=torch.is_grad_enabled()):
+        head = output_head(model)
+        return linear_cross_entropy(
+            hidden,
+            head.weight,
+            targets,
+            bias=head.bias,
+            softcap=head.softcap,
+            scale=head.scale,
+            norm=norm,
+            num_items=num_items,
+            overwrite_hidden=not hidden.is_leaf and hidden.is_contiguous(),  # the decoder made it for this call alone
+        )
 
 
 class TrainingLoss(nn.Module):

@@ -23,23 +23,24 @@ Not here: layers that carry a state from token to token other than attention (Ma
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longfit.engine.arena import Arena, MemoryArena
-from longfit.engine.attention import attention_key, tile_forward
+from longfit.engine.attention import attention_key
 from longfit.engine.doors import base_model, decoder
 from longfit.engine.handover import Receiver, is_promised, promise, receiver_of
+from longfit.engine.layer_call import LayerCall, layer_call
 from longfit.engine.replay import Autocast, RandomState, random_state_kept
-from longfit.engine.schedule import build_schedule, document_starts
+from longfit.engine.sweep_probe import probe_layers
 from longfit.engine.walk import LayerWalk, TileLeft, Visible
-from longfit.errors import ModelError
 
 WORKSPACE_BYTES = {"cpu": 64 << 20}
 """What a tile's activations may take; on other devices ``WORKSPACE_BYTES_DEVICE``."""
@@ -48,55 +49,8 @@ WORKSPACE_BYTES_DEVICE = 1 << 30
 
 SMALLEST_TILE, LARGEST_TILE = 256, 4096
 
-WHOLE = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""Keyword arguments that describe the whole sequence: the attention function wants them uncut."""
-
 
 # ------------------------------------------------------------------------------------------------ one layer
-@dataclass(frozen=True)
-class LayerCall:
-    """A layer's raw forward and what it was called with; calls it again on one tile of tokens."""
-
-    layer: nn.Module
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    keywords: dict[str, Any]
-    num_tokens: int
-
-    def tile(self, hidden: Tensor, walk: LayerWalk) -> Tensor:
-        """Run the layer on hidden states [B, t, D]; returns [B, t, D]."""
-        start, end = walk.span
-        cut = partial(_cut, start=start, end=end, num_tokens=self.num_tokens)
-        keywords = {name: value if name in WHOLE else cut(value) for name, value in self.keywords.items()}
-        out = self.function(self.layer, hidden, *map(cut, self.args), **keywords, sweep=walk)
-        if walk.num_calls == 0:
-            raise ModelError(
-                f"{type(self.layer).__name__} did not attend through longfit's attention: the attention implementation"
-                " was changed after enable_sweep; call enable_sweep(model) again"
-            )
-        return out[0] if isinstance(out, tuple) else out
-
-
-def _cut(value: Any, *, start: int, end: int, num_tokens: int) -> Any:
-    """Take the tokens [start, end) of whatever is given per token: tensors, and tuples, lists or dicts of them."""
-    if end - start == num_tokens:
-        return value
-    again = partial(_cut, start=start, end=end, num_tokens=num_tokens)
-    if isinstance(value, dict):
-        return {key: again(part) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(again, value))
-    if not isinstance(value, Tensor):
-        return value
-    axes = [axis for axis, size in enumerate(value.shape) if size == num_tokens]
-    if len(axes) > 1 and axes[:1] != [1]:
-        raise ModelError(
-            f"a layer is given a tensor of shape {tuple(value.shape)} for {num_tokens} tokens, which cannot be cut into"
-            " tiles; masks over pairs of tokens must come as a 2-D padding mask"
-        )
-    return value.narrow(1 if 1 in axes else axes[0], start, end - start) if axes else value
-
-
 class _SweepLayer(Receiver, torch.autograd.Function):
     """See the module. The parameters are inputs, so that autograd records the layer and receives their gradients."""
 
@@ -105,11 +59,12 @@ class _SweepLayer(Receiver, torch.autograd.Function):
         ctx.receiver = receiver_of(hidden)
         ctx.save_for_backward(*parameters)
         ctx.autocast = Autocast.now(hidden.device)
-        ctx.call, ctx.tile = call, plan.tile_for(hidden)
+        ctx.call, ctx.tile, ctx.plan = call, plan.tile_for(hidden), plan
         num_tiles = -(-hidden.shape[1] // ctx.tile)
         ctx.stay = plan.arena.open(num_tiles)
         may_overwrite = ctx.receiver is not None and not plan.arena.aliases and not _is_watched(call.layer)
-        out, ctx.visible, ctx.random = _forward(hidden, call, ctx.tile, ctx.stay, may_overwrite)
+        with plan.present(call.layer):
+            out, ctx.visible, ctx.random = _forward(hidden, call, ctx.tile, ctx.stay, may_overwrite)
         if out is hidden:
             ctx.mark_dirty(hidden)
         return out
@@ -127,7 +82,8 @@ class _SweepLayer(Receiver, torch.autograd.Function):
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed]
         sums = _Sums(wanted, len(ctx.random))
         grad_hidden = None
-        with random_state_kept(grad_out.device), ctx.autocast.again():
+        present = ctx.plan.present(ctx.call.layer, backward=True)
+        with present, random_state_kept(grad_out.device), ctx.autocast.again():
             walk = LayerWalk(grad_out.shape[1], ctx.tile, ctx.call.keywords, ctx.visible)
             for index in reversed(range(len(ctx.random))):
                 for earlier in walk.turn_to_gradients(index):
@@ -258,6 +214,14 @@ class SweepReport:
     fallback: tuple[tuple[str, str], ...]
 
 
+class Weights(Protocol):
+    """Who makes a layer's frozen weights present while it runs (``stream.py``)."""
+
+    def use(self, module: nn.Module, *, backward: bool = False) -> AbstractContextManager[None]:
+        """Hold the weights of ``module``; the next to be used is the one before it or behind it."""
+        ...
+
+
 @dataclass(eq=False)
 class Sweeper:
     """Owner of a model's sweep: its ``door`` is the function that every checkpointed layer is given to."""
@@ -266,6 +230,11 @@ class Sweeper:
     forced: bool
     arena: Arena
     swept: set[nn.Module] = field(default_factory=set)
+    weights: Weights | None = None
+
+    def present(self, module: nn.Module, *, backward: bool = False) -> AbstractContextManager[None]:
+        """Have a module's weights at hand, wherever they wait."""
+        return nullcontext() if self.weights is None else self.weights.use(module, backward=backward)
 
     def tile_for(self, hidden: Tensor) -> int:
         """Tokens per row and tile: the user's, or the chosen number shared by the rows of the batch."""
@@ -275,8 +244,8 @@ class Sweeper:
         """Run a layer: swept if it can be, else with torch's checkpoint."""
         if not isinstance(function, partial) or not function.args or function.args[0] not in self.swept:
             return checkpoint(function, *args, use_reentrant=False)
-        call, hidden = _layer_call(function, args)
-        if _carries_gradient((call.args, call.keywords)):
+        call, hidden = layer_call(function, args)
+        if call.carries_gradient:
             warnings.warn(
                 f"{type(call.layer).__name__} is given a tensor besides the hidden states that needs a gradient, which"
                 " the sweep does not follow; it is checkpointed in the ordinary way",
@@ -286,25 +255,8 @@ class Sweeper:
         parameters = [p for p in call.layer.parameters() if p.requires_grad]
         if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
             return _SweepLayer.apply(hidden, call, self, *parameters)
-        with torch.no_grad():
+        with torch.no_grad(), self.present(call.layer):
             return _forward(hidden, call, self.tile_for(hidden), None, False)[0]
-
-
-def _layer_call(function: Any, args: tuple[Any, ...]) -> tuple[LayerCall, Tensor]:
-    """Take apart ``partial(forward, layer, **keywords)`` and its arguments."""
-    keywords = dict(function.keywords)
-    if not args:
-        args = (keywords.pop("hidden_states"),)
-    hidden = args[0]
-    return LayerCall(function.args[0], function.func, args[1:], keywords, hidden.shape[1]), hidden
-
-
-def _carries_gradient(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_carries_gradient, value.values()))
-    if isinstance(value, (tuple, list)):
-        return any(map(_carries_gradient, value))
-    return isinstance(value, Tensor) and value.requires_grad
 
 
 def choose_tile(config: Any, element_bytes: int, device_type: str) -> int:
@@ -348,7 +300,7 @@ def enable_sweep(model: nn.Module, *, tile: int | None = None, arena: Arena | No
     embedding = inner.get_input_embeddings().weight
     chosen = tile or choose_tile(config, max(2, embedding.element_size()), embedding.device.type)
     sweeper = Sweeper(chosen, tile is not None, arena or MemoryArena())
-    reasons = _probe(base, inner, embedding.device)
+    reasons = probe_layers(base, inner, embedding.device)
     names = {module: name for name, module in base.named_modules()}
     sweeper.swept.update(layer for layer, reason in reasons.items() if reason is None)
     fallback = tuple((names[layer], reason) for layer, reason in reasons.items() if reason is not None)
@@ -369,6 +321,27 @@ def disable_sweep(model: nn.Module) -> None:
         base._set_gradient_checkpointing(enable=False)
 
 
+@contextmanager
+def swept_evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluate a swept model tile by tile: no layer holds activations of the whole sequence.
+
+    Layers come to the checkpointing door only in training mode, so the layers themselves, not what is in them, are put
+    into it: dropout stays off, and shifted attention stays exact. Nothing is recorded for backward.
+    """
+    sweeper = sweeper_of(model)
+    layers = [] if sweeper is None else list(sweeper.swept)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for layer in layers:
+            layer.training = True
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def sweeper_of(model: nn.Module) -> Sweeper | None:
     """The sweep that is installed in a model, or None."""
     for module in base_model(model).modules():
@@ -376,68 +349,3 @@ def sweeper_of(model: nn.Module) -> Sweeper | None:
         if inspect.ismethod(function) and isinstance(function.__self__, Sweeper) and module.gradient_checkpointing:
             return function.__self__
     return None
-
-
-# ------------------------------------------------------------------------------------------------ which layers can be
-class _Probe:
-    """Stands in for a walk: attends plainly and counts."""
-
-    def __init__(self) -> None:
-        self.num_calls = 0
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        self.num_calls += 1
-        starts = document_starts(query.shape[0], query.shape[2], device=query.device)
-        schedule = build_schedule(query.shape[1], starts)
-        scaling, softcap = options["scaling"], options["softcap"]
-        return tile_forward(query, key, value, schedule, start=0, scaling=scaling, softcap=softcap)[0].transpose(1, 2)
-
-
-def _probe(base: Any, inner: Any, device: torch.device) -> dict[nn.Module, str | None]:
-    """Run two tokens through the decoder; for every layer that comes to the door, None or why it cannot be swept."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    reasons: dict[nn.Module, str | None] = {}
-    if not base.supports_gradient_checkpointing:
-        return reasons
-
-    def door(function: Any, *args: Any) -> Any:
-        if not isinstance(function, partial) or not function.args or not isinstance(function.args[0], nn.Module):
-            return function(*args)
-        out, reasons[function.args[0]] = _try(*_layer_call(function, args))
-        return out
-
-    base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=door)
-    layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
-    modes = [layer.training for layer in layers]
-    try:
-        for layer in layers:
-            layer.training = True  # the layer alone: its dropout modules stay in their mode
-        with torch.no_grad(), random_state_kept(device):
-            inner(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
-    finally:
-        for layer, mode in zip(layers, modes, strict=True):
-            layer.training = mode
-        base._set_gradient_checkpointing(enable=False)
-    return reasons
-
-
-def _try(call: LayerCall, hidden: Tensor) -> tuple[Any, str | None]:
-    """Run a layer on two tokens with a probe: its output, and None or why it cannot be swept."""
-    probe = _Probe()
-    accepts = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(call.function).parameters.values())
-    plain = partial(call.function, call.layer, hidden, *call.args, **call.keywords)
-    if not accepts:
-        return plain(), f"{type(call.layer).__name__} does not pass keyword arguments on"
-    try:
-        out = plain(sweep=probe)
-    except TypeError as error:
-        if "'sweep'" not in str(error):
-            raise
-        return plain(), f"its attention does not take keyword arguments ({error})"
-    if probe.num_calls != 1:
-        return out, f"it attends {probe.num_calls} times through the attention interface, not once"
-    first, *others = out if isinstance(out, tuple) else (out,)
-    if any(other is not None for other in others) or first.shape[:2] != hidden.shape[:2]:
-        return out, "it returns more than the hidden states"
-    return out, None
