@@ -154,7 +154,7 @@ def _root(values: Tensor) -> Tensor:
 
     The fp64 root, rounded, is the correct fp32 root, as 53 bits are more than twice 24.
     """
-    return values.double().sqrt_().to(values.dtype)
+    return values.double().sqrt().to(values.dtype)
 
 
 def _refresh_master(master: Tensor, param: Tensor) -> None:

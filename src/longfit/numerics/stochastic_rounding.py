@@ -8,9 +8,14 @@ thread or the backend.
 What it is not: a substitute for float32 masters where their memory is there; each weight carries noise of its last bit.
 """
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+T = TypeVar("T", int, Tensor)
+
+_GOLDEN = 0x9E3779B9  # 2 ** 32 over the golden ratio: keeps the hash away from 0, which it would leave as it is
 _LOW_16 = 0xFFFF
 _LOW_32 = 0xFFFFFFFF
 
@@ -38,14 +43,17 @@ def rounding_key(seed: int, *, param: int, step: int) -> int:
         param: the parameter's number in the optimiser.
         step: the step's number.
     """
-    key = seed & _LOW_32
-    for part in (param, step):
-        key = int(_hash_32(torch.tensor((key ^ part) & _LOW_32)))
+    key = 0
+    for part in (seed, param, step):
+        key = _hash_32((key + _GOLDEN + part) & _LOW_32)
     return key
 
 
-def _hash_32(number: Tensor) -> Tensor:
-    """Hash 32-bit numbers held in int64 (Wellons' lowbias32). Products wrap at 64 bits, so their low 32 are exact."""
+def _hash_32(number: T) -> T:
+    """Hash a 32-bit number, or a tensor of them in int64 (Wellons' lowbias32).
+
+    Products of int64 wrap at 64 bits, so that their low 32 are exact.
+    """
     number = ((number ^ (number >> 16)) * 0x7FEB352D) & _LOW_32
     number = ((number ^ (number >> 15)) * 0x846CA68B) & _LOW_32
     return number ^ (number >> 16)

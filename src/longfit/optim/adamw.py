@@ -25,15 +25,18 @@ from longfit.errors import ConfigError, PagingError
 from longfit.kernels.dispatch import adamw_step
 from longfit.numerics.adamw import RunUpdate, StepScalars, step_scalars
 from longfit.numerics.stochastic_rounding import rounding_key
+from longfit.optim.checks import (
+    DEFAULT_PAGE_BYTES,
+    check_hyperparameters,
+    check_parameter,
+    check_saved,
+    check_settings,
+)
 from longfit.optim.elements import put, take
 from longfit.optim.frames import Frames
 from longfit.optim.layout import Layout, Page, Run, StateFormat, format_of
 from longfit.optim.page_file import PageFile
-from longfit.optim.paging import SMALLEST_CAPACITY, PageCache
-
-# Long enough that a page's copy runs at full speed, short enough that budgets of some MiB hold several.
-DEFAULT_PAGE_BYTES = 4 << 20
-_PAGE_GRAIN = 4096  # bytes: the file system's own pages
+from longfit.optim.paging import PageCache
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class PagedAdamW(torch.optim.Optimizer):
         path: str | os.PathLike[str] | None = None,
         run: str | None = None,
     ) -> None:
-        _check_settings(state_bits, master_weights, page_bytes, budget_bytes, path)
+        check_settings(state_bits, master_weights, page_bytes, budget_bytes, path)
         self.state_bits = state_bits
         self.master_weights = master_weights
         self.budget_bytes = budget_bytes
@@ -106,6 +109,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self._seed = torch.initial_seed() & 0xFFFFFFFF  # read, not drawn: the caller's random numbers stay as they were
         self._layout = Layout(page_bytes)
         self._formats: list[StateFormat] = []  # of the parameters that have a place, by number
+        self._devices: list[torch.device] = []  # likewise: where their state is
         self._steps: list[int] = []  # steps taken, likewise
         self._caches: dict[torch.device, PageCache] = {}
         self._host: PageCache | None = None  # below the accelerators' caches
@@ -119,9 +123,9 @@ class PagedAdamW(torch.optim.Optimizer):
         """Add a group, as in torch; its settings and dtypes are checked here."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        _check_hyperparameters(group)
+        check_hyperparameters(group)
         for param in group["params"]:
-            _check_parameter(param, self.master_weights)
+            check_parameter(param, self.master_weights)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -163,8 +167,9 @@ class PagedAdamW(torch.optim.Optimizer):
         ``exp_avg_sq_absmax`` beside them where 8-bit) and ``master``. 32-bit state without masters is what
         ``torch.optim.AdamW`` writes.
         """
-        self._prepare()
-        self.state.update(self._gather())
+        if self._has_state():
+            self._prepare()
+            self.state.update(self._gather())
         try:
             saved = super().state_dict()
         finally:
@@ -182,19 +187,23 @@ class PagedAdamW(torch.optim.Optimizer):
         Raises: ConfigError: the state has another form (8-bit for 32-bit, another shape).
         """
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self._torn = False
+        self._seed = state_dict.get("seed", self._seed)
+        if not state_dict["state"] and not self._has_state():
+            return
+        self._torn = False  # whatever a step left behind is replaced
         self._prepare()
         saved = {number: state_dict["state"].get(number, {}) for number in range(len(self._steps))}
         for number, param in enumerate(self._params()):
-            _check_saved(number, param, self._formats[number], saved[number])
-        self._seed = state_dict.get("seed", self._seed)
+            check_saved(number, param, self._formats[number], saved[number])
         changed = {number for number in saved if saved[number] or self._steps[number]}
         pages = [page for page in self._layout.pages if any(run.param in changed for run in page.runs)]
+        self._torn = True
         for batch in self._sweep(pages):
             for page, frame in batch:
                 for run in page.runs:
                     _scatter(run, saved[run.param], frame)
         self._steps = [int(saved[number].get("step", 0)) for number in saved]
+        self._torn = False
 
     def commit(self) -> None:
         """Make the state of this moment the one a killed run finds in its file (call it with each checkpoint).
@@ -253,6 +262,9 @@ class PagedAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> NoReturn:
         raise TypeError("PagedAdamW cannot be pickled or deep-copied: it owns its pages and file; use state_dict()")
 
+    def _has_state(self) -> bool:
+        return any(self._steps) or (self._file is not None and self._file.record is not None)
+
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
 
@@ -274,6 +286,7 @@ class PagedAdamW(torch.optim.Optimizer):
                 format_of(param, state_bits=self.state_bits, master_weights=self.master_weights)
                 for param in params[placed:]
             ]
+            self._devices += [param.device for param in params[placed:]]
             self._steps += [0] * (len(params) - placed)
             self._layout.add([(n, params[n], self._formats[n]) for n in range(placed, len(params))])
         for device in {page.device for page in self._layout.pages} - self._caches.keys():
@@ -308,24 +321,28 @@ class PagedAdamW(torch.optim.Optimizer):
         self._steps, self._seed = list(record["steps"]), record["seed"]
 
     def _parts(self) -> dict[int, _Part]:
-        """Return what each parameter with a gradient needs for its next step, by number."""
+        """Return what each parameter with a gradient needs for its next step, by number; nothing has changed yet."""
         parts = {}
-        numbers = iter(range(len(self._steps)))
-        for group in self.param_groups:
-            for number, param in zip(numbers, group["params"], strict=False):
-                if param.grad is None or param.numel() == 0:
-                    continue
-                if param.grad.is_sparse:
-                    raise ConfigError("PagedAdamW takes dense gradients; build the embedding with sparse=False")
-                step = self._steps[number] + 1
-                scalars = step_scalars(
-                    step,
-                    lr=float(group["lr"]),
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
+        pairs = [(param, group) for group in self.param_groups for param in group["params"]]
+        for number, (param, group) in enumerate(pairs):
+            if param.grad is None or param.numel() == 0:
+                continue
+            if param.grad.is_sparse:
+                raise ConfigError("PagedAdamW takes dense gradients; build the embedding with sparse=False")
+            if param.device != self._devices[number]:
+                raise ConfigError(
+                    f"parameter {number} is on {param.device}, its state on {self._devices[number]}: the model was "
+                    "moved after the first step. Save state_dict(), make a new optimiser for the moved model, load it"
                 )
-                parts[number] = _Part(param, param.grad, scalars, rounding_key(self._seed, param=number, step=step))
+            step = self._steps[number] + 1
+            scalars = step_scalars(
+                step,
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+            parts[number] = _Part(param, param.grad, scalars, rounding_key(self._seed, param=number, step=step))
         return parts
 
     def _sweep(self, pages: list[Page], *, change: bool = True) -> Iterator[list[tuple[Page, Tensor]]]:
@@ -363,11 +380,6 @@ def _step_runs(runs: list[tuple[Run, Tensor]], parts: dict[int, _Part]) -> None:
     updates = []
     for run, frame in runs:
         part = parts[run.param]
-        if part.param.device != frame.device:
-            raise ConfigError(
-                f"a parameter is on {part.param.device}, its state on {frame.device}: the model was moved after the "
-                "first step. Save state_dict(), make a new optimiser for the moved model and load it"
-            )
         param, grad = (take(tensor, run.start, run.stop) for tensor in (part.param, part.grad))
         update = RunUpdate(param, grad, run.state(frame), part.scalars, part.rounding_key, run.start)
         if part.param.is_contiguous() and part.grad.is_contiguous():
@@ -398,20 +410,6 @@ def _scatter(run: Run, saved: dict[str, Any], frame: Tensor) -> None:
         view.copy_(take(saved[field.name], begin, begin + view.numel()))
 
 
-def _check_saved(number: int, param: Tensor, form: StateFormat, saved: dict[str, Any]) -> None:
-    for field in form.fields if saved else ():
-        tensor = saved.get(field.name)
-        if tensor is None and field.name == "master":
-            continue  # a torch.optim.AdamW has none; it starts from the parameter
-        count = field.count(param.numel())
-        if tensor is None or tensor.numel() != count or (tensor.dtype == torch.uint8) != (field.dtype == torch.uint8):
-            got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise ConfigError(
-                f"state of parameter {number}, {field.name}: got {got}; this optimiser keeps {count} values of "
-                f"{field.dtype}. Load it into an optimiser with the state_bits and the model it was saved with"
-            )
-
-
 def _capacity(budget_bytes: int | None, page_bytes: int) -> int | None:
     return None if budget_bytes is None else budget_bytes // page_bytes
 
@@ -421,57 +419,3 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(
         error
     )
-
-
-def _check_settings(
-    state_bits: int,
-    master_weights: str,
-    page_bytes: int,
-    budget_bytes: int | None,
-    path: str | os.PathLike[str] | None,
-) -> None:
-    if state_bits not in (8, 32):
-        raise ConfigError(f"state_bits: got {state_bits}; allowed: 32 or 8; 8 takes a quarter of the memory")
-    if master_weights not in ("fp32", "stochastic"):
-        raise ConfigError(
-            f"master_weights: got {master_weights!r}; allowed: 'fp32' or 'stochastic'; "
-            "'fp32' is exact and costs 4 bytes per 16-bit parameter"
-        )
-    if page_bytes < 16 * _PAGE_GRAIN or page_bytes % _PAGE_GRAIN:
-        raise ConfigError(
-            f"page_bytes: got {page_bytes}; allowed: multiples of {_PAGE_GRAIN} from {16 * _PAGE_GRAIN}; "
-            f"{DEFAULT_PAGE_BYTES} is a good size"
-        )
-    if budget_bytes is not None and budget_bytes < SMALLEST_CAPACITY * page_bytes:
-        raise ConfigError(
-            f"budget_bytes: got {budget_bytes}; allowed: at least {SMALLEST_CAPACITY} pages of {page_bytes} bytes, one "
-            "in use and one on its way; give more, or a smaller page_bytes"
-        )
-    if budget_bytes is not None and path is None and not torch.accelerator.is_available():
-        raise ConfigError(
-            f"budget_bytes: got {budget_bytes} without a path; on a CPU the other pages need a file; give path="
-        )
-
-
-def _check_hyperparameters(group: dict[str, Any]) -> None:
-    allowed = {
-        "lr": (float(group["lr"]) >= 0, "at least 0"),
-        "betas": (all(0 <= beta < 1 for beta in group["betas"]), "two numbers in [0, 1)"),
-        "eps": (group["eps"] > 0, "above 0"),
-        "weight_decay": (group["weight_decay"] >= 0, "at least 0"),
-    }
-    for name, (fine, rule) in allowed.items():
-        if not fine:
-            raise ConfigError(f"{name}: got {group[name]}; allowed: {rule}; torch's default is a good start")
-
-
-def _check_parameter(param: Tensor, master_weights: str) -> None:
-    allowed = [torch.float32, torch.float64, torch.bfloat16]
-    if master_weights == "fp32":
-        allowed.append(torch.float16)
-    if param.dtype not in allowed:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise ConfigError(
-            f"a parameter of shape {tuple(param.shape)} has dtype {param.dtype}; allowed with "
-            f"master_weights={master_weights!r}: {names}; cast it, or leave it out"
-        )

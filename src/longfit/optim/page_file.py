@@ -270,6 +270,7 @@ class PageFile:
         frame = torch.empty(self.page_bytes, dtype=torch.uint8)
         for page, slot in enumerate(self._committed):
             self._reserve(page, 0)
+            self._reserve(page, 1)
             if slot is None:
                 continue
             self._read_slot(page, slot, frame)
