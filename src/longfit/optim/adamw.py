@@ -23,7 +23,7 @@ from torch import Tensor
 
 from longfit.errors import ConfigError, PagingError
 from longfit.kernels.dispatch import adamw_step
-from longfit.numerics.adamw import RunUpdate, StepScalars, step_scalars
+from longfit.numerics.adamw import RunState, RunUpdate, StepScalars, step_scalars
 from longfit.numerics.stochastic_rounding import rounding_key
 from longfit.optim.checks import (
     DEFAULT_PAGE_BYTES,
@@ -113,6 +113,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self._steps: list[int] = []  # steps taken, likewise
         self._caches: dict[torch.device, PageCache] = {}
         self._host: PageCache | None = None  # below the accelerators' caches
+        self._views: dict[int, tuple[Tensor, list[tuple[Run, RunState]]]] = {}  # page -> its frame and runs' state
         self._torn = False  # a step stopped in the middle
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._file = PageFile(path, run=run, page_bytes=page_bytes) if path is not None else None
@@ -152,8 +153,8 @@ class PagedAdamW(torch.optim.Optimizer):
             self._file.check()
         self._torn = True
         for batch in self._sweep(pages):
-            runs = [(run, frame) for page, frame in batch for run in page.runs if run.param in parts]
-            _step_runs(runs, parts)
+            states = [pair for page, frame in batch for pair in self._states(page, frame) if pair[0].param in parts]
+            _step_runs(states, parts)
         for number in parts:
             self._steps[number] += 1
         self._torn = False
@@ -238,6 +239,7 @@ class PagedAdamW(torch.optim.Optimizer):
 
         Returns: bytes released on the parameters' devices; 0 if there is no lower tier.
         """
+        self._views.clear()  # they would keep the frames' memory
         released = sum(cache.evict() for cache in self._caches.values())
         if released and torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -323,6 +325,7 @@ class PagedAdamW(torch.optim.Optimizer):
     def _parts(self) -> dict[int, _Part]:
         """Return what each parameter with a gradient needs for its next step, by number; nothing has changed yet."""
         parts = {}
+        known: dict[tuple[int, int], StepScalars] = {}  # of a group and a step
         pairs = [(param, group) for group in self.param_groups for param in group["params"]]
         for number, (param, group) in enumerate(pairs):
             if param.grad is None or param.numel() == 0:
@@ -335,14 +338,11 @@ class PagedAdamW(torch.optim.Optimizer):
                     "moved after the first step. Save state_dict(), make a new optimiser for the moved model, load it"
                 )
             step = self._steps[number] + 1
-            scalars = step_scalars(
-                step,
-                lr=float(group["lr"]),
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
-            parts[number] = _Part(param, param.grad, scalars, rounding_key(self._seed, param=number, step=step))
+            if (id(group), step) not in known:
+                known[id(group), step] = _scalars_of(group, step)
+            stochastic = param.dtype == torch.bfloat16 and self.master_weights == "stochastic"
+            key = rounding_key(self._seed, param=number, step=step) if stochastic else 0
+            parts[number] = _Part(param, param.grad, known[id(group), step], key)
         return parts
 
     def _sweep(self, pages: list[Page], *, change: bool = True) -> Iterator[list[tuple[Page, Tensor]]]:
@@ -351,6 +351,13 @@ class PagedAdamW(torch.optim.Optimizer):
             here = [page.number for page in pages if page.device == device]
             for batch in cache.sweep(here, change=change):
                 yield [(self._layout.pages[number], frame) for number, frame in batch]
+
+    def _states(self, page: Page, frame: Tensor) -> list[tuple[Run, RunState]]:
+        """Return the state of each run of a page; made once for a page that stays in its frame."""
+        known = self._views.get(page.number)
+        if known is None or known[0] is not frame:
+            known = self._views[page.number] = (frame, [(run, run.state(frame)) for run in page.runs])
+        return known[1]
 
     def _gather(self) -> dict[Tensor, dict[str, Tensor]]:
         """Copy the state of every parameter that has taken a step to CPU tensors of its shape."""
@@ -375,13 +382,19 @@ class PagedAdamW(torch.optim.Optimizer):
         return {params[number]: state for number, state in gathered.items()}
 
 
-def _step_runs(runs: list[tuple[Run, Tensor]], parts: dict[int, _Part]) -> None:
-    """Step runs of elements, given with the frames of their pages."""
+def _scalars_of(group: dict[str, Any], step: int) -> StepScalars:
+    return step_scalars(
+        step, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"]
+    )
+
+
+def _step_runs(states: list[tuple[Run, RunState]], parts: dict[int, _Part]) -> None:
+    """Step runs of elements."""
     updates = []
-    for run, frame in runs:
+    for run, state in states:
         part = parts[run.param]
-        param, grad = (take(tensor, run.start, run.stop) for tensor in (part.param, part.grad))
-        update = RunUpdate(param, grad, run.state(frame), part.scalars, part.rounding_key, run.start)
+        param, grad = take(part.param, run.start, run.stop), take(part.grad, run.start, run.stop)
+        update = RunUpdate(param, grad, state, part.scalars, part.rounding_key, run.start)
         if part.param.is_contiguous() and part.grad.is_contiguous():
             updates.append(update)
         else:  # copies: stepped at once, so that no more than one run's are alive

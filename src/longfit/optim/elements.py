@@ -10,7 +10,8 @@ from torch import Tensor
 def take(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Return elements ``start`` to ``stop`` as ``[stop - start]``: a view where the strides allow it, else a copy."""
     if tensor.is_contiguous():
-        return tensor.view(-1)[start:stop]
+        flat = tensor.view(-1)
+        return flat if stop - start == flat.numel() else flat[start:stop]
     rows, skipped = _rows_around(tensor, start, stop)
     return rows.reshape(-1)[skipped : skipped + stop - start].contiguous()
 

@@ -29,6 +29,11 @@ inline __m512i interleave_order(__m512i codes) {
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), codes);
 }
 
+// Sixteen lanes of each of four registers as one mask.
+inline __mmask64 join(const __mmask16 part[4]) {
+    return _mm512_kunpackd(_mm512_kunpackw(part[3], part[2]), _mm512_kunpackw(part[1], part[0]));
+}
+
 // 256 dwords as four byte tables.
 struct DwordTable {
     ByteTable byte[4];
@@ -82,9 +87,9 @@ class MagnitudeRanks {
         const __m512i guess = _mm512_min_epu8(_mm512_add_epi8(base.look_up(bucket), risen), cap.look_up(bucket));
 
         limit.look_up(interleave_order(guess), bound);
-        __mmask64 above = 0;
-        for (int j = 0; j < 4; ++j)
-            above |= static_cast<__mmask64>(_mm512_cmpgt_epi32_mask(_mm512_add_epi32(magnitude[j], upwards[j]), bound[j])) << (16 * j);
+        __mmask16 over[4];
+        for (int j = 0; j < 4; ++j) over[j] = _mm512_cmpgt_epi32_mask(_mm512_add_epi32(magnitude[j], upwards[j]), bound[j]);
+        const __mmask64 above = join(over);
         return _mm512_mask_add_epi8(guess, above, guess, _mm512_set1_epi8(1));
     }
 
@@ -162,13 +167,14 @@ class MomentMaps {
     void encode_m(const float* m, int n, float factor, uint8_t* codes) const {
         for (int i = 0; i < n; i += kLanes) {
             __m512i magnitude[4], negative_bit[4];
-            __mmask64 negative = 0;
+            __mmask16 minus[4];
             for (int j = 0; j < 4; ++j) {
                 const __m512i bits = scaled(m + i + 16 * j, factor);
                 magnitude[j] = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
                 negative_bit[j] = _mm512_srli_epi32(bits, 31);
-                negative |= static_cast<__mmask64>(_mm512_movepi32_mask(bits)) << (16 * j);
+                minus[j] = _mm512_movepi32_mask(bits);
             }
+            const __mmask64 negative = join(minus);
             const __m512i rank = m_ranks.look_up(magnitude, negative_bit), zero = _mm512_set1_epi8(127);
             store(_mm512_mask_subs_epu8(_mm512_add_epi8(zero, rank), negative, zero, rank), n - i, codes + i);
         }
@@ -177,13 +183,10 @@ class MomentMaps {
         const __m512i none[4] = {};
         for (int i = 0; i < n; i += kLanes) {
             __m512i magnitude[4];
-            __mmask64 positive = 0;
-            for (int j = 0; j < 4; ++j) {
-                magnitude[j] = scaled(v + i + 16 * j, factor);
-                const __m512i bits = _mm512_load_si512(v + i + 16 * j);
-                positive |= static_cast<__mmask64>(_mm512_test_epi32_mask(bits, bits)) << (16 * j);
-            }
-            store(_mm512_max_epu8(v_ranks.look_up(magnitude, none), _mm512_maskz_set1_epi8(positive, 1)), n - i, codes + i);
+            for (int j = 0; j < 4; ++j) magnitude[j] = scaled(v + i + 16 * j, factor);
+            __m512i rank = v_ranks.look_up(magnitude, none);
+            if (_mm512_testn_epi8_mask(rank, rank)) rank = _mm512_max_epu8(rank, _mm512_maskz_set1_epi8(positive(v + i), 1));
+            store(rank, n - i, codes + i);
         }
     }
 
@@ -200,6 +203,14 @@ class MomentMaps {
     }
     static __m512i scaled(const float* x, float factor) {
         return _mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(x), _mm512_set1_ps(factor)));
+    }
+    static __mmask64 positive(const float* v) {
+        __mmask16 part[4];
+        for (int j = 0; j < 4; ++j) {
+            const __m512i bits = _mm512_load_si512(v + 16 * j);
+            part[j] = _mm512_test_epi32_mask(bits, bits);
+        }
+        return join(part);
     }
     static void store(__m512i x, int n, uint8_t* codes) { _mm512_mask_storeu_epi8(codes, first(n), x); }
 
