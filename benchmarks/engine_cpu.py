@@ -76,14 +76,14 @@ def token_ids(tokenizer: Any, context: int) -> Any:
     return torch.tensor((ids * repeats)[:context])[None]
 
 
-def longfit_model(folder: Path, cell: Cell, scratch: Path) -> tuple[Any, Any]:
+def longfit_model(folder: Path, cell: Cell, scratch: Path, **load: Any) -> tuple[Any, Any]:
     import longfit
     from longfit.engine.arena import FileArena
     from longfit.engine.attention import attention_key
     from longfit.engine.doors import base_model
     from longfit.engine.sweep import enable_sweep
 
-    model, tokenizer = longfit.load(str(folder), quant="nf4", double_quant=True)
+    model, tokenizer = longfit.load(str(folder), quant="nf4", double_quant=True, **load)
     model = longfit.add_adapters(model, rank=16, alpha=32).train()
     shifted = cell.attention == "shifted"
     base_model(model).set_attn_implementation(attention_key(cell.attention, GROUP if shifted else None))
@@ -151,13 +151,19 @@ def measure(cell: Cell, folder: Path, scratch: Path) -> dict[str, Any]:
 
 
 def gate(folder: Path) -> dict[str, Any]:
-    """The gradient check of the swept model at a length that plain autograd can hold."""
+    """The gradient check of the swept model at a length that plain autograd can hold.
+
+    In float32: shifted attention that was never trained is so sensitive that two plain bfloat16 runs, on one and on two
+    threads, already differ by a tenth.
+    """
+    import torch
+
     from longfit.engine.attention import attention_key
     from longfit.engine.check import check_gradients
     from longfit.engine.doors import base_model
 
     outcome: dict[str, Any] = {"ok": True}
-    model, tokenizer = longfit_model(folder, Cell("longfit", 512), folder)
+    model, tokenizer = longfit_model(folder, Cell("longfit", 512), folder, dtype=torch.float32)
     for attention, group_size in (("exact", None), ("shifted", 128)):
         base_model(model).set_attn_implementation(attention_key(attention, group_size))
         report = check_gradients(model, token_ids(tokenizer, 512), tile=96)
@@ -319,7 +325,7 @@ def run(cells: tuple[Cell, ...], path: Path, *, fresh: bool, scratch: Path | Non
         results = json.loads(path.read_text())
     with tempfile.TemporaryDirectory(dir=scratch) as parent:
         common = ["--folder", str(dense_folder(Path(parent))), "--scratch", parent]
-        if not results["gate"]:
+        if not (results["gate"] or {}).get("ok"):
             results["gate"] = in_a_process(["--gate", *common])
             save(results, path)
         print("gate", results["gate"], flush=True)
