@@ -137,7 +137,7 @@ def test_damage_to_a_committed_page_is_named(path: Path) -> None:
     file.commit({})
     file.close()
     with open(path, "r+b") as raw:
-        raw.seek(4096 + 2 * PAGE_BYTES + 100)  # page 1, slot 0
+        raw.seek(3 * PAGE_BYTES + 100)  # page 1, slot 0
         raw.write(b"x")
     with pytest.raises(PagingError, match="page 1 of 3 is damaged"):
         opened(path)
@@ -164,7 +164,7 @@ def test_a_cut_file_is_named(path: Path) -> None:
     file = opened(path)
     file.write(2, filled(3))
     file.commit({})
-    os.truncate(path, 4096 + 4 * PAGE_BYTES + 10)
+    os.truncate(path, 5 * PAGE_BYTES + 10)
     with pytest.raises(PagingError, match="cut to"):
         file.check()
     with pytest.raises(PagingError, match="page 2 ends after 10 of 8192 bytes"):

@@ -60,7 +60,7 @@ def contents(cache: PageCache, pages: range) -> list[list[int]]:
 def test_every_page_is_swept_once_and_keeps_its_contents(capacity: int | None) -> None:
     cache, pages = cache_over(Notebook(), capacity), range(10)
     for _ in range(4):
-        assert list(add_one(cache, pages)) == list(pages)
+        assert sorted(add_one(cache, pages)) == list(pages)
         assert cache.resident_bytes <= (capacity or 10) * PAGE_BYTES
     assert contents(cache, pages) == [[4]] * 10
 
@@ -73,8 +73,9 @@ def test_what_the_budget_holds_is_never_moved() -> None:
     below.notes.clear()
     moved = cache.moved_bytes
     list(add_one(cache, pages))
-    # A loop over ten pages through four frames must fetch at least six of them; two more are in use or on their way.
-    assert sum(note.startswith("read") for note in below.notes) <= 8
+    # Ten pages through four frames: six must be fetched, whatever the policy; the two that may be on their way at once
+    # can each cost a page that would have been needed again.
+    assert 6 <= sum(note.startswith("read") for note in below.notes) <= 8
     assert cache.moved_bytes - moved == len(below.notes) * PAGE_BYTES
     assert cache.moved_s > 0
 
@@ -163,7 +164,7 @@ def test_running_out_of_memory_lowers_the_capacity(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Frames, "_new_frame", at_most_three)
     for _ in range(2):
-        assert list(add_one(cache, pages)) == list(pages)
+        assert sorted(add_one(cache, pages)) == list(pages)
     assert cache.capacity == 3
     assert contents(cache, pages) == [[2]] * 8
 
@@ -172,7 +173,7 @@ def test_a_caller_that_stops_in_the_middle_leaves_the_cache_usable() -> None:
     cache, pages = cache_over(Notebook(), 3), range(8)
     list(add_one(cache, pages))
     sweep = add_one(cache, pages)
-    assert [next(sweep), next(sweep)] == [0, 1]
+    assert [next(sweep), next(sweep)] == [7, 6]
     sweep.close()
     assert sorted(value for [value] in contents(cache, pages)) == [1] * 6 + [2] * 2
 

@@ -1,6 +1,6 @@
 """The file tier: pages of optimiser state in one file that survives being killed at any moment.
 
-    PATH           4,096 bytes of header (JSON: format, run, page_bytes), then two slots for every page, side by side
+    PATH           a page of header (JSON: format, run, page_bytes), then two slots for every page, side by side
     PATH.commit    JSON: the slot of each page that belongs to the last commit, its checksum, and the caller's record
 
 A page is never written over its committed slot. Between commits it goes to the other slot, again and again; ``commit``
@@ -35,7 +35,6 @@ from torch import Tensor
 from longfit.errors import PagingError
 
 _FORMAT = "longfit paged state 1"
-_HEADER_BYTES = 4096
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -187,7 +186,7 @@ class PageFile:
         return True
 
     def _offset(self, page: int, slot: int) -> int:
-        return _HEADER_BYTES + (2 * page + slot) * self.page_bytes
+        return (1 + 2 * page + slot) * self.page_bytes  # a multiple of it: copies of aligned pages are faster
 
     def _reserve(self, page: int, slot: int) -> None:
         if (page, slot) in self._reserved:
@@ -229,13 +228,13 @@ class PageFile:
     def _write_header(self) -> None:
         header = json.dumps({"format": _FORMAT, "run": self.run, "page_bytes": self.page_bytes})
         try:
-            os.pwrite(self._file, header.encode().ljust(_HEADER_BYTES), 0)
+            os.pwrite(self._file, header.encode().ljust(self.page_bytes), 0)
         except OSError as error:
             _explain(error, self.path, "write its header")
 
     def _check_header(self) -> None:
         try:
-            header = json.loads(os.pread(self._file, _HEADER_BYTES, 0))
+            header = json.loads(os.pread(self._file, self.page_bytes, 0))
         except ValueError:
             header = None
         if not isinstance(header, dict) or header.get("format") != _FORMAT:
@@ -257,7 +256,7 @@ class PageFile:
     def _read_commit(self) -> None:
         """Adopt the last commit, every page checked; a run that died before its first commit starts empty."""
         if not self._commit_path.exists():
-            os.ftruncate(self._file, _HEADER_BYTES)
+            os.ftruncate(self._file, self._offset(0, 0))
             return
         commit = _load_commit(self._commit_path)
         if (commit["run"], commit["page_bytes"]) != (self.run, self.page_bytes):
