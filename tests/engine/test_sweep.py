@@ -377,7 +377,7 @@ def test_the_tile_is_chosen_from_the_workspace_or_forced():
     assert choose_tile(llama_8b, 2, "cuda") == 2048
     assert choose_tile(llama_8b, 2, "cpu") == 256
     small = transformers.LlamaConfig(hidden_size=576, intermediate_size=1536)
-    assert choose_tile(small, 2, "cpu") == 1024
+    assert choose_tile(small, 2, "cpu") == 2048
     assert choose_tile(small, 2, "cuda") == 4096
     model = tiny_model("llama")
     enable_sweep(model)

@@ -327,6 +327,8 @@ def linear_cross_entropy(
             raise DataError(f"all {len(labels)} labels are {IGNORED}: there is no token to train on; skip such a batch")
     divisor = torch.as_tensor(num_items, device=hidden.device)
     trained = [] if norm is None else [p for p in norm.parameters() if p.requires_grad]
+    if not torch.is_grad_enabled():  # a Function is told what its inputs require, not that nobody will ask for it
+        hidden, weight, bias, trained = hidden.detach(), weight.detach(), None if bias is None else bias.detach(), []
     return _LinearCrossEntropy.apply(
         hidden, weight, bias, labels, divisor, (softcap, scale), tiles, norm, overwrite_hidden, *trained
     )
