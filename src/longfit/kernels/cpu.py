@@ -1,0 +1,340 @@
+"""The C++ kernels: finds the library, chooses the instruction set, passes pointers (ctypes; no torch headers in C++).
+
+``_longfit.so`` lies beside this file; the package's build makes it from ``csrc/``. It holds each kernel once per
+instruction set ("ISA"), named ``longfit_<kernel>_<isa>``; the fastest that the processor runs is used. Two environment
+variables are for tests and bug reports: ``LONGFIT_ISA`` forces an instruction set, ``LONGFIT_LIBRARY`` names another
+library file.
+
+The functions have the bits of `numerics`, which states every rule. What they add: no temporaries, all cores that torch
+uses (``torch.get_num_threads()``), and matmuls that never hold a 16-bit copy of the whole weight.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from ctypes import c_int, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longfit.errors import BackendError
+from longfit.numerics import codebooks
+from longfit.numerics.absmax import num_blocks
+from longfit.numerics.double_quant import DoubleQuant
+from longfit.numerics.quant_state import QuantState
+from longfit.numerics.row_format import RowFormat
+
+ABI = 1  # LONGFIT_ABI of csrc/longfit.h
+
+# The part of W that a matmul de-quantises at once. From 1 to 4 MiB the speed is the same at 256 rows of x; at 1,024
+# rows 4 MiB costs 4 % over the dense matmul, 1 MiB 14 % (4096 x 4096, bf16). A matmul may use 8 MiB of extra memory in all.
+TILE_BYTES = 4 << 20
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Weight4(ctypes.Structure):
+    """``longfit_weight4`` of csrc/longfit.h, which explains the fields."""
+
+    _fields_ = [
+        ("codes", c_void_p),
+        ("scales", c_void_p),
+        ("codebook", c_void_p),
+        ("scale_map", c_void_p),
+        ("nested", c_void_p),
+        ("offset", c_void_p),
+        ("element_stride", c_int64),
+        ("code_stride", c_int64),
+        ("scale_stride", c_int64),
+        ("block_stride", c_int64),
+        ("first_block", c_int64),
+        ("block_size", c_int64),
+        ("absmax_block_size", c_int64),
+    ]
+
+
+_SIGNATURES: dict[str, list[Any]] = {
+    "dequantize_4bit": [
+        ctypes.POINTER(Weight4), c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int, c_int,
+    ],
+    "quantize_4bit": [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
+    "quantize_8bit": [c_void_p, c_int64, c_int, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int],
+    "dequantize_8bit": [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int],
+    "adamw": [c_void_p, c_int64, c_int],
+    "adamw_maps": [c_void_p, c_void_p, c_void_p, c_void_p],
+    "attention_forward": [c_void_p] * 6,
+    "attention_backward": [c_void_p] * 10,
+}  # fmt: skip
+
+
+class Library:
+    """The loaded library and the instruction set in use.
+
+    Attributes:
+        path: the file.
+        isas: what this processor can run of what the file holds, fastest first.
+        isa: the one in use; assign to force another.
+    """
+
+    def __init__(self, path: Path, isa: str | None = None) -> None:
+        if not path.exists():
+            raise BackendError(
+                f"the C++ library {path.name} is missing in {path.parent}: longfit was installed without a working "
+                "compiler; install GCC or Clang and install longfit again"
+            )
+        try:
+            self._handle = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BackendError(f"the C++ library does not load ({error}); install longfit again") from error
+        abi = self._handle.longfit_abi()
+        if abi != ABI:
+            raise BackendError(f"the C++ library {path} has version {abi}, this longfit needs {ABI}; install it again")
+        self._handle.longfit_isas.restype = ctypes.c_char_p
+        self.path = path
+        self.isas = tuple(self._handle.longfit_isas().decode().split(","))
+        self._kernels: dict[tuple[str, str], Any] = {}
+        self._isa = self.isas[0]
+        if isa is not None:
+            self.isa = isa
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._isa
+
+    @isa.setter
+    def isa(self, isa: str) -> None:
+        if isa not in self.isas:
+            raise BackendError(f"LONGFIT_ISA: got {isa!r}; this processor and library have {', '.join(self.isas)}")
+        self._isa = isa
+
+    def kernel(self, name: str) -> Any:
+        """Return a kernel for the instruction set in use."""
+        key = (name, self._isa)
+        if key not in self._kernels:
+            function = getattr(self._handle, f"longfit_{name}_{self._isa}")
+            function.argtypes, function.restype = _SIGNATURES[name], None
+            self._kernels[key] = function
+        return self._kernels[key]
+
+
+@cache
+def library() -> Library:
+    """Load the library.
+
+    Raises: BackendError: it is missing, broken or of another version, or ``LONGFIT_ISA`` cannot be run here.
+    """
+    beside = Path(__file__).with_name("_longfit.so")
+    return Library(Path(os.environ.get("LONGFIT_LIBRARY", beside)), os.environ.get("LONGFIT_ISA"))
+
+
+def unavailable() -> str | None:
+    """Return why the library cannot be used, or None.
+
+    Raises: BackendError: ``LONGFIT_ISA`` or ``LONGFIT_LIBRARY`` asks for something that is not there.
+    """
+    try:
+        library()
+    except BackendError as error:
+        if "LONGFIT_ISA" in os.environ or "LONGFIT_LIBRARY" in os.environ:
+            raise
+        return str(error)
+    return None
+
+
+def why() -> str:
+    """Return what is in use, for the report of `longfit.kernels.dispatch.backends`."""
+    return f"C++ kernels for {library().isa}"
+
+
+def quantize_4bit(
+    weight: Tensor, *, quant_type: str, block_size: int, double_quant: bool, absmax_block_size: int
+) -> tuple[Tensor, QuantState]:
+    """See `longfit.numerics.quant_state.quantize_4bit`."""
+    values = _values(weight)
+    packed = torch.empty((values.numel() + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(num_blocks(values.numel(), block_size), dtype=torch.float32)
+    library().kernel("quantize_4bit")(
+        values.data_ptr(),
+        values.numel(),
+        _DTYPES[values.dtype],
+        _codebook(quant_type).data_ptr(),
+        block_size,
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    stored = _quantize_absmax(absmax, absmax_block_size) if double_quant else absmax
+    return packed, QuantState(quant_type, block_size, tuple(weight.shape), weight.dtype, stored)
+
+
+def _quantize_absmax(absmax: Tensor, absmax_block_size: int) -> DoubleQuant:
+    offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())  # torch's reduction: the rule says so
+    codes, nested = quantize_8bit(absmax - offset, _scale_map("dynamic8"), block_size=absmax_block_size)
+    return DoubleQuant(codes, nested, offset, absmax_block_size)
+
+
+def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
+    """See `longfit.numerics.quant_state.dequantize_4bit`."""
+    packed, absmax = packed.contiguous(), state.absmax
+    weight = Weight4(
+        codes=packed.data_ptr(), codebook=_codebook(state.quant_type).data_ptr(), block_size=state.block_size
+    )
+    if isinstance(absmax, DoubleQuant):
+        scales, nested = absmax.codes.contiguous(), absmax.absmax.contiguous()
+        weight.scale_map, weight.nested = _scale_map(absmax.storage).data_ptr(), nested.data_ptr()
+        weight.offset, weight.absmax_block_size = absmax.offset.data_ptr(), absmax.absmax_block_size
+    else:
+        scales = absmax.contiguous()
+    weight.scales = scales.data_ptr()
+    out = torch.empty(state.shape, dtype=_stored(dtype))
+    _dequantize(weight, (0, 1), (0, state.numel), out, state.numel)
+    return out.to(dtype)
+
+
+def quantize_8bit(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
+    """See `longfit.numerics.blockwise.quantize_blockwise`."""
+    values, codebook = _values(values), codebook.contiguous()
+    codes = torch.empty(values.numel(), dtype=torch.uint8)
+    absmax = torch.empty(num_blocks(values.numel(), block_size), dtype=torch.float32)
+    library().kernel("quantize_8bit")(
+        values.data_ptr(),
+        values.numel(),
+        _DTYPES[values.dtype],
+        codebook.data_ptr(),
+        codebook.numel(),
+        block_size,
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return codes, absmax
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int, dtype: torch.dtype) -> Tensor:
+    """See `longfit.numerics.blockwise.dequantize_blockwise`."""
+    codes, absmax, codebook = codes.contiguous(), absmax.contiguous(), codebook.contiguous()
+    out = torch.empty(codes.numel(), dtype=_stored(dtype))
+    library().kernel("dequantize_8bit")(
+        codes.data_ptr(),
+        absmax.data_ptr(),
+        codes.numel(),
+        codebook.data_ptr(),
+        block_size,
+        out.data_ptr(),
+        _DTYPES[out.dtype],
+        torch.get_num_threads(),
+    )
+    return out.to(dtype)
+
+
+def dequantize_rows(rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype, *, first_row: int) -> Tensor:
+    """See `longfit.numerics.row_format.dequantize_rows`."""
+    rows, constants = _dense_rows(rows), constants.contiguous()
+    weight = _row_weight(rows, constants, fmt, first_row=first_row)
+    num_rows = rows.shape[0] * fmt.columns // fmt.in_features
+    out = torch.empty(num_rows, fmt.in_features, dtype=_stored(dtype))
+    if fmt.rows == 1:  # blocks may run across the rows of the weight
+        _dequantize(weight, (0, rows.shape[0]), (0, fmt.columns), out, fmt.columns)
+    else:
+        _dequantize(weight, (0, num_rows), (0, fmt.in_features), out, fmt.in_features)
+    return out.to(dtype)
+
+
+def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
+    """Compute ``x dq(W)^T``, tile by tile over the rows of W; see `longfit.kernels.dispatch.linear_4bit`."""
+    rows, constants = _dense_rows(rows), constants.contiguous()
+    weight = _row_weight(rows, constants, fmt)
+    x2 = x.reshape(-1, fmt.in_features)  # [M, I]
+    y = torch.empty(x2.shape[0], fmt.out_features, dtype=x.dtype)
+    height = _tile(fmt.out_features, fmt.in_features, x.dtype)
+    tile = torch.empty(height, fmt.in_features, dtype=_stored(x.dtype))
+    for row in range(0, fmt.out_features, height):
+        part = tile[: min(height, fmt.out_features - row)]
+        _dequantize(weight, (row, part.shape[0]), (0, fmt.in_features), part, fmt.in_features)
+        torch.mm(x2, part.to(x.dtype).t(), out=y[:, row : row + part.shape[0]])
+    return y.view(*x.shape[:-1], fmt.out_features)
+
+
+def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
+    """Compute ``grad dq(W)``, tile by tile over the columns of W, so that nothing is summed in 16 bits."""
+    rows, constants = _dense_rows(rows), constants.contiguous()
+    weight = _row_weight(rows, constants, fmt)
+    grad2 = grad.reshape(-1, fmt.out_features)  # [M, O]
+    out = torch.empty(grad2.shape[0], fmt.in_features, dtype=grad.dtype)
+    width = _tile(fmt.in_features, fmt.out_features, grad.dtype)
+    tile = torch.empty(fmt.out_features, width, dtype=_stored(grad.dtype))
+    for column in range(0, fmt.in_features, width):
+        part = tile[:, : min(width, fmt.in_features - column)]
+        _dequantize(weight, (0, fmt.out_features), (column, part.shape[1]), part, width)
+        torch.mm(grad2, part.to(grad.dtype), out=out[:, column : column + part.shape[1]])
+    return out.view(*grad.shape[:-1], fmt.in_features)
+
+
+def _tile(length: int, depth: int, dtype: torch.dtype) -> int:
+    """Return how many of the ``length`` rows (or columns) of W, ``depth`` weights each, a tile holds.
+
+    Tiles of equal size and a multiple of 64, so that no GEMM is a sliver and no tile cuts a usual block.
+    """
+    most = max(64, TILE_BYTES // (depth * dtype.itemsize) // 64 * 64)
+    tiles = -(-length // most)
+    return min(length, -(-length // tiles // 64) * 64)
+
+
+def _dequantize(weight: Weight4, rows: tuple[int, int], columns: tuple[int, int], out: Tensor, out_stride: int) -> None:
+    """De-quantise a window, given as (first, count) of rows and of columns, to ``out``; its rows are strided."""
+    library().kernel("dequantize_4bit")(
+        weight, *rows, *columns, out.data_ptr(), out_stride, _DTYPES[out.dtype], torch.get_num_threads()
+    )
+
+
+def _row_weight(rows: Tensor, constants: Tensor, fmt: RowFormat, *, first_row: int = 0) -> Weight4:
+    """Describe a weight in the row format; the tensors must outlive the description."""
+    codes, stride = rows.data_ptr(), rows.stride(0)
+    weight = Weight4(
+        codes=codes,
+        scales=codes + fmt.code_bytes,
+        codebook=_codebook(fmt.quant_type).data_ptr(),
+        block_size=fmt.block_size,
+        absmax_block_size=fmt.absmax_block_size,
+    )
+    if fmt.rows == 1:
+        weight.element_stride = fmt.in_features
+    else:
+        weight.code_stride = weight.scale_stride = stride
+        weight.block_stride = fmt.blocks_per_row
+        weight.first_block = first_row * fmt.blocks_per_row
+    if fmt.double_quant:
+        weight.scale_map = _scale_map("dynamic8").data_ptr()
+        weight.nested = constants.data_ptr()
+        weight.offset = constants.data_ptr() + constants.numel() - 4
+    return weight
+
+
+def _dense_rows(rows: Tensor) -> Tensor:
+    return rows if rows.stride(1) == 1 or rows.numel() == 0 else rows.contiguous()
+
+
+def _values(values: Tensor) -> Tensor:
+    """Return the values as one run in a dtype that the kernels read; fp64 is rounded to fp32, as the rule says."""
+    flat = values.detach().reshape(-1)
+    return (flat.float() if flat.dtype == torch.float64 else flat).contiguous()
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a kernel writes: fp64 is exact from fp32, in which the product is computed."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+@cache
+def _codebook(quant_type: str) -> Tensor:
+    return codebooks.codebook(quant_type)
+
+
+@cache
+def _scale_map(storage: str) -> Tensor:
+    return codebooks.dynamic_map(signed=True) if storage == "dynamic8" else codebooks.fp8_e4m3_map()

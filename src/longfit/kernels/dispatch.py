@@ -1,0 +1,271 @@
+"""Which code runs an operation: one table, one choice, said aloud.
+
+    op             what it does                                             backends, best first
+    quantize_4bit  weight -> packed codes and their state                   cpu (C++), reference
+    ...            (`TABLE` below)
+
+`reference` is `numerics`; every other backend returns its bits (the matmuls: the product with the same weight, summed
+in another order). The choice depends on the device and on what this machine can run, never on the data. `backends` tells
+it with its reason, `use_backend` forces it, and a forced backend that cannot run raises. Where the C++ library is missing,
+the first call warns once and goes on.
+
+The functions here have the signatures of `numerics`; each is a torch operator ``longfit::<name>`` (`ops.py` has the
+schemas and all argument checks), so that ``torch.compile`` sees one opaque node. They have no gradient: layers and
+optimisers define theirs.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longfit.errors import BackendError
+from longfit.kernels import ops
+from longfit.numerics.adamw import RunUpdate
+from longfit.numerics.double_quant import DoubleQuant
+from longfit.numerics.quant_state import QuantState
+from longfit.numerics.row_format import RowFormat
+
+# Backend -> the module whose functions have the operations' names, and the device types it serves.
+MODULES = {"reference": "longfit.kernels.reference", "cpu": "longfit.kernels.cpu"}
+# Operations that have a file of their own beside that module.
+FILES = {("cpu", "adamw_step"): "longfit.kernels.cpu_adamw"}
+DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
+
+# Operation -> backends, best first; the last one runs anywhere.
+TABLE = {
+    "quantize_4bit": ("cpu", "reference"),
+    "dequantize_4bit": ("cpu", "reference"),
+    "quantize_8bit": ("cpu", "reference"),
+    "dequantize_8bit": ("cpu", "reference"),
+    "dequantize_rows": ("cpu", "reference"),
+    "linear_4bit": ("cpu", "reference"),
+    "linear_4bit_grad_input": ("cpu", "reference"),
+    "adamw_step": ("cpu", "reference"),
+}
+NAMES = ("reference", "cpu", "triton")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that runs an operation, and why it is this one."""
+
+    backend: str
+    reason: str
+
+
+class Dispatcher:
+    """Chooses backends; holds what is forced and whether the missing library has been reported."""
+
+    def __init__(self) -> None:
+        self.forced: str | None = None
+        self._reported = False
+
+    def force(self, backend: str | None) -> str | None:
+        """Use one backend for every operation, or choose freely again (None). Returns what was forced before."""
+        if backend is not None:
+            self._require(backend)
+        before, self.forced = self.forced, backend
+        return before
+
+    def choose(self, op: str, device: str) -> Choice:
+        """Return the backend for an operation on a device type.
+
+        Raises: BackendError: a forced backend cannot run it.
+        """
+        if self.forced is not None:
+            why_not = _why_not(self.forced, op, device)
+            if why_not is not None:
+                raise BackendError(f"{op} with the backend {self.forced!r}, which is forced: {why_not}")
+            return Choice(self.forced, "forced by use_backend")
+        passed: list[str] = []
+        for backend in TABLE[op]:
+            why_not = _why_not(backend, op, device)
+            if why_not is None:
+                return Choice(backend, "; ".join(passed) or _module(backend).why())
+            passed.append(f"not {backend}: {why_not}")
+        raise BackendError(f"{op} on {device}: {'; '.join(passed)}")
+
+    def function(self, op: str, device: torch.device) -> Any:
+        """Return the function that runs an operation on a device; warns once if it is not the compiled one."""
+        choice = self.choose(op, device.type)
+        if choice.backend == "reference" and device.type == "cpu" and self.forced is None and not self._reported:
+            self._reported = True
+            warnings.warn(f"longfit runs its slow reference kernels; {choice.reason}", RuntimeWarning, stacklevel=4)
+        return getattr(_file(choice.backend, op), op)
+
+    def _require(self, backend: str) -> None:
+        if backend not in NAMES:
+            raise BackendError(f"backend: got {backend!r}; allowed: {', '.join(NAMES)}, or None to choose freely")
+        why_not = _why_not_here(backend)
+        if why_not is not None:
+            raise BackendError(f"backend {backend!r} cannot be used: {why_not}")
+
+
+class Forced:
+    """What `use_backend` returns: a context that puts the previous choice back when it ends."""
+
+    def __init__(self, dispatcher: Dispatcher, before: str | None) -> None:
+        self._dispatcher, self._before = dispatcher, before
+
+    def __enter__(self) -> Forced:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._dispatcher.force(self._before)
+
+
+@cache
+def dispatcher() -> Dispatcher:
+    """Return the one dispatcher of this process, which owns the forced choice."""
+    return Dispatcher()
+
+
+def use_backend(name: str | None) -> Forced:
+    """Force a backend for all operations, from now on or for a ``with`` block.
+
+    Args:
+        name: "reference", "cpu" or "triton"; None chooses freely again.
+    Returns: a context manager; leaving it restores what was forced before.
+    Raises: BackendError: the backend is unknown or cannot run here; the message has the reason.
+    """
+    return Forced(dispatcher(), dispatcher().force(name))
+
+
+def backends(device: str = "cpu") -> dict[str, Choice]:
+    """Return, for every operation, the backend that would run it on a device type, and why."""
+    return {op: dispatcher().choose(op, device) for op in TABLE}
+
+
+def quantize_4bit(
+    weight: Tensor,
+    *,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    absmax_block_size: int = 256,
+) -> tuple[Tensor, QuantState]:
+    """Quantise a weight to packed 4-bit codes and their state; see `longfit.numerics.quant_state.quantize_4bit`."""
+    packed, scales, nested, offset = torch.ops.longfit.quantize_4bit(
+        weight, quant_type, block_size, double_quant, absmax_block_size
+    )
+    absmax = DoubleQuant(scales, nested, offset, absmax_block_size) if double_quant else scales
+    return packed, QuantState(quant_type, block_size, tuple(weight.shape), weight.dtype, absmax)
+
+
+def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+    """Turn packed 4-bit codes back into a weight; see `longfit.numerics.quant_state.dequantize_4bit`."""
+    absmax = state.absmax
+    if isinstance(absmax, DoubleQuant):
+        scales, nested, offset = absmax.codes, absmax.absmax, absmax.offset
+        storage, absmax_block_size = absmax.storage, absmax.absmax_block_size
+    else:
+        scales, nested, offset, storage, absmax_block_size = absmax, None, None, "float32", 256
+    return torch.ops.longfit.dequantize_4bit(
+        packed,
+        scales,
+        nested,
+        offset,
+        state.shape,
+        state.quant_type,
+        state.block_size,
+        storage,
+        absmax_block_size,
+        state.dtype if dtype is None else dtype,
+    )
+
+
+def quantize_8bit(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
+    """Round each value to its nearest level; see `longfit.numerics.blockwise.quantize_blockwise`."""
+    return torch.ops.longfit.quantize_8bit(values, codebook, block_size)
+
+
+def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int, dtype: torch.dtype) -> Tensor:
+    """Look up each code's level and scale it; see `longfit.numerics.blockwise.dequantize_blockwise`."""
+    return torch.ops.longfit.dequantize_8bit(codes, absmax, codebook, block_size, dtype)
+
+
+def dequantize_rows(
+    rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype | None = None, *, first_row: int = 0
+) -> Tensor:
+    """De-quantise rows of a weight; see `longfit.numerics.row_format.dequantize_rows`."""
+    return torch.ops.longfit.dequantize_rows(
+        rows, constants, *_fields(fmt), fmt.dtype if dtype is None else dtype, first_row
+    )
+
+
+def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
+    """Compute ``Y = X dq(W)^T`` without a full 16-bit copy of W (QLoRA, section 3, equation 5 without the adapter).
+
+    Args:
+        x: ``[..., in_features]``, fp16, bf16, fp32 or fp64; W is de-quantised to this dtype.
+        rows, constants, fmt: the weight as `longfit.numerics.row_format.to_rows` lays it out; rows may be strided.
+    Returns: ``[..., out_features]`` in the dtype of ``x``. No bias.
+    Raises: ValueError, TypeError: the arguments do not go together.
+    """
+    return torch.ops.longfit.linear_4bit(x, rows, constants, *_fields(fmt))
+
+
+def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
+    """Compute ``dX = dY dq(W)``, the gradient of `linear_4bit` with respect to its input.
+
+    Args:
+        grad: ``[..., out_features]``, fp16, bf16, fp32 or fp64; W is de-quantised to this dtype.
+        rows, constants, fmt: as in `linear_4bit`.
+    Returns: ``[..., in_features]`` in the dtype of ``grad``.
+    Raises: ValueError, TypeError: the arguments do not go together.
+    """
+    return torch.ops.longfit.linear_4bit_grad_input(grad, rows, constants, *_fields(fmt))
+
+
+def adamw_step(updates: Sequence[RunUpdate]) -> None:
+    """Take one AdamW step on runs of elements, in place; see `longfit.numerics.adamw.adamw_step`.
+
+    Not a torch operator: optimisers run outside of traced graphs.
+    """
+    if updates:
+        dispatcher().function("adamw_step", updates[0].param.device)(updates)
+
+
+def _fields(fmt: RowFormat) -> tuple[int, int, str, int, bool, int]:
+    return (
+        fmt.out_features,
+        fmt.in_features,
+        fmt.quant_type,
+        fmt.block_size,
+        fmt.double_quant,
+        fmt.absmax_block_size,
+    )
+
+
+def _why_not(backend: str, op: str, device: str) -> str | None:
+    if backend not in TABLE[op]:
+        return f"it has no {op}"
+    if device not in DEVICES.get(backend, (device,)):
+        return f"it serves {', '.join(DEVICES[backend])}, the tensors are on {device}"
+    return _why_not_here(backend)
+
+
+def _why_not_here(backend: str) -> str | None:
+    return _module(backend).unavailable() if backend in MODULES else "this version of longfit has no such kernels"
+
+
+@cache
+def _module(backend: str) -> ModuleType:
+    return import_module(MODULES[backend])
+
+
+@cache
+def _file(backend: str, op: str) -> ModuleType:
+    return import_module(FILES.get((backend, op), MODULES[backend]))
+
+
+ops.register(lambda op, device: dispatcher().function(op, device))
