@@ -12,7 +12,9 @@ uses (``torch.get_num_threads()``), and matmuls that never hold a 16-bit copy of
 from __future__ import annotations
 
 import ctypes
+import math
 import os
+import threading
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -31,8 +33,14 @@ from longfit.numerics.row_format import RowFormat
 ABI = 1  # LONGFIT_ABI of csrc/longfit.h
 
 # The part of W that a matmul de-quantises at once. From 1 to 4 MiB the speed is the same at 256 rows of x; at 1,024
-# rows 4 MiB costs 4 % over the dense matmul, 1 MiB 14 % (4096 x 4096, bf16). A matmul may use 8 MiB of extra memory in all.
+# rows 4 MiB costs 4 % over the dense matmul, 1 MiB 14 % (4096 x 4096, bf16). A matmul may use 8 MiB in all.
 TILE_BYTES = 4 << 20
+
+# Up to this many rows of x the fused kernel is used, which never writes the de-quantised weight to memory.
+FEW_ROWS = 16
+
+# Results from this size on are new memory from the system, not from the allocator's cache.
+HUGE_BYTES = 4 << 20
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -61,6 +69,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "dequantize_4bit": [
         ctypes.POINTER(Weight4), c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int, c_int,
     ],
+    "linear_4bit": [ctypes.POINTER(Weight4), c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int],
     "quantize_4bit": [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
     "quantize_8bit": [c_void_p, c_int64, c_int, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int],
     "dequantize_8bit": [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int],
@@ -97,6 +106,7 @@ class Library:
         self.path = path
         self.isas = tuple(self._handle.longfit_isas().decode().split(","))
         self._kernels: dict[tuple[str, str], Any] = {}
+        self._tiles = threading.local()
         self._isa = self.isas[0]
         if isa is not None:
             self.isa = isa
@@ -111,6 +121,21 @@ class Library:
         if isa not in self.isas:
             raise BackendError(f"LONGFIT_ISA: got {isa!r}; this processor and library have {', '.join(self.isas)}")
         self._isa = isa
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return uninitialised memory for a result, on huge pages where it is large."""
+        result = torch.empty(shape, dtype=dtype)
+        if result.nbytes >= HUGE_BYTES:
+            self._handle.longfit_advise_huge_pages(c_void_p(result.data_ptr()), c_int64(result.nbytes))
+        return result
+
+    def tile(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return this thread's scratch memory for a tile of W: kept, as fresh pages would cost more than filling it."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        kept: Tensor | None = getattr(self._tiles, "bytes", None)
+        if kept is None or kept.numel() < num_bytes:
+            kept = self._tiles.bytes = torch.empty(max(num_bytes, TILE_BYTES), dtype=torch.uint8)
+        return kept[:num_bytes].view(dtype).view(shape)
 
     def kernel(self, name: str) -> Any:
         """Return a kernel for the instruction set in use."""
@@ -191,7 +216,7 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Te
     else:
         scales = absmax.contiguous()
     weight.scales = scales.data_ptr()
-    out = torch.empty(state.shape, dtype=_stored(dtype))
+    out = library().empty(*state.shape, dtype=_stored(dtype))
     _dequantize(weight, (0, 1), (0, state.numel), out, state.numel)
     return out.to(dtype)
 
@@ -218,7 +243,7 @@ def quantize_8bit(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple
 def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int, dtype: torch.dtype) -> Tensor:
     """See `longfit.numerics.blockwise.dequantize_blockwise`."""
     codes, absmax, codebook = codes.contiguous(), absmax.contiguous(), codebook.contiguous()
-    out = torch.empty(codes.numel(), dtype=_stored(dtype))
+    out = library().empty(codes.numel(), dtype=_stored(dtype))
     library().kernel("dequantize_8bit")(
         codes.data_ptr(),
         absmax.data_ptr(),
@@ -236,28 +261,43 @@ def dequantize_rows(rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torc
     """See `longfit.numerics.row_format.dequantize_rows`."""
     rows, constants = _dense_rows(rows), constants.contiguous()
     weight = _row_weight(rows, constants, fmt, first_row=first_row)
-    num_rows = rows.shape[0] * fmt.columns // fmt.in_features
-    out = torch.empty(num_rows, fmt.in_features, dtype=_stored(dtype))
-    if fmt.rows == 1:  # blocks may run across the rows of the weight
-        _dequantize(weight, (0, rows.shape[0]), (0, fmt.columns), out, fmt.columns)
-    else:
-        _dequantize(weight, (0, num_rows), (0, fmt.in_features), out, fmt.in_features)
+    num_rows = fmt.out_features if weight.element_stride and rows.shape[0] else rows.shape[0]
+    out = library().empty(num_rows, fmt.in_features, dtype=_stored(dtype))
+    _dequantize(weight, (0, num_rows), (0, fmt.in_features), out, fmt.in_features)
     return out.to(dtype)
 
 
 def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
-    """Compute ``x dq(W)^T``, tile by tile over the rows of W; see `longfit.kernels.dispatch.linear_4bit`."""
+    """Compute ``x dq(W)^T``; see `longfit.kernels.dispatch.linear_4bit`."""
     rows, constants = _dense_rows(rows), constants.contiguous()
     weight = _row_weight(rows, constants, fmt)
     x2 = x.reshape(-1, fmt.in_features)  # [M, I]
     y = torch.empty(x2.shape[0], fmt.out_features, dtype=x.dtype)
-    height = _tile(fmt.out_features, fmt.in_features, x.dtype)
-    tile = torch.empty(height, fmt.in_features, dtype=_stored(x.dtype))
+    if x2.shape[0] <= FEW_ROWS and x.dtype in _DTYPES:
+        x2 = x2.contiguous()
+        library().kernel("linear_4bit")(
+            weight,
+            fmt.out_features,
+            fmt.in_features,
+            x2.data_ptr(),
+            x2.shape[0],
+            y.data_ptr(),
+            _DTYPES[x.dtype],
+            torch.get_num_threads(),
+        )
+    else:
+        _linear_by_tiles(x2, weight, fmt, y)
+    return y.view(*x.shape[:-1], fmt.out_features)
+
+
+def _linear_by_tiles(x2: Tensor, weight: Weight4, fmt: RowFormat, y: Tensor) -> None:
+    """Fill ``y`` [M, O] by running a GEMM of ``x2`` [M, I] with a de-quantised tile of rows of W at a time."""
+    height = _tile(fmt.out_features, fmt.in_features, y.dtype)
+    tile = library().tile(height, fmt.in_features, dtype=_stored(y.dtype))
     for row in range(0, fmt.out_features, height):
         part = tile[: min(height, fmt.out_features - row)]
         _dequantize(weight, (row, part.shape[0]), (0, fmt.in_features), part, fmt.in_features)
-        torch.mm(x2, part.to(x.dtype).t(), out=y[:, row : row + part.shape[0]])
-    return y.view(*x.shape[:-1], fmt.out_features)
+        torch.mm(x2, part.to(y.dtype).t(), out=y[:, row : row + part.shape[0]])
 
 
 def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
@@ -267,7 +307,7 @@ def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: R
     grad2 = grad.reshape(-1, fmt.out_features)  # [M, O]
     out = torch.empty(grad2.shape[0], fmt.in_features, dtype=grad.dtype)
     width = _tile(fmt.in_features, fmt.out_features, grad.dtype)
-    tile = torch.empty(fmt.out_features, width, dtype=_stored(grad.dtype))
+    tile = library().tile(fmt.out_features, width, dtype=_stored(grad.dtype))
     for column in range(0, fmt.in_features, width):
         part = tile[:, : min(width, fmt.in_features - column)]
         _dequantize(weight, (0, fmt.out_features), (column, part.shape[1]), part, width)
@@ -278,11 +318,12 @@ def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: R
 def _tile(length: int, depth: int, dtype: torch.dtype) -> int:
     """Return how many of the ``length`` rows (or columns) of W, ``depth`` weights each, a tile holds.
 
-    Tiles of equal size and a multiple of 64, so that no GEMM is a sliver and no tile cuts a usual block.
+    Tiles of equal size and, where W allows it, a multiple of 64, so that no GEMM is a sliver and no tile cuts a block.
     """
-    most = max(64, TILE_BYTES // (depth * dtype.itemsize) // 64 * 64)
-    tiles = -(-length // most)
-    return min(length, -(-length // tiles // 64) * 64)
+    most = max(8, TILE_BYTES // (depth * dtype.itemsize))
+    step = 64 if most >= 64 else 8
+    tiles = -(-length // (most // step * step))
+    return min(length, -(-length // tiles // step) * step)
 
 
 def _dequantize(weight: Weight4, rows: tuple[int, int], columns: tuple[int, int], out: Tensor, out_stride: int) -> None:
@@ -294,29 +335,38 @@ def _dequantize(weight: Weight4, rows: tuple[int, int], columns: tuple[int, int]
 
 def _row_weight(rows: Tensor, constants: Tensor, fmt: RowFormat, *, first_row: int = 0) -> Weight4:
     """Describe a weight in the row format; the tensors must outlive the description."""
-    codes, stride = rows.data_ptr(), rows.stride(0)
+    weight, code_bytes, blocks_per_row = _row_template(fmt)
+    weight = Weight4.from_buffer_copy(weight)
+    weight.codes = codes = rows.data_ptr()
+    weight.scales = codes + code_bytes
+    if blocks_per_row:
+        weight.code_stride = weight.scale_stride = rows.stride(0)
+        weight.first_block = first_row * blocks_per_row
+    if fmt.double_quant:
+        weight.nested = nested = constants.data_ptr()
+        weight.offset = nested + constants.numel() - 4
+    return weight
+
+
+@cache
+def _row_template(fmt: RowFormat) -> tuple[Weight4, int, int]:
+    """Return what all weights of a format share, its code bytes, and its blocks per row (0: all blocks in one row)."""
     weight = Weight4(
-        codes=codes,
-        scales=codes + fmt.code_bytes,
         codebook=_codebook(fmt.quant_type).data_ptr(),
         block_size=fmt.block_size,
         absmax_block_size=fmt.absmax_block_size,
     )
-    if fmt.rows == 1:
-        weight.element_stride = fmt.in_features
-    else:
-        weight.code_stride = weight.scale_stride = stride
-        weight.block_stride = fmt.blocks_per_row
-        weight.first_block = first_row * fmt.blocks_per_row
     if fmt.double_quant:
         weight.scale_map = _scale_map("dynamic8").data_ptr()
-        weight.nested = constants.data_ptr()
-        weight.offset = constants.data_ptr() + constants.numel() - 4
-    return weight
+    if fmt.rows == 1:  # blocks may run across the rows of the weight
+        weight.element_stride = fmt.in_features
+        return weight, fmt.code_bytes, 0
+    weight.block_stride = fmt.blocks_per_row
+    return weight, fmt.code_bytes, fmt.blocks_per_row
 
 
 def _dense_rows(rows: Tensor) -> Tensor:
-    return rows if rows.stride(1) == 1 or rows.numel() == 0 else rows.contiguous()
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def _values(values: Tensor) -> Tensor:

@@ -5,9 +5,9 @@
     ...            (`TABLE` below)
 
 `reference` is `numerics`; every other backend returns its bits (the matmuls: the product with the same weight, summed
-in another order). The choice depends on the device and on what this machine can run, never on the data. `backends` tells
-it with its reason, `use_backend` forces it, and a forced backend that cannot run raises. Where the C++ library is missing,
-the first call warns once and goes on.
+in another order). The choice depends on the device and on what this machine can run, never on the data. `backends`
+tells it with its reason, `use_backend` forces it, and a forced backend that cannot run raises. Where the C++ library is
+missing, the first call warns once and goes on.
 
 The functions here have the signatures of `numerics`; each is a torch operator ``longfit::<name>`` (`ops.py` has the
 schemas and all argument checks), so that ``torch.compile`` sees one opaque node. They have no gradient: layers and
@@ -68,12 +68,13 @@ class Dispatcher:
     def __init__(self) -> None:
         self.forced: str | None = None
         self._reported = False
+        self._chosen: dict[tuple[str, str], Any] = {}  # (operation, device type) -> function, for the forced backend
 
     def force(self, backend: str | None) -> str | None:
         """Use one backend for every operation, or choose freely again (None). Returns what was forced before."""
         if backend is not None:
             self._require(backend)
-        before, self.forced = self.forced, backend
+        before, self.forced, self._chosen = self.forced, backend, {}
         return before
 
     def choose(self, op: str, device: str) -> Choice:
@@ -96,11 +97,14 @@ class Dispatcher:
 
     def function(self, op: str, device: torch.device) -> Any:
         """Return the function that runs an operation on a device; warns once if it is not the compiled one."""
-        choice = self.choose(op, device.type)
-        if choice.backend == "reference" and device.type == "cpu" and self.forced is None and not self._reported:
-            self._reported = True
-            warnings.warn(f"longfit runs its slow reference kernels; {choice.reason}", RuntimeWarning, stacklevel=4)
-        return getattr(_file(choice.backend, op), op)
+        key = (op, device.type)
+        if key not in self._chosen:
+            choice = self.choose(*key)
+            if choice.backend == "reference" and device.type == "cpu" and self.forced is None and not self._reported:
+                self._reported = True
+                warnings.warn(f"longfit runs its slow reference kernels; {choice.reason}", RuntimeWarning, stacklevel=5)
+            self._chosen[key] = getattr(_module(choice.backend), op)
+        return self._chosen[key]
 
     def _require(self, backend: str) -> None:
         if backend not in NAMES:
@@ -154,7 +158,7 @@ def quantize_4bit(
     absmax_block_size: int = 256,
 ) -> tuple[Tensor, QuantState]:
     """Quantise a weight to packed 4-bit codes and their state; see `longfit.numerics.quant_state.quantize_4bit`."""
-    packed, scales, nested, offset = torch.ops.longfit.quantize_4bit(
+    packed, scales, nested, offset = torch.ops.longfit.quantize_4bit.default(
         weight, quant_type, block_size, double_quant, absmax_block_size
     )
     absmax = DoubleQuant(scales, nested, offset, absmax_block_size) if double_quant else scales
@@ -169,7 +173,7 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
         storage, absmax_block_size = absmax.storage, absmax.absmax_block_size
     else:
         scales, nested, offset, storage, absmax_block_size = absmax, None, None, "float32", 256
-    return torch.ops.longfit.dequantize_4bit(
+    return torch.ops.longfit.dequantize_4bit.default(
         packed,
         scales,
         nested,
@@ -185,19 +189,19 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
 
 def quantize_8bit(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """Round each value to its nearest level; see `longfit.numerics.blockwise.quantize_blockwise`."""
-    return torch.ops.longfit.quantize_8bit(values, codebook, block_size)
+    return torch.ops.longfit.quantize_8bit.default(values, codebook, block_size)
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int, dtype: torch.dtype) -> Tensor:
     """Look up each code's level and scale it; see `longfit.numerics.blockwise.dequantize_blockwise`."""
-    return torch.ops.longfit.dequantize_8bit(codes, absmax, codebook, block_size, dtype)
+    return torch.ops.longfit.dequantize_8bit.default(codes, absmax, codebook, block_size, dtype)
 
 
 def dequantize_rows(
     rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype | None = None, *, first_row: int = 0
 ) -> Tensor:
     """De-quantise rows of a weight; see `longfit.numerics.row_format.dequantize_rows`."""
-    return torch.ops.longfit.dequantize_rows(
+    return torch.ops.longfit.dequantize_rows.default(
         rows, constants, *_fields(fmt), fmt.dtype if dtype is None else dtype, first_row
     )
 
@@ -211,7 +215,7 @@ def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> T
     Returns: ``[..., out_features]`` in the dtype of ``x``. No bias.
     Raises: ValueError, TypeError: the arguments do not go together.
     """
-    return torch.ops.longfit.linear_4bit(x, rows, constants, *_fields(fmt))
+    return torch.ops.longfit.linear_4bit.default(x, rows, constants, *_fields(fmt))
 
 
 def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
@@ -223,7 +227,7 @@ def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: R
     Returns: ``[..., in_features]`` in the dtype of ``grad``.
     Raises: ValueError, TypeError: the arguments do not go together.
     """
-    return torch.ops.longfit.linear_4bit_grad_input(grad, rows, constants, *_fields(fmt))
+    return torch.ops.longfit.linear_4bit_grad_input.default(grad, rows, constants, *_fields(fmt))
 
 
 def adamw_step(updates: Sequence[RunUpdate]) -> None:

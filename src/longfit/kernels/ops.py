@@ -135,42 +135,43 @@ def _run_dequantize_8bit(
 
 def _fake_dequantize_rows(rows: Tensor, constants: Tensor, *fields: Any) -> Tensor:
     *weight, dtype, first_row = fields
-    fmt = _row_format(*weight)
-    _check_rows(rows, constants, fmt, first_row)
+    layout = _layout(*weight)
+    _check_rows(rows, constants, layout, first_row)
     _check_dtype(dtype)
+    fmt = layout.fmt
     return rows.new_empty(rows.shape[0] * fmt.columns // fmt.in_features, fmt.in_features, dtype=dtype)
 
 
 def _run_dequantize_rows(find: Find, rows: Tensor, constants: Tensor, *fields: Any) -> Tensor:
     *weight, dtype, first_row = fields
-    fmt = _row_format(*weight)
-    _check_rows(rows, constants, fmt, first_row)
+    layout = _layout(*weight)
+    _check_rows(rows, constants, layout, first_row)
     _check_dtype(dtype)
-    return find("dequantize_rows", rows.device)(rows, constants, fmt, dtype, first_row=first_row)
+    return find("dequantize_rows", rows.device)(rows, constants, layout.fmt, dtype, first_row=first_row)
 
 
 def _fake_linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Tensor:
-    fmt = _row_format(*weight)
-    _check_matmul("x", x, fmt.in_features, rows, constants, fmt)
-    return x.new_empty(*x.shape[:-1], fmt.out_features)
+    layout = _layout(*weight)
+    _check_matmul("x", x, layout.fmt.in_features, rows, constants, layout)
+    return x.new_empty(*x.shape[:-1], layout.fmt.out_features)
 
 
 def _run_linear_4bit(find: Find, x: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Tensor:
-    fmt = _row_format(*weight)
-    _check_matmul("x", x, fmt.in_features, rows, constants, fmt)
-    return find("linear_4bit", x.device)(x, rows, constants, fmt)
+    layout = _layout(*weight)
+    _check_matmul("x", x, layout.fmt.in_features, rows, constants, layout)
+    return find("linear_4bit", x.device)(x, rows, constants, layout.fmt)
 
 
 def _fake_linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Tensor:
-    fmt = _row_format(*weight)
-    _check_matmul("grad", grad, fmt.out_features, rows, constants, fmt)
-    return grad.new_empty(*grad.shape[:-1], fmt.in_features)
+    layout = _layout(*weight)
+    _check_matmul("grad", grad, layout.fmt.out_features, rows, constants, layout)
+    return grad.new_empty(*grad.shape[:-1], layout.fmt.in_features)
 
 
 def _run_linear_4bit_grad_input(find: Find, grad: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Tensor:
-    fmt = _row_format(*weight)
-    _check_matmul("grad", grad, fmt.out_features, rows, constants, fmt)
-    return find("linear_4bit_grad_input", grad.device)(grad, rows, constants, fmt)
+    layout = _layout(*weight)
+    _check_matmul("grad", grad, layout.fmt.out_features, rows, constants, layout)
+    return find("linear_4bit_grad_input", grad.device)(grad, rows, constants, layout.fmt)
 
 
 _ROWS = (
@@ -214,10 +215,18 @@ _OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
+class _Layout:
+    """A row format and the sizes that every call is checked against, computed once per format."""
+
+    def __init__(self, *fields: Any) -> None:
+        self.fmt = RowFormat(*fields)
+        self.rows, self.row_bytes, self.constant_bytes = self.fmt.rows, self.fmt.row_bytes, self.fmt.constant_bytes
+
+
 @cache
-def _row_format(*weight: Any) -> RowFormat:
-    """Return the format of a weight; cached, as one matmul in generation takes only some microseconds."""
-    return RowFormat(*weight)
+def _layout(*fields: Any) -> _Layout:
+    """Return the layout with these fields; cached, as a matmul in generation takes only some microseconds."""
+    return _Layout(*fields)
 
 
 def _state(
@@ -280,23 +289,28 @@ def _check_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int
     _check_dtype(dtype)
 
 
-def _check_rows(rows: Tensor, constants: Tensor, fmt: RowFormat, first_row: int) -> None:
-    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != fmt.row_bytes:
-        raise ValueError(f"rows: got {rows.dtype} {list(rows.shape)}; {fmt} needs uint8 [n, {fmt.row_bytes}]")
-    if not 0 <= first_row <= fmt.rows - rows.shape[0]:
-        raise ValueError(f"first_row: got {first_row} with {rows.shape[0]} rows; the weight is laid out in {fmt.rows}")
-    if constants.dtype != torch.uint8 or constants.shape != (fmt.constant_bytes,):
+def _check_rows(rows: Tensor, constants: Tensor, layout: _Layout, first_row: int) -> None:
+    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != layout.row_bytes:
         raise ValueError(
-            f"constants: got {constants.dtype} {list(constants.shape)}; {fmt} needs uint8 [{fmt.constant_bytes}]"
+            f"rows: got {rows.dtype} {list(rows.shape)}; {layout.fmt} needs uint8 [n, {layout.row_bytes}]"
+        )
+    if not 0 <= first_row <= layout.rows - rows.shape[0]:
+        raise ValueError(
+            f"first_row: got {first_row} with {rows.shape[0]} rows; the weight is laid out in {layout.rows}"
+        )
+    if constants.dtype != torch.uint8 or constants.dim() != 1 or constants.shape[0] != layout.constant_bytes:
+        raise ValueError(
+            f"constants: got {constants.dtype} {list(constants.shape)}; {layout.fmt} needs "
+            f"uint8 [{layout.constant_bytes}]"
         )
 
 
-def _check_matmul(name: str, x: Tensor, features: int, rows: Tensor, constants: Tensor, fmt: RowFormat) -> None:
+def _check_matmul(name: str, x: Tensor, features: int, rows: Tensor, constants: Tensor, layout: _Layout) -> None:
     _check_float(name, x)
     if x.dim() == 0 or x.shape[-1] != features:
-        raise ValueError(f"{name}: got {list(x.shape)}; the last axis must be {features} for {fmt}")
-    _check_rows(rows, constants, fmt, 0)
-    if rows.shape[0] != fmt.rows:
-        raise ValueError(f"rows: got {rows.shape[0]}; a matmul needs all {fmt.rows} rows of {fmt}")
+        raise ValueError(f"{name}: got {list(x.shape)}; the last axis must be {features} for {layout.fmt}")
+    _check_rows(rows, constants, layout, 0)
+    if rows.shape[0] != layout.rows:
+        raise ValueError(f"rows: got {rows.shape[0]}; a matmul needs all {layout.rows} rows of {layout.fmt}")
     if rows.device != x.device:
         raise ValueError(f"{name}: on {x.device}, the weight is on {rows.device}; move one of them")

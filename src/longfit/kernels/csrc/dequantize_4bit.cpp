@@ -18,14 +18,15 @@ void dequantize_window(const longfit_weight4& w, int64_t row0, int64_t rows, int
     const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0 && (rows == 1 || out_stride * sizeof(T) % 64 == 0) &&
                          w.block_size * sizeof(T) % 64 == 0 && column0 % w.block_size == 0 && w.element_stride % w.block_size == 0;
     const bool stream = aligned && rows * columns * int64_t(sizeof(T)) >= kStreamBytes;
+    const bool plain = plain_levels(w.codebook);
     const int64_t grain = (kTask - 1) / (columns < step ? columns : step) + 1;
     parallel_for(rows * tasks_per_row, grain, threads, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t row = task / tasks_per_row, column = task % tasks_per_row * step;
             const int64_t count = columns - column < step ? columns - column : step;
             T* at = out + row * out_stride + column;
-            if (stream) dequantize_run<T, true>(w, row0 + row, column0 + column, count, at);
-            else dequantize_run<T>(w, row0 + row, column0 + column, count, at);
+            if (stream) dequantize_run<T, true>(w, plain, row0 + row, column0 + column, count, at);
+            else dequantize_run<T, false>(w, plain, row0 + row, column0 + column, count, at);
         }
 #if defined(LONGFIT_AVX2)
         if (stream) _mm_sfence();

@@ -35,7 +35,7 @@ struct longfit_weight4 {
     const uint8_t* offset;
     int64_t element_stride, code_stride, scale_stride, block_stride;  // elements, bytes, bytes, blocks
     int64_t first_block;
-    int64_t block_size, absmax_block_size;
+    int64_t block_size, absmax_block_size;  // powers of two, at least 32
 };
 
 // Calls work(context, begin, end) so that [0, count) is covered once, on at most `threads` threads, each part at least `grain` long
