@@ -1,0 +1,198 @@
+"""The table of operations: which backend runs, why, what is refused, and what torch.compile sees."""
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from longfit.errors import BackendError
+from longfit.kernels import cpu, dispatch
+from longfit.kernels.dispatch import Dispatcher, backends, use_backend
+from longfit.numerics import quant_state, row_format
+from longfit.numerics.codebooks import dynamic_map
+from longfit.numerics.row_format import RowFormat
+
+
+@pytest.fixture(autouse=True)
+def _free_choice() -> Iterator[None]:
+    with use_backend(None):
+        yield
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "unavailable", lambda: "no compiler was found")
+
+
+def weight_in_rows(out_features: int = 40, in_features: int = 192) -> tuple[Tensor, Tensor, RowFormat]:
+    packed, state = quant_state.quantize_4bit(torch.randn(out_features, in_features).bfloat16())
+    return (*row_format.to_rows(packed, state), RowFormat.of(state))
+
+
+def test_every_operation_names_its_backend_and_why() -> None:
+    chosen = backends()
+    assert chosen.keys() == dispatch.TABLE.keys()
+    for choice in chosen.values():
+        assert choice.backend in ("cpu", "reference")
+        assert choice.reason
+    assert {choice.backend for choice in backends("cuda").values()} == {"reference"}
+
+
+def test_without_the_library_the_reference_runs_and_says_so_once(no_library: None) -> None:
+    fresh = Dispatcher()
+    with pytest.warns(RuntimeWarning, match="no compiler was found"):
+        function = fresh.function("quantize_4bit", torch.device("cpu"))
+    packed, _ = function(torch.randn(64), quant_type="nf4", block_size=64, double_quant=True, absmax_block_size=256)
+    assert packed.shape == (32,)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fresh.function("linear_4bit", torch.device("cpu"))
+    assert fresh.choose("linear_4bit", "cpu").backend == "reference"
+    assert "no compiler was found" in fresh.choose("linear_4bit", "cpu").reason
+
+
+class TestUseBackend:
+    def test_block_restores_what_was_forced_before(self) -> None:
+        use_backend("reference")
+        with use_backend(None):
+            assert dispatch.dispatcher().forced is None
+        assert dispatch.dispatcher().forced == "reference"
+        assert {choice.backend for choice in backends().values()} == {"reference"}
+
+    def test_forced_backend_that_is_missing(self, no_library: None) -> None:
+        with pytest.raises(BackendError, match="no compiler was found"):
+            use_backend("cpu")
+        with pytest.raises(BackendError, match=r"'triton' cannot be used"):
+            use_backend("triton")
+        with pytest.raises(BackendError, match="'cuda'; allowed: reference, cpu, triton"):
+            use_backend("cuda")
+        assert dispatch.dispatcher().forced is None
+
+    def test_forced_backend_on_a_device_it_does_not_serve(self, isa: str) -> None:
+        with use_backend("cpu"), pytest.raises(BackendError, match="it serves cpu, the tensors are on cuda"):
+            dispatch.dispatcher().choose("linear_4bit", "cuda")
+
+    def test_both_backends_agree(self, isa: str) -> None:
+        weight = torch.randn(30, 70).half()
+        results = []
+        for backend in ("reference", "cpu"):
+            with use_backend(backend):
+                packed, state = dispatch.quantize_4bit(weight, quant_type="fp4")
+                codes, absmax = dispatch.quantize_8bit(weight, dynamic_map(signed=True), block_size=128)
+                restored = dispatch.dequantize_8bit(
+                    codes, absmax, dynamic_map(signed=True), block_size=128, dtype=torch.bfloat16
+                )
+                results.append((packed, dispatch.dequantize_4bit(packed, state), codes, absmax, restored))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+class TestShapes:
+    @pytest.fixture(autouse=True)
+    def _backend(self, backend: str) -> Iterator[None]:
+        if backend == "cpu" and cpu.unavailable() is not None:
+            pytest.skip(cpu.unavailable() or "")
+        with use_backend(backend):
+            yield
+
+    def test_leading_axes_are_kept(self) -> None:
+        rows, constants, fmt = weight_in_rows()
+        dense = dispatch.dequantize_rows(rows, constants, fmt, torch.float32)
+        for shape in ((), (3,), (2, 5), (2, 0), (1, 2, 20)):
+            x, grad = torch.randn(*shape, 192), torch.randn(*shape, 40)
+            torch.testing.assert_close(dispatch.linear_4bit(x, rows, constants, fmt), x @ dense.t())
+            torch.testing.assert_close(dispatch.linear_4bit_grad_input(grad, rows, constants, fmt), grad @ dense)
+
+    def test_transposed_input(self) -> None:
+        rows, constants, fmt = weight_in_rows()
+        dense = dispatch.dequantize_rows(rows, constants, fmt, torch.float32)
+        for num_rows in (5, 50):
+            x, grad = torch.randn(192, num_rows).t(), torch.randn(40, num_rows).t()
+            torch.testing.assert_close(dispatch.linear_4bit(x, rows, constants, fmt), x @ dense.t())
+            torch.testing.assert_close(dispatch.linear_4bit_grad_input(grad, rows, constants, fmt), grad @ dense)
+
+    def test_shape_and_dtype_of_the_weight_come_back(self) -> None:
+        weight = torch.randn(3, 5, 7).half()
+        packed, state = dispatch.quantize_4bit(weight, block_size=32)
+        restored = dispatch.dequantize_4bit(packed, state)
+        assert (restored.shape, restored.dtype) == (weight.shape, weight.dtype)
+        assert dispatch.dequantize_4bit(packed, state, torch.float64).dtype == torch.float64
+
+    def test_errors_say_what_is_allowed(self) -> None:
+        rows, constants, fmt = weight_in_rows()
+        packed, state = dispatch.quantize_4bit(torch.randn(64))
+        book = dynamic_map(signed=True)
+        x = torch.randn(2, 192)
+        cases: list[tuple[type[Exception], str, Callable[[], object]]] = [
+            (TypeError, "float16, bfloat16", lambda: dispatch.quantize_4bit(torch.arange(64))),
+            (ValueError, "nf4, fp4, int4", lambda: dispatch.quantize_4bit(torch.randn(64), quant_type="nf5")),
+            (ValueError, "try block_size=64", lambda: dispatch.quantize_4bit(torch.randn(64), block_size=48)),
+            (ValueError, r"uint8 \[32\]", lambda: dispatch.dequantize_4bit(packed[:-1], state)),
+            (TypeError, "dtype: got torch.int8", lambda: dispatch.dequantize_4bit(packed, state, torch.int8)),
+            (ValueError, r"float32 \[2\] to", lambda: dispatch.quantize_8bit(x, book.half(), block_size=64)),
+            (ValueError, "holds NaN", lambda: dispatch.quantize_8bit(x, book * float("nan"), block_size=64)),
+            (ValueError, "try block_size=64", lambda: dispatch.quantize_8bit(x, book, block_size=0)),
+            (ValueError, r"float32 \[256\]", lambda: _dequantize_8bit(packed, torch.ones(1), book[:9])),
+            (ValueError, "need float32", lambda: _dequantize_8bit(packed, torch.ones(2), book)),
+            (ValueError, "last axis must be 192", lambda: dispatch.linear_4bit(x[:, 1:], rows, constants, fmt)),
+            (ValueError, "needs all 40 rows", lambda: dispatch.linear_4bit(x, rows[1:], constants, fmt)),
+            (TypeError, "convert it first", lambda: dispatch.linear_4bit(x.int(), rows, constants, fmt)),
+            (ValueError, "rows: got", lambda: dispatch.linear_4bit(x, rows[:, 1:], constants, fmt)),
+            (ValueError, "constants: got", lambda: dispatch.linear_4bit(x, rows, constants[1:], fmt)),
+            (ValueError, "last axis must be 40", lambda: dispatch.linear_4bit_grad_input(x, rows, constants, fmt)),
+            (ValueError, "first_row: got 39", lambda: dispatch.dequantize_rows(rows[:2], constants, fmt, first_row=39)),
+        ]
+        for error, message, call in cases:
+            with pytest.raises(error, match=message):
+                call()
+
+
+def _dequantize_8bit(codes: Tensor, absmax: Tensor, book: Tensor) -> Tensor:
+    return dispatch.dequantize_8bit(codes, absmax, book, block_size=64, dtype=torch.float32)
+
+
+def _everything(
+    x: Tensor, weight: Tensor, book: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat
+) -> list[Tensor]:
+    packed, state = dispatch.quantize_4bit(weight)
+    codes, absmax = dispatch.quantize_8bit(weight, book, block_size=256)
+    y = dispatch.linear_4bit(x, rows, constants, fmt)
+    return [
+        packed,
+        dispatch.dequantize_4bit(packed, state),
+        dispatch.dequantize_8bit(codes, absmax, book, block_size=256, dtype=torch.float32),
+        dispatch.dequantize_rows(rows, constants, fmt),
+        y,
+        dispatch.linear_4bit_grad_input(y, rows, constants, fmt),
+    ]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiles_without_a_graph_break(backend: str) -> None:
+    rows, constants, fmt = weight_in_rows()
+    weight, x, book = torch.randn(30, 70), torch.randn(2, 3, 192), dynamic_map(signed=True)
+    expected = _everything(x, weight, book, rows, constants, fmt)
+    compiled = torch.compile(_everything, fullgraph=True, backend=backend)(x, weight, book, rows, constants, fmt)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, expected, strict=True))
+
+
+def test_schemas_and_shapes_for_tracing() -> None:
+    """torch's own check: what tracing computes has the shapes and types of the real results, and nothing is mutated."""
+    rows, constants, fmt = weight_in_rows()
+    packed, state = quant_state.quantize_4bit(torch.randn(30, 70), double_quant=False)
+    fields = dispatch._fields(fmt)
+    ops = torch.ops.longfit
+    checks = ("test_schema", "test_faketensor")
+    for op, args in (
+        (ops.quantize_4bit, (torch.randn(30, 7), "nf4", 64, True, 256)),
+        (ops.quantize_4bit, (torch.randn(0), "nf4", 64, False, 256)),
+        (ops.dequantize_4bit, (packed, state.absmax, None, None, [30, 70], "nf4", 64, "float32", 256, torch.half)),
+        (ops.quantize_8bit, (torch.randn(300), dynamic_map(signed=True), 256)),
+        (ops.dequantize_8bit, (packed, torch.ones(5), dynamic_map(signed=True), 256, torch.bfloat16)),
+        (ops.dequantize_rows, (rows[3:7], constants, *fields, torch.float32, 3)),
+        (ops.linear_4bit, (torch.randn(2, 3, 192), rows, constants, *fields)),
+        (ops.linear_4bit_grad_input, (torch.randn(20, 40), rows, constants, *fields)),
+    ):
+        torch.library.opcheck(op, args, test_utils=checks)
