@@ -11,6 +11,7 @@ A GGUF file is a source here, not a format to train in: its own block quantisati
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def read_config(path: Path) -> PretrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (ValueError, KeyError, IndexError, NotImplementedError) as error:
+    except (ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
         raise ModelError(f"{path}: not a GGUF model that transformers can build ({error})") from error
     if "quantization_config" in config.to_dict():
         del config.quantization_config

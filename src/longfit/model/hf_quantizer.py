@@ -102,8 +102,8 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
 class QuantizeWeight(ConversionOps):
     """One dense weight in, its packed rows and constants out."""
 
-    def __init__(self, quantizer: LongfitQuantizer) -> None:
-        self.quantizer = quantizer
+    def __init__(self, hf_quantizer: LongfitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer  # by this name transformers knows not to cast what the operation reads
 
     def convert(self, input_dict: dict[str, Any], *, model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
         converted: dict[str, Tensor] = {}
@@ -131,8 +131,8 @@ class QuantizeWeight(ConversionOps):
 class ReadBitsandbytes(ConversionOps):
     """The packed tensors of one bitsandbytes layer in, the same bytes as rows and constants out."""
 
-    def __init__(self, quantizer: LongfitQuantizer) -> None:
-        self.quantizer = quantizer
+    def __init__(self, hf_quantizer: LongfitQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer  # by this name transformers knows not to cast what the operation reads
 
     def convert(
         self, input_dict: dict[str, Any], *, model: nn.Module, full_layer_name: str, **kwargs: Any
