@@ -82,11 +82,11 @@ class Weight:
         self.bnb_result = torch.zeros_like(self.dense)
         num_bytes = (self.packed.nbytes + self.state.absmax.nbytes + self.dense.nbytes) // 2
         self.source, self.target = (torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(2))
-        self.described = cpu._row_weight(self.rows, self.constants, self.fmt)
+        self.described, _ = cpu._flat_weight(self.packed, self.state)
 
     def fill_result(self) -> None:
-        out_features, in_features = self.dense.shape
-        cpu._dequantize(self.described, (0, out_features), (0, in_features), self.result, in_features)
+        numel = self.dense.numel()
+        cpu._dequantize(self.described, (0, 1), (0, numel), self.result, numel)
 
     def fill_bnb_result(self) -> None:
         """What bitsandbytes does in `dequantize_4bit`, less the allocation of the result."""

@@ -205,20 +205,26 @@ def _quantize_absmax(absmax: Tensor, absmax_block_size: int) -> DoubleQuant:
 
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     """See `longfit.numerics.quant_state.dequantize_4bit`."""
-    packed, absmax = packed.contiguous(), state.absmax
-    weight = Weight4(
-        codes=packed.data_ptr(), codebook=_codebook(state.quant_type).data_ptr(), block_size=state.block_size
-    )
-    if isinstance(absmax, DoubleQuant):
-        scales, nested = absmax.codes.contiguous(), absmax.absmax.contiguous()
-        weight.scale_map, weight.nested = _scale_map(absmax.storage).data_ptr(), nested.data_ptr()
-        weight.offset, weight.absmax_block_size = absmax.offset.data_ptr(), absmax.absmax_block_size
-    else:
-        scales = absmax.contiguous()
-    weight.scales = scales.data_ptr()
+    weight, _held = _flat_weight(packed, state)
     out = library().empty(*state.shape, dtype=_stored(dtype))
     _dequantize(weight, (0, 1), (0, state.numel), out, state.numel)
     return out.to(dtype)
+
+
+def _flat_weight(packed: Tensor, state: QuantState) -> tuple[Weight4, list[Tensor]]:
+    """Describe a weight in the flat format; the tensors returned with it must outlive the description."""
+    absmax, held = state.absmax, [packed.contiguous()]
+    weight = Weight4(
+        codes=held[0].data_ptr(), codebook=_codebook(state.quant_type).data_ptr(), block_size=state.block_size
+    )
+    if isinstance(absmax, DoubleQuant):
+        held += [absmax.codes.contiguous(), absmax.absmax.contiguous()]
+        weight.scale_map, weight.nested = _scale_map(absmax.storage).data_ptr(), held[2].data_ptr()
+        weight.offset, weight.absmax_block_size = absmax.offset.data_ptr(), absmax.absmax_block_size
+    else:
+        held.append(absmax.contiguous())
+    weight.scales = held[1].data_ptr()
+    return weight, held
 
 
 def quantize_8bit(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
