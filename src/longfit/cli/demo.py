@@ -1,11 +1,12 @@
 """``longfit demo``: the main job on a real small model and real text, on this machine, offline."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from longfit.cli.output import print_json, show_progress
+from longfit.cli.output import print_json, print_lines, print_table, show_progress
 from longfit.cli.values import read_tokens
 
 
@@ -25,3 +26,12 @@ def demo(
         )
     if as_json:
         print_json(result)
+        return
+    from longfit.evaluation.demo_report import summary_lines, table
+
+    values = asdict(result)
+    header, *rows = table(values)
+    print_lines("", "Perplexity by position on held-out text, exact attention:", "")
+    print_table(header, rows)
+    print_lines("", *summary_lines(values), f"Report: {result.run_dir / 'report.html'}", "", "Next:")
+    print_lines(*(f"  {command}" for command in result.next_commands))
