@@ -1,6 +1,6 @@
 """longfit: fine-tune large language models lighter (QLoRA) and longer (LongLoRA).
 
-The names below are the public library. They are imported when they are first used, so that ``import longfit`` costs nothing.
+The names below are the public library. Each is imported when it is first used, so ``import longfit`` costs nothing.
 """
 
 from importlib import import_module

@@ -178,7 +178,9 @@ def write_texts(folder: Path, tokenizer: Any, *, context: int) -> torch.Tensor:
     for name, read in sources.items():
         ids = tokenizer(read()).input_ids
         if len(ids) < context:
-            raise ConfigError(f"--context {context}: the demo's text {name} has {len(ids):,} tokens; choose at most that")
+            raise ConfigError(
+                f"--context {context}: the demo's text {name} has {len(ids):,} tokens; choose at most that"
+            )
         if name.startswith("held-out"):
             held_out = torch.tensor(ids[:context])
         else:  # one token less: the end of the document takes its place

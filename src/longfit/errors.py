@@ -1,4 +1,4 @@
-"""Every error longfit raises on purpose, so that callers can catch a kind and the command line can print it without a traceback.
+"""Every error longfit raises on purpose: callers can catch a kind, the command line prints it without a traceback.
 
     LongfitError
     ├── ConfigError (ValueError)        a setting is wrong: the message says what, got, allowed, do
@@ -10,7 +10,7 @@
     ├── BackendError (RuntimeError)     a forced kernel backend is not available on this machine
     └── PagingError (RuntimeError)      paged optimiser state is damaged, vanished, or belongs to another run
 
-Plain ``ValueError`` and ``TypeError`` stay what they are in Python: a function of ``numerics`` called with bad arguments.
+Plain ``ValueError`` and ``TypeError`` mean what they mean in Python: a function of ``numerics`` got bad arguments.
 """
 
 

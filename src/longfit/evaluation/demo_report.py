@@ -12,7 +12,8 @@ from typing import Any
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
-td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}code{background:#f3f3f3;padding:.1rem .3rem}"""
+td:first-child,th:first-child{text-align:left}
+svg{max-width:100%;height:auto}code{background:#f3f3f3;padding:.1rem .3rem}"""
 
 
 def write_report(run_dir: Path, result: dict[str, Any], losses: Sequence[float]) -> None:
@@ -76,7 +77,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         f"The base takes {small / 1e6:.0f} MB with NF4 linear layers instead of {half / 1e6:.0f} MB in 16 bits.",
         f"Training loss by pass over the text: {losses}.",
         f"Training ran at {result['tokens_per_s']:,.0f} tokens/s with groups of {result['group_size']:,} tokens;",
-        f"the process peaked at {result['peak_memory_bytes'] / 2**30:.2f} GiB and took {result['seconds']:.0f} s in all.",
+        f"the process peaked at {result['peak_memory_bytes'] / 2**30:.2f} GiB; all took {result['seconds']:.0f} s.",
     ]
 
 
