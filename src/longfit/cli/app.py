@@ -4,6 +4,7 @@ A verb parses, calls one library function and prints. Nothing heavy is imported 
 Exit codes: 0 done, 1 our fault, 2 the user can fix it, 130 stopped by Ctrl-C. Tracebacks only with ``--debug``.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not sys.stderr.isatty():  # other libraries' bars are noise in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # PEFT imports bitsandbytes wherever it is installed; its advice about its own kernels concerns nobody here.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
