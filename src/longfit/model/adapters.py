@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from longfit.errors import ModelError
@@ -61,7 +63,7 @@ def add_adapters(
         raise ModelError(f"rank={rank}: must be at least 1; 16 is a good start")
     if not 0.0 <= dropout < 1.0:
         raise ModelError(f"dropout={dropout}: must be at least 0 and below 1")
-    if isinstance(model, PeftModel) or any(isinstance(module, QLoRALinear) for module in model.modules()):
+    if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ModelError("add_adapters: this model has adapters already; load it again or merge them first")
     if isinstance(targets, list):
         require_targets(model, targets)
@@ -114,21 +116,18 @@ def is_norm(module: nn.Module) -> bool:
 
 def adapter_report(model: nn.Module) -> AdapterReport:
     """List what a model with adapters trains."""
-    from peft.tuners.lora.layer import LoraLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
     modules = list(model.named_modules())
     return AdapterReport(
         adapted=tuple(name for name, module in modules if isinstance(module, LoraLayer)),
         trained_whole=tuple(name for name, module in modules if isinstance(module, ModulesToSaveWrapper)),
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_params=sum(
-            module.in_features * module.out_features if isinstance(module, Linear4bit) else own_params(module)
-            for _, module in modules
-        ),
+        total_params=sum(own_params(module) for _, module in modules),
     )
 
 
 def own_params(module: nn.Module) -> int:
-    """Parameters that belong to this module itself."""
+    """Parameters that belong to this module itself; a 4-bit weight counts as what it stands for."""
+    if isinstance(module, Linear4bit):
+        bias = 0 if module.bias is None else module.bias.numel()
+        return module.in_features * module.out_features + bias
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
