@@ -103,7 +103,7 @@ class Dispatcher:
             if choice.backend == "reference" and device.type == "cpu" and self.forced is None and not self._reported:
                 self._reported = True
                 warnings.warn(f"longfit runs its slow reference kernels; {choice.reason}", RuntimeWarning, stacklevel=5)
-            self._chosen[key] = getattr(_module(choice.backend), op)
+            self._chosen[key] = getattr(_file(choice.backend, op), op)
         return self._chosen[key]
 
     def _require(self, backend: str) -> None:
