@@ -27,9 +27,9 @@ FLOORS = {
     "planning": 5,
     "training": 6,
     "evaluation": 7,
-    "demo": 7,
-    "cli": 8,
-    "__main__": 9,
+    "demo": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 
 

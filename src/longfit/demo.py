@@ -83,7 +83,7 @@ class DemoResult:
 def run_demo(
     *,
     run_dir: Path = Path("runs/demo"),
-    context: int = 16_384,
+    context: int = 14_336,
     steps: int = 4,
     group_size: int | None = None,
     on_event: OnEvent | None = None,

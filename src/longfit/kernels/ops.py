@@ -291,9 +291,7 @@ def _check_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int
 
 def _check_rows(rows: Tensor, constants: Tensor, layout: _Layout, first_row: int) -> None:
     if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != layout.row_bytes:
-        raise ValueError(
-            f"rows: got {rows.dtype} {list(rows.shape)}; {layout.fmt} needs uint8 [n, {layout.row_bytes}]"
-        )
+        raise ValueError(f"rows: got {rows.dtype} {list(rows.shape)}; {layout.fmt} needs uint8 [n, {layout.row_bytes}]")
     if not 0 <= first_row <= layout.rows - rows.shape[0]:
         raise ValueError(
             f"first_row: got {first_row} with {rows.shape[0]} rows; the weight is laid out in {layout.rows}"
