@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longfit.demo import demo_model, run_demo
+from longfit.demo import Stage, demo_model, run_demo
 from longfit.errors import ConfigError, ModelError, RunError
 from longfit.evaluation.demo_report import table
 from longfit.training.prepare import open_run
@@ -51,3 +51,21 @@ def test_a_context_longer_than_the_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="choose at most that"):
         run_demo(run_dir=tmp_path / "demo", context=1_000_000)
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("_installed")
+def test_the_extended_stage_is_extended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stage is measured on a model in the state that its name says."""
+    seen = {}
+
+    def look(name, model, token_ids, *, context):
+        seen[name] = (model.config.rope_parameters["rope_type"], model.config.max_position_embeddings)
+        if len(seen) == 2:
+            raise InterruptedError
+        return Stage(name, 1.0, (1.0,))
+
+    monkeypatch.setattr("longfit.demo.measure_stage", look)
+    with pytest.raises(InterruptedError):
+        run_demo(run_dir=tmp_path / "demo", context=10_240)
+    assert list(seen.values()) == [("default", 8192), ("yarn", 10_240)]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from longfit.config import RunConfig
+from longfit.engine.attention import attention_key
 from longfit.errors import ConfigError, ModelError, RunError
 from longfit.evaluation.demo_report import write_report
 from longfit.evaluation.perplexity import perplexity
@@ -116,7 +117,7 @@ def run_demo(
         notify(Event("phase", f"measuring perplexity: {name}"))
         return measure_stage(name, model, held_out, context=context)
 
-    extend_context(model, context=context, rope="none", attention="exact")
+    model.set_attn_implementation(attention_key("exact"))
     stages = [measure("base, as it is", model)]
     extend_context(model, tokenizer, context=context, rope="yarn", attention="exact")
     stages.append(measure("extended (YaRN)", model))
