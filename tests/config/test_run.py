@@ -80,7 +80,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_place_and_its_fix(tmp_path:
         ),
         (["train.steps=5", "train.warmup_steps=5"], "must be smaller than steps"),
         (["optim.file=state"], "file only acts with a budget"),
-        (["engine.engine=plain", "engine.tile=64"], "tile and arena only act with engine sweep"),
+        (["engine.engine=plain", "engine.tile=64"], "tile, arena and keep_attention only act with engine sweep"),
         (["engine.arena_folder=/tmp"], "arena_folder only acts with arena file"),
         (["data.validation=x", "data.validation_fraction=0.1"], "exclude each other"),
         (["model.block_size=96"], "must be a power of two; try model.block_size=64"),

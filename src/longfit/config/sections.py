@@ -211,6 +211,8 @@ class EngineSection(Section):
     """How layers are differentiated: swept tile by tile, or plain gradient checkpointing."""
     tile: Tokens | None = None
     """Tokens the sweep handles at once; unset: chosen by the engine."""
+    keep_attention: Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)] | None = None
+    """Bytes of attention outputs kept for backward instead of computed again; unset: 512MiB on a CPU, else none."""
     arena: Literal["device", "pinned", "file"] = "device"
     """Where layer inputs wait for backward: on the device, in pinned host memory (CUDA), or in a file."""
     arena_folder: str | None = None
@@ -218,8 +220,10 @@ class EngineSection(Section):
 
     @model_validator(mode="after")
     def _settings_need_what_they_act_on(self) -> "EngineSection":
-        if self.engine == "plain" and (self.tile is not None or self.arena != "device"):
-            raise _contradiction("tile and arena only act with engine sweep; drop them")
+        if self.engine == "plain" and (
+            self.tile is not None or self.arena != "device" or self.keep_attention is not None
+        ):
+            raise _contradiction("tile, arena and keep_attention only act with engine sweep; drop them")
         if self.arena_folder is not None and self.arena != "file":
             raise _contradiction("arena_folder only acts with arena file; add --arena file or drop it")
         return self

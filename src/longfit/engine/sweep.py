@@ -37,6 +37,7 @@ from longfit.engine.arena import Arena, MemoryArena
 from longfit.engine.attention import attention_key
 from longfit.engine.doors import base_model, decoder
 from longfit.engine.handover import Receiver, is_promised, promise, receiver_of
+from longfit.engine.kept import CPU_KEPT_BYTES, KeptAttention, KeptBudget
 from longfit.engine.layer_call import LayerCall, layer_call
 from longfit.engine.replay import Autocast, RandomState, random_state_kept
 from longfit.engine.sweep_probe import probe_layers
@@ -62,10 +63,10 @@ class _SweepLayer(Receiver, torch.autograd.Function):
         ctx.autocast = Autocast.now(hidden.device)
         ctx.call, ctx.tile, ctx.plan = call, plan.tile_for(hidden), plan
         num_tiles = -(-hidden.shape[1] // ctx.tile)
-        ctx.stay = plan.arena.open(num_tiles)
+        ctx.stay, ctx.kept = plan.arena.open(num_tiles), plan.kept.open()
         may_overwrite = ctx.receiver is not None and not plan.arena.aliases and not _is_watched(call.layer)
         with plan.present(call.layer):
-            out, ctx.visible, ctx.random = _forward(hidden, call, ctx.tile, ctx.stay, may_overwrite)
+            out, ctx.visible, ctx.random = _forward(hidden, call, ctx.tile, ctx.stay, ctx.kept, may_overwrite)
         if out is hidden:
             ctx.mark_dirty(hidden)
         return out
@@ -85,7 +86,7 @@ class _SweepLayer(Receiver, torch.autograd.Function):
         grad_hidden = None
         present = ctx.plan.present(ctx.call.layer, backward=True)
         with present, random_state_kept(grad_out.device), ctx.autocast.again():
-            walk = LayerWalk(grad_out.shape[1], ctx.tile, ctx.call.keywords, ctx.visible)
+            walk = LayerWalk(grad_out.shape[1], ctx.tile, ctx.call.keywords, kept=ctx.kept, visible=ctx.visible)
             for index in reversed(range(len(ctx.random))):
                 for earlier in walk.turn_to_gradients(index):
                     stay.prefetch(earlier + 1)
@@ -113,10 +114,10 @@ class _SweepLayer(Receiver, torch.autograd.Function):
 
 
 def _forward(
-    hidden: Tensor, call: LayerCall, tile: int, stay: Any | None, may_overwrite: bool
+    hidden: Tensor, call: LayerCall, tile: int, stay: Any | None, kept: KeptAttention | None, may_overwrite: bool
 ) -> tuple[Tensor, Visible, list[RandomState | None]]:
-    """All tiles first to last; ``stay`` None keeps nothing. The output may be written over ``hidden``."""
-    walk = LayerWalk(hidden.shape[1], tile, call.keywords)
+    """All tiles first to last; without ``stay`` and ``kept`` for no backward. May write the output over ``hidden``."""
+    walk = LayerWalk(hidden.shape[1], tile, call.keywords, kept=kept)
     random: list[RandomState | None] = []
     result: Tensor | None = None
     for index in range(-(-hidden.shape[1] // tile)):
@@ -230,6 +231,7 @@ class Sweeper:
     tile: int
     forced: bool
     arena: Arena
+    kept: KeptBudget
     swept: set[nn.Module] = field(default_factory=set)
     weights: Weights | None = None
 
@@ -257,7 +259,7 @@ class Sweeper:
         if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
             return _SweepLayer.apply(hidden, call, self, *parameters)
         with torch.no_grad(), self.present(call.layer):
-            return _forward(hidden, call, self.tile_for(hidden), None, False)[0]
+            return _forward(hidden, call, self.tile_for(hidden), None, None, False)[0]
 
 
 def choose_tile(config: Any, element_bytes: int, device_type: str) -> int:
@@ -280,7 +282,9 @@ def choose_tile(config: Any, element_bytes: int, device_type: str) -> int:
     return max(SMALLEST_TILE, min(LARGEST_TILE, 1 << (fitting.bit_length() - 1)))
 
 
-def enable_sweep(model: nn.Module, *, tile: int | None = None, arena: Arena | None = None) -> SweepReport:
+def enable_sweep(
+    model: nn.Module, *, tile: int | None = None, arena: Arena | None = None, kept_bytes: int | None = None
+) -> SweepReport:
     """Sweep the layers of a model from now on, in training mode; two tokens are run once to see which can be.
 
     The model's attention becomes longfit's exact attention unless it is longfit's already.
@@ -289,18 +293,24 @@ def enable_sweep(model: nn.Module, *, tile: int | None = None, arena: Arena | No
         model: a transformers causal language model, or a PeftModel around one.
         tile: tokens at once in each row; default: :func:`choose_tile`.
         arena: where layer inputs wait; default: where they are.
+        kept_bytes: what attention outputs may take that are kept from forward to backward, not computed again; default:
+            512 MiB on a CPU, nothing on an accelerator.
     Returns: what is swept and what is not, and why; layers that are not are also warned about.
-    Raises: ValueError: ``tile`` is below 1. ModelError: ``model`` is no causal language model.
+    Raises: ValueError: ``tile`` is below 1, or ``kept_bytes`` below 0. ModelError: no causal language model.
     """
     if tile is not None and tile < 1:
         raise ValueError(f"tile {tile}: must be at least 1 token; leave it out to let the engine choose")
+    if kept_bytes is not None and kept_bytes < 0:
+        raise ValueError(f"kept_bytes {kept_bytes}: must be at least 0, which keeps nothing")
     base, inner = base_model(model), decoder(model)
     config = base.config.get_text_config()
     if not str(config._attn_implementation).startswith("longfit-"):
         base.set_attn_implementation(attention_key())
     embedding = inner.get_input_embeddings().weight
     chosen = tile or choose_tile(config, max(2, embedding.element_size()), embedding.device.type)
-    sweeper = Sweeper(chosen, tile is not None, arena or MemoryArena())
+    if kept_bytes is None:
+        kept_bytes = CPU_KEPT_BYTES if embedding.device.type == "cpu" else 0
+    sweeper = Sweeper(chosen, tile is not None, arena or MemoryArena(), KeptBudget(kept_bytes))
     reasons = probe_layers(base, inner, embedding.device)
     names = {module: name for name, module in base.named_modules()}
     sweeper.swept.update(layer for layer, reason in reasons.items() if reason is None)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longfit.engine.attention import tile_backward, tile_forward
+from longfit.engine.kept import KeptAttention
 from longfit.engine.schedule import Schedule, build_schedule, document_starts
 from longfit.engine.window import Window
 from longfit.errors import ModelError
@@ -76,15 +77,24 @@ class Seen:
 class LayerWalk:
     """State of one walk: the mode, the tile at hand, the windows of K, V and of their gradients."""
 
-    def __init__(self, num_tokens: int, tile: int, whole: dict[str, Any], visible: Visible | None = None) -> None:
+    def __init__(
+        self,
+        num_tokens: int,
+        tile: int,
+        whole: dict[str, Any],
+        *,
+        kept: KeptAttention | None = None,
+        visible: Visible | None = None,
+    ) -> None:
         """Begin a walk.
 
         Args:
             num_tokens, tile: T, and tokens per tile.
             whole: the layer's keyword arguments before they were cut into tiles.
+            kept: where forward leaves attention for backward; None keeps nothing.
             visible: what the forward walk found; None for that walk itself.
         """
-        self.num_tokens, self.tile, self.visible = num_tokens, tile, visible
+        self.num_tokens, self.tile, self.visible, self.kept = num_tokens, tile, visible, kept
         self.mode, self.index, self.num_calls = "forward", 0, 0
         self._whole = whole
         self._schedule: Schedule | None = None
@@ -139,7 +149,9 @@ class LayerWalk:
             raise TileLeft
         seen = self._seen(self._schedule, {"scaling": scaling, "softcap": softcap})
         if self.mode == "forward":
-            out, _ = tile_forward(query, seen.key, seen.value, seen.schedule, **seen.options)
+            out, lse = tile_forward(query, seen.key, seen.value, seen.schedule, **seen.options)
+            if self.kept is not None:
+                self.kept.put(self.index, out, lse)
         else:
             out = _TileAttention.apply(query, key, value, self, seen)
         return out.transpose(1, 2)
@@ -192,7 +204,8 @@ class _TileAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, walk: LayerWalk, seen: Seen) -> Tensor:
-        out, lse = tile_forward(query, seen.key, seen.value, seen.schedule, **seen.options)
+        kept = None if walk.kept is None else walk.kept.take(walk.index)
+        out, lse = kept or tile_forward(query, seen.key, seen.value, seen.schedule, **seen.options)
         ctx.save_for_backward(query, out, lse)
         ctx.walk, ctx.seen, ctx.dtypes = walk, seen, (key.dtype, value.dtype)
         return out

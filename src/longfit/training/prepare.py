@@ -101,7 +101,8 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
         train_norms=adapter.train_norms,
     )
     if config.engine.engine == "sweep":
-        report = enable_sweep(model, tile=config.engine.tile, arena=make_arena(config))
+        engine = config.engine
+        report = enable_sweep(model, tile=engine.tile, arena=make_arena(config), kept_bytes=engine.keep_attention)
         text = f"sweeping {len(report.layers)} layers, {report.tile:,} tokens at a time"
         on_event(Event("phase", text, {"tile": report.tile, "fallback": report.fallback}))
     else:

@@ -1,0 +1,90 @@
+"""Attention outputs kept for backward: the same bits, no more bytes than allowed, none that outlive their graph."""
+
+import gc
+
+import pytest
+import torch
+from tests.tiny_models import VOCABULARY, tiny_model
+
+from longfit.engine import walk as walk_module
+from longfit.engine.kept import KeptBudget
+from longfit.engine.loss import training_loss
+from longfit.engine.sweep import enable_sweep, sweeper_of
+
+BATCH, TOKENS, TILE = 2, 40, 7
+NUM_TILES = 6
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, VOCABULARY, (BATCH, TOKENS))
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """Bytes of the result of each call of tile attention."""
+    sizes = []
+    right = walk_module.tile_forward
+
+    def spy(*args, **options):
+        out, lse = right(*args, **options)
+        sizes.append(out.untyped_storage().nbytes() + lse.untyped_storage().nbytes())
+        return out, lse
+
+    monkeypatch.setattr(walk_module, "tile_forward", spy)
+    return sizes
+
+
+def gradients(model, ids, kept_bytes):
+    enable_sweep(model, tile=TILE, kept_bytes=kept_bytes)
+    model.zero_grad()
+    training_loss(model, ids).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_what_is_kept_is_not_computed_again_and_changes_no_bit(ids, attended):
+    model = tiny_model("llama", dtype=torch.float32)
+    recomputed = gradients(model, ids, 0)
+    layer_tiles = 2 * NUM_TILES
+    assert len(attended) == 2 * layer_tiles
+    one_layer = sum(attended[:NUM_TILES])
+    for allowed, num_recomputed in ((1 << 30, 0), (one_layer, NUM_TILES), (one_layer - 1, NUM_TILES + 1)):
+        attended.clear()
+        kept = gradients(model, ids, allowed)
+        assert len(attended) == layer_tiles + num_recomputed
+        assert all(torch.equal(kept[name], gradient) for name, gradient in recomputed.items())
+        assert sweeper_of(model).kept.left == allowed
+
+
+def test_a_dropped_graph_gives_its_bytes_back(ids):
+    model = tiny_model("llama", dtype=torch.float32)
+    enable_sweep(model, tile=TILE, kept_bytes=1 << 20)
+    budget = sweeper_of(model).kept
+    loss = training_loss(model, ids)
+    assert budget.left < 1 << 20
+    del loss
+    gc.collect()
+    assert budget.left == 1 << 20
+
+
+def test_evaluation_keeps_nothing(ids):
+    model = tiny_model("llama", dtype=torch.float32)
+    enable_sweep(model, tile=TILE, kept_bytes=1 << 20)
+    with torch.no_grad():
+        training_loss(model, ids)
+    assert sweeper_of(model).kept.left == 1 << 20
+
+
+def test_a_tile_is_handed_over_once():
+    kept = KeptBudget(1 << 10).open()
+    out, lse = torch.ones(4), torch.ones(2)
+    kept.put(3, out, lse)
+    assert kept.num_bytes == 24
+    assert kept.take(3) == (out, lse)
+    assert kept.take(3) is None
+    assert kept.num_bytes == 0
+
+
+def test_a_negative_number_of_bytes_is_refused():
+    with pytest.raises(ValueError, match="kept_bytes -1: must be at least 0"):
+        enable_sweep(tiny_model("llama"), kept_bytes=-1)
