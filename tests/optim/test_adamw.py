@@ -360,6 +360,39 @@ def test_commit_lets_another_process_go_on(tmp_path: Path) -> None:
         PagedAdamW(clones(params)[:2], **options).state_dict()
 
 
+def test_the_mark_of_the_last_commit_is_found_again_and_a_discarded_file_is_gone(tmp_path: Path) -> None:
+    params = parameters()
+    optimizer = PagedAdamW(params, **HYPER, **SMALL, path=tmp_path / "pages", run="mine")
+    train(params, optimizer, range(2))
+    assert optimizer.committed_mark is None
+    optimizer.commit("step 2")
+    del optimizer
+    gc.collect()
+    optimizer = PagedAdamW(params, **HYPER, **SMALL, path=tmp_path / "pages", run="mine")
+    assert optimizer.committed_mark == "step 2"
+    saved = optimizer.state_dict()
+    optimizer.discard()
+    assert list(tmp_path.iterdir()) == []
+    for use in (optimizer.step, optimizer.commit, lambda: optimizer.load_state_dict(saved)):
+        with pytest.raises(PagingError, match=r"discard\(\) has removed its file"):
+            use()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_whole_state_of_a_paged_optimiser_needs_no_memory(tmp_path: Path) -> None:
+    param = nn.Parameter(torch.zeros(1 << 20))
+    param.grad = torch.ones(1 << 20)
+    optimizer = PagedAdamW([param], **HYPER, **SMALL, path=tmp_path / "pages")
+    optimizer.step()
+    state = optimizer.state_dict()["state"][0]
+    assert state["exp_avg"].shape == param.shape
+    assert torch.equal(state["exp_avg_sq"], state["exp_avg_sq"][:1].expand_as(param))
+    address = f"{state['exp_avg'].data_ptr():x}-"
+    [mapping] = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(address)]
+    assert str(tmp_path) in mapping
+    assert "(deleted)" in mapping
+
+
 def test_relieve_evicts_and_tries_once_more(tmp_path: Path) -> None:
     params = parameters()
     optimizer = PagedAdamW(params, **SMALL, path=tmp_path / "pages")

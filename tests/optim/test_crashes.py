@@ -18,7 +18,9 @@ import pytest
 import torch
 
 from longfit.errors import PagingError
+from longfit.optim import adamw
 from longfit.optim.adamw import PagedAdamW
+from longfit.optim.mapped_frames import MappedFrames, can_map
 
 NUMELS = (70_000, 30, 45_000)
 PAGE_BYTES = 65_536
@@ -125,6 +127,18 @@ print("goes on when there is room")
     assert last == "goes on when there is room"
 
 
+def failing_after(calls: int, function: Callable[..., None]) -> Callable[..., None]:
+    """Let the first calls through and fail in those after them."""
+    left = iter(range(calls))
+
+    def call(*args: object) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        function(*args)
+
+    return call
+
+
 def broken(number: int) -> Callable[..., int]:
     def fail(*_: object) -> int:
         raise OSError(number, os.strerror(number))
@@ -151,9 +165,13 @@ def test_a_disk_that_fills_before_a_commit_keeps_the_previous_one(
     assert {int(state["step"]) for state in optimizer.state_dict()["state"].values()} == {1}
 
 
-def test_a_write_that_fails_in_the_middle_of_a_step_is_not_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_disk_that_fails_in_the_middle_of_a_step_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mapped: bool
 ) -> None:
+    if mapped and not can_map():
+        pytest.skip("the system cannot put pages of a mapping into a process")
+    monkeypatch.setattr(adamw, "can_map", lambda: mapped)
     params, optimizer = make(tmp_path / "pages")
     step(params, optimizer, 1)
     saved, weights = optimizer.state_dict(), [param.detach().clone() for param in params]
@@ -161,7 +179,10 @@ def test_a_write_that_fails_in_the_middle_of_a_step_is_not_passed_over(
     expected = [param.detach().clone() for param in params]
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", broken(errno.EIO))
+        if mapped:
+            patch.setattr(MappedFrames, "_populate", failing_after(2, MappedFrames._populate))
+        else:
+            patch.setattr(os, "pwrite", broken(errno.EIO))
         with pytest.raises(PagingError, match="look at the disk, then resume from the last checkpoint"):
             optimizer.step()
     for attempt in (optimizer.step, optimizer.state_dict, optimizer.commit):

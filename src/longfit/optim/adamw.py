@@ -35,8 +35,12 @@ from longfit.optim.checks import (
 from longfit.optim.elements import put, take
 from longfit.optim.frames import Frames
 from longfit.optim.layout import Layout, Page, Run, StateFormat, format_of
+from longfit.optim.mapped_frames import MappedFrames, can_map
 from longfit.optim.page_file import PageFile
 from longfit.optim.paging import PageCache
+from longfit.optim.saved_state import collect, scatter, whole_state, zeros_in_file
+
+_TORN = "the last step stopped in the middle, some parameters have moved and others have not"
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self._caches: dict[torch.device, PageCache] = {}
         self._host: PageCache | None = None  # below the accelerators' caches
         self._views: dict[int, tuple[Tensor, list[tuple[Run, RunState]]]] = {}  # page -> its frame and runs' state
-        self._torn = False  # a step stopped in the middle
+        self._unusable: str | None = None  # why, if it is
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._file = PageFile(path, run=run, page_bytes=page_bytes) if path is not None else None
         if self._file is not None:
@@ -151,13 +155,13 @@ class PagedAdamW(torch.optim.Optimizer):
         pages = [page for page in self._layout.pages if any(run.param in parts for run in page.runs)]
         if self._file is not None:
             self._file.check()
-        self._torn = True
+        self._unusable = _TORN
         for batch in self._sweep(pages):
             states = [pair for page, frame in batch for pair in self._states(page, frame) if pair[0].param in parts]
             _step_runs(states, parts)
         for number in parts:
             self._steps[number] += 1
-        self._torn = False
+        self._unusable = None
         return loss
 
     @torch.no_grad()
@@ -191,24 +195,27 @@ class PagedAdamW(torch.optim.Optimizer):
         self._seed = state_dict.get("seed", self._seed)
         if not state_dict["state"] and not self._has_state():
             return
-        self._torn = False  # whatever a step left behind is replaced
+        if self._unusable == _TORN:
+            self._unusable = None  # what the step left behind is replaced
         self._prepare()
         saved = {number: state_dict["state"].get(number, {}) for number in range(len(self._steps))}
         for number, param in enumerate(self._params()):
             check_saved(number, param, self._formats[number], saved[number])
         changed = {number for number in saved if saved[number] or self._steps[number]}
         pages = [page for page in self._layout.pages if any(run.param in changed for run in page.runs)]
-        self._torn = True
+        self._unusable = _TORN
         for batch in self._sweep(pages):
             for page, frame in batch:
                 for run in page.runs:
-                    _scatter(run, saved[run.param], frame)
+                    scatter(run, saved[run.param], frame)
         self._steps = [int(saved[number].get("step", 0)) for number in saved]
-        self._torn = False
+        self._unusable = None
 
-    def commit(self) -> None:
+    def commit(self, mark: str | None = None) -> None:
         """Make the state of this moment the one a killed run finds in its file (call it with each checkpoint).
 
+        Args:
+            mark: a name for this moment; ``committed_mark`` says it, also when the file is opened again.
         Raises: ConfigError: there is no file. PagingError: it failed; the previous commit stands.
         """
         if self._file is None:
@@ -216,7 +223,22 @@ class PagedAdamW(torch.optim.Optimizer):
         self._prepare()
         for cache in self._tiers():
             cache.flush()
-        self._file.commit({"layout": self._layout.fingerprint(), "steps": self._steps, "seed": self._seed})
+        self._file.commit(
+            {"layout": self._layout.fingerprint(), "steps": self._steps, "seed": self._seed, "mark": mark}
+        )
+        for cache in self._tiers():
+            cache.let_go_of_committed()
+
+    @property
+    def committed_mark(self) -> str | None:
+        """The mark of the file's last commit, be it of this optimiser or of the one whose file it took up."""
+        return self._file.record["mark"] if self._file is not None and self._file.record is not None else None
+
+    def discard(self) -> None:
+        """Remove the file and its commit, as their run is done; the optimiser cannot be used any more."""
+        if self._file is not None:
+            self._file.remove()
+            self._unusable = "discard() has removed its file"
 
     def relieve(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``function``; if memory runs out, move the state out of the way and call it once more.
@@ -276,10 +298,9 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _prepare(self) -> None:
         """Give new parameters their place. Done late, as Accelerate moves models after the optimiser was made."""
-        if self._torn:
+        if self._unusable is not None:
             raise PagingError(
-                "the last step stopped in the middle: some parameters have moved and others have not. "
-                "Load model and optimiser from the last checkpoint"
+                f"the optimiser cannot go on: {self._unusable}. Load model and optimiser from the last checkpoint"
             )
         params = self._params()
         placed = len(self._steps)
@@ -300,9 +321,14 @@ class PagedAdamW(torch.optim.Optimizer):
 
     def _new_cache(self, device: torch.device) -> PageCache:
         page_bytes = self._layout.page_bytes
-        below = self._file if device.type == "cpu" else self._host_cache(pinned=device.type == "cuda")
-        frames = Frames(device, page_bytes=page_bytes, below=below)
-        return PageCache(frames, capacity=_capacity(self.budget_bytes, page_bytes))
+        capacity = _capacity(self.budget_bytes, page_bytes)
+        if device.type != "cpu":
+            below: PageFile | PageCache | None = self._host_cache(pinned=device.type == "cuda")
+        elif self._file is not None and can_map():
+            return PageCache(MappedFrames(self._file), capacity=capacity)
+        else:
+            below = self._file
+        return PageCache(Frames(device, page_bytes=page_bytes, below=below), capacity=capacity)
 
     def _host_cache(self, *, pinned: bool) -> PageCache:
         if self._host is None:
@@ -365,21 +391,27 @@ class PagedAdamW(torch.optim.Optimizer):
         params = self._params()
         for number, step in enumerate(self._steps):
             if step:
-                gathered[number] = {"step": torch.tensor(float(step))}
-                for field in self._formats[number].fields:
-                    count = field.count(params[number].numel())
-                    gathered[number][field.name] = torch.zeros(count, dtype=field.dtype)
+                whole = whole_state(params[number].numel(), self._formats[number], new_values=self._new_values)
+                gathered[number] = {"step": torch.tensor(float(step)), **whole}
         wanted = [page for page in self._layout.pages if any(run.param in gathered for run in page.runs)]
         for batch in self._sweep(wanted, change=False):
             for page, frame in batch:
                 for run in page.runs:
                     if run.param in gathered:
-                        _collect(run, frame, gathered[run.param])
+                        collect(run, frame, gathered[run.param])
         for number, state in gathered.items():
             for name in ("exp_avg", "exp_avg_sq", "master"):
                 if name in state:
                     state[name] = state[name].view(params[number].shape)
         return {params[number]: state for number, state in gathered.items()}
+
+    def _new_values(self, count: int, dtype: torch.dtype) -> Tensor:
+        if self._file is None:
+            return torch.zeros(count, dtype=dtype)
+        try:
+            return zeros_in_file(self._file.path.parent, count, dtype)
+        except OSError as error:
+            self._file.explain(error, "put the whole state beside it")
 
 
 def _scalars_of(group: dict[str, Any], step: int) -> StepScalars:
@@ -402,25 +434,6 @@ def _step_runs(states: list[tuple[Run, RunState]], parts: dict[int, _Part]) -> N
             if not part.param.is_contiguous():
                 put(part.param, run.start, run.stop, param)
     adamw_step(updates)
-
-
-def _collect(run: Run, frame: Tensor, into: dict[str, Tensor]) -> None:
-    """Copy a run's state out of its page, to its place in the parameter's whole state."""
-    for field in run.format.fields:
-        begin = run.start // field.elements_per_value
-        view = run.views(frame)[field.name]
-        into[field.name][begin : begin + view.numel()].copy_(view)
-
-
-def _scatter(run: Run, saved: dict[str, Any], frame: Tensor) -> None:
-    """Copy a run's part of a saved state into its page; what was not saved becomes zero, which is a new state."""
-    for field in run.format.fields:
-        view = run.views(frame)[field.name]
-        if field.name not in saved:
-            view.zero_()
-            continue
-        begin = run.start // field.elements_per_value
-        view.copy_(take(saved[field.name], begin, begin + view.numel()))
 
 
 def _capacity(budget_bytes: int | None, page_bytes: int) -> int | None:

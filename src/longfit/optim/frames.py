@@ -32,6 +32,8 @@ class Frames:
         pinned: whether host frames are page-locked, so that copies to an accelerator run beside its kernels.
     """
 
+    in_file = False
+
     def __init__(
         self, device: torch.device, *, page_bytes: int, below: Tier | None = None, pinned: bool = False
     ) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from longfit.errors import ConfigError
 from longfit.optim.frames import Frames, copy_frame
+from longfit.optim.mapped_frames import MappedFrames
 
 # While one frame is updated another is filled.
 SMALLEST_CAPACITY = 2
@@ -64,7 +65,7 @@ class PageCache:
         moved_bytes, moved_s: what was copied in and out, and the seconds that took, most of them beside the update.
     """
 
-    def __init__(self, frames: Frames, *, capacity: int | None = None) -> None:
+    def __init__(self, frames: Frames | MappedFrames, *, capacity: int | None = None) -> None:
         if capacity is not None and capacity < SMALLEST_CAPACITY:
             raise ConfigError(
                 f"the budget holds {capacity} page(s) of {frames.page_bytes} bytes; allowed: at least "
@@ -181,6 +182,11 @@ class PageCache:
         self._frames.clear()
         self._memory.release()
         return released
+
+    def let_go_of_committed(self) -> None:
+        """After the file's commit: a page that lies in the file itself must enter again, in another slot, to change."""
+        if self._memory.in_file:
+            self.evict()
 
     def _set_on_its_way(self, page: int) -> bool:
         """Start to bring a page in on the worker; False if no page may leave for it now."""
