@@ -10,6 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # read when triton is first imported: its kernels run in Python then, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time() -> Iterator[None]:

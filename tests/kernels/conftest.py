@@ -1,7 +1,10 @@
-"""Every instruction set in turn, and results that were poisoned before the kernel wrote them."""
+"""Every instruction set in turn, Triton with and without a card, and results poisoned before the kernel writes them."""
 
-from collections.abc import Iterator
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,8 +28,34 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """Fill every ``torch.empty`` with NaN or 0xFF, so that a value left unwritten cannot pass for right."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what a card cannot do in one order is not asked for
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the tensors of a Triton kernel are: on a card, or on the CPU under Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the package triton is missing; it comes with the dev extra on Linux")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if interpreted != (request.param == "interpreter"):
+        pytest.skip("set TRITON_INTERPRET=1 to interpret kernels where they can be compiled, unset it to compile them")
+    if interpreted:
+        from triton.runtime import interpreter
+
+        monkeypatch.setattr(interpreter, "_convert_float", _rounding(interpreter._convert_float))
+    return "cpu" if interpreted else "cuda"
+
+
+def _rounding(convert: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Let the interpreter round fp32 to bf16 as a card does, to the nearest; by itself it cuts the last bits off."""
+
+    def rounding(values: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
+        if str(source) == "fp32" and str(target) == "bf16":
+            return torch.from_numpy(values.copy()).bfloat16().view(torch.uint16).numpy()
+        return convert(values, source, target, mode)
+
+    return rounding

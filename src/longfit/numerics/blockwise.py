@@ -41,14 +41,14 @@ def quantize_blockwise(values: Tensor, codebook: Tensor, *, block_size: int) -> 
     """
     flat = flatten_floats(values)
     check_block_size(block_size)
-    thresholds, code_of_rank = _thresholds(codebook, flat.device)
+    between, code_of_rank = thresholds(codebook, flat.device)
     codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(num_blocks(flat.numel(), block_size), dtype=torch.float32, device=flat.device)
     for run, constants in block_slices(flat.numel(), block_size):
         blocks = in_blocks(flat[run], block_size)  # [blocks, block_size]
         absmax[constants] = block_absmax(blocks)
         blocks *= absmax[constants].clamp(min=SMALLEST_ABSMAX).reciprocal().unsqueeze(1)
-        ranks = torch.bucketize(blocks.clamp_(-1, 1).view(-1), thresholds, out_int32=True)
+        ranks = torch.bucketize(blocks.clamp_(-1, 1).view(-1), between, out_int32=True)
         codes[run] = code_of_rank.index_select(0, ranks)[: run.stop - run.start]
     return codes, absmax
 
@@ -86,12 +86,19 @@ def nearest_codes(values: Tensor, codebook: Tensor) -> Tensor:
         codebook: fp32 ``[2..256]`` levels in any order.
     Returns: uint8 of the shape of ``values``.
     """
-    thresholds, code_of_rank = _thresholds(codebook, values.device)
-    return code_of_rank[torch.bucketize(values, thresholds)]
+    between, code_of_rank = thresholds(codebook, values.device)
+    return code_of_rank[torch.bucketize(values, between)]
 
 
-def _thresholds(codebook: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the fp32 midpoints between ascending levels ``[n - 1]``, and the code of each of those levels ``[n]``."""
+def thresholds(codebook: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Sort a codebook's levels and put a threshold between neighbours.
+
+    Args:
+        codebook: fp32 ``[2..256]`` levels in any order.
+        device: of the result.
+    Returns: fp32 midpoints between ascending levels ``[n - 1]``; the code of each of those levels, uint8 ``[n]``.
+    Raises: ValueError: bad codebook.
+    """
     if codebook.dtype != torch.float32 or codebook.dim() != 1 or not 2 <= codebook.numel() <= 256:
         raise ValueError(f"codebook: got {codebook.dtype} {list(codebook.shape)}; allowed: float32 [2] to [256]")
     if bool(codebook.isnan().any()):
