@@ -57,7 +57,7 @@ class QLoRAMatmul(torch.autograd.Function):
         flat_grad = grad.reshape(-1, grad.shape[-1])  # [N, O]
         hidden_grad = (flat_grad @ B.to(grad.dtype)).mul_(ctx.scaling)  # [N, R]
         A_grad = (hidden_grad.t() @ flat).to(A.dtype) if A_wanted else None  # [R, I]
-        B_grad = (flat_grad.t() @ hidden).to(B.dtype).mul_(ctx.scaling) if B_wanted else None  # [O, R]
+        B_grad = (hidden.t() @ flat_grad).t().to(B.dtype).mul_(ctx.scaling) if B_wanted else None  # [O, R]
         x_grad = adapter_x_grad = None
         if x_wanted:
             x_grad = linear_4bit_grad_input(grad, rows, constants, ctx.row_format)  # [..., I]
