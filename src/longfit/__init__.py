@@ -25,6 +25,7 @@ _HOME = {
     "train": "longfit.training.loop",
     "RunConfig": "longfit.config",
     "perplexity": "longfit.evaluation.perplexity",
+    "passkey": "longfit.evaluation.passkey",
     "LongfitError": "longfit.errors",
 }
 __all__ = [*_HOME, "__version__"]
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from longfit.engine.check import check_gradients
     from longfit.engine.loss import training_loss
     from longfit.errors import LongfitError
+    from longfit.evaluation.passkey import passkey
     from longfit.evaluation.perplexity import perplexity
     from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit, use_backend
     from longfit.layers.linear4bit import Linear4bit

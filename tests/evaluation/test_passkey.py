@@ -1,0 +1,169 @@
+"""Passkey trials against a scorer that knows no cache, no draft and no sharing, and the arithmetic of shares."""
+
+import re
+
+import pytest
+import torch
+from tests.model_folders import byte_tokenizer, llama
+
+from longfit.errors import ConfigError, DataError
+from longfit.evaluation import passkey as module
+from longfit.evaluation.passkey import Hay, passkey, wilson
+
+# bytes: introduction, needle and question alone take 268 tokens
+LENGTHS = (300, 420)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def model():
+    return llama(dtype=torch.float64, tied=True).eval()
+
+
+@torch.no_grad()
+def by_brute_force(model, tokenizer, text: str, key: str) -> tuple[str, float]:
+    """Continue a text with one full forward a token; the loss of the key likewise."""
+    ids = torch.tensor(tokenizer(text).input_ids)
+    answer: list[int] = []
+    while len(answer) < len(f" {key}") + 8:
+        logits = model(
+            input_ids=torch.cat([ids, torch.tensor(answer, dtype=torch.int64)])[None], use_cache=False
+        ).logits
+        answer.append(int(logits[0, -1].argmax()))
+        number = re.search(r"\d+", tokenizer.decode(answer))
+        if number and (number.end() < len(tokenizer.decode(answer)) or not key.startswith(number[0])):
+            break
+    whole = torch.tensor(tokenizer(f"{text} {key}").input_ids)
+    logits = model(input_ids=whole[None], use_cache=False).logits[0]
+    losses = torch.nn.functional.cross_entropy(logits[:-1].double(), whole[1:], reduction="none")
+    return tokenizer.decode(answer), float(losses[len(ids) - 1 :].sum())
+
+
+def watch_prompts(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Collect the prompts in the order in which they are read."""
+    seen, run_trial = [], module.run_trial
+
+    def watched(reader, tokenizer, prompt):
+        seen.append(prompt)
+        return run_trial(reader, tokenizer, prompt)
+
+    monkeypatch.setattr(module, "run_trial", watched)
+    return seen
+
+
+DOCUMENTS = ["A first line of a document.\n\nAnother line, " + "which is long. " * 40, "x" * 700 + " end"]
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_trials_are_those_of_brute_force(model, tokenizer, documents, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, calls = watch_prompts(monkeypatch), []
+    settings = {"lengths": LENGTHS, "depths": (0, 0.4, 1), "trials": 2, "documents": documents}
+    result = passkey(model, tokenizer, **settings, on_progress=lambda *call: calls.append(call))
+    assert calls == [(done, 12) for done in range(1, 13)]
+    assert [prompt.needle_at for prompt in seen] == sorted((prompt.needle_at for prompt in seen), reverse=True)
+    texts = {(p.length, p.depth, p.key): tokenizer.decode(p.token_ids) for p in seen}
+    assert [(cell.length, cell.depth) for cell in result.cells] == [(n, d) for n in LENGTHS for d in (0, 0.4, 1)]
+    for trial in result.trials:
+        text = texts[trial.length, trial.depth, trial.key]
+        assert len(tokenizer(text).input_ids) == trial.num_tokens <= trial.length
+        assert text.startswith(module.INTRODUCTION)
+        assert text.endswith(module.QUESTION)
+        assert text.count(trial.key) == 2
+        answer, key_nll = by_brute_force(model, tokenizer, text, trial.key)
+        assert trial.answer == answer
+        assert trial.key_nll == pytest.approx(key_nll, rel=1e-9)  # float64 in other orders
+        assert trial.correct == (re.findall(r"\d+", answer)[:1] == [trial.key])
+    assert len({trial.key for trial in result.trials}) == 12
+    assert result.hay == ("filler" if documents is None else "documents")
+    # the same cell alone has the same keys, and the same numbers
+    alone = passkey(model, tokenizer, **{**settings, "lengths": (420,), "depths": (0.4,)})
+    kept = [trial for trial in result.trials if (trial.length, trial.depth) == (420, 0.4)]
+    assert [trial.key for trial in alone.trials] == [trial.key for trial in kept]
+    assert [trial.key_nll for trial in alone.trials] == pytest.approx([t.key_nll for t in kept], rel=1e-9)
+
+
+def test_the_needle_lies_at_its_depth(tokenizer) -> None:
+    hay = Hay.filler(1000)
+    most = module._most_units(tokenizer, hay, 2000)
+    room = 2000 - len(module.INTRODUCTION + module.NEEDLE.format(key="12345") + module.QUESTION)
+    for depth in (0.0, 0.3, 0.77, 1.0):
+        prompt = module._prompt(tokenizer, hay, most, 2000, depth, "12345")
+        # half a sentence of 23 bytes, of hay that may leave most of one unused
+        assert abs(prompt.needle_at - depth * room) < 12 + 23
+        assert 2000 - 23 < len(prompt.token_ids) <= 2000
+
+
+class Parrot:
+    """Stands in for a model that has read a prompt: predicts the bytes of a given continuation."""
+
+    def __init__(self, tokenizer, continuation: str) -> None:
+        self.tokenizer, self.continuation = tokenizer, tokenizer(continuation).input_ids
+        self.question = tokenizer(module.QUESTION).input_ids
+
+    def read(self, token_ids: torch.Tensor, *, keep: int = 1) -> torch.Tensor:
+        ids = token_ids.tolist()
+        prompt = max(end for end in range(len(ids) + 1) if ids[:end][-len(self.question) :] == self.question)
+        logits = torch.zeros(keep, 258)
+        for row, end in enumerate(range(len(ids) - keep + 1, len(ids) + 1)):
+            made = ids[prompt:end]
+            agrees = self.continuation[: len(made)] == made
+            logits[row, self.continuation[len(made)] if agrees else 0] = 30
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("continuation", "answer", "correct"),
+    [
+        (" 48213. And on", " 48213.", True),
+        (" 48213\n", " 48213\n", True),
+        (" 482134 it is", " 482134", False),  # another number that begins with the key
+        (" 48217", " 48217", False),
+        (": it's 48213, I'd say", ": it's 48213,", True),  # words first, within the extra tokens
+        (" well, I think it is 48213", " well, I think", False),  # too long an answer
+        (" 7 or 48213", " 7", False),  # the first number counts
+        (" 4 8213 ...", " 4 ", False),
+    ],
+)
+def test_digits_are_judged_not_tokens(tokenizer, continuation: str, answer: str, correct: bool) -> None:
+    hay = Hay.filler(100)
+    prompt = module._prompt(tokenizer, hay, 5, 500, 0.5, "48213")
+    trial = module.run_trial(Parrot(tokenizer, continuation), tokenizer, prompt)
+    assert (trial.answer, trial.correct) == (answer, correct)
+
+
+def test_wilson_is_the_published_interval() -> None:
+    # Newcombe (1998), Statistics in Medicine 17, 857, table I, method 3 (the score interval)
+    for correct, trials, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611)]:
+        assert wilson(correct, trials) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(29, 29) == pytest.approx((0.8830, 1), abs=5e-5)
+    assert wilson(5, 10, confidence=0.5)[0] > wilson(5, 10)[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"lengths": []}, ConfigError, "an empty grid"),
+        ({"depths": [0.5, 1.5]}, ConfigError, "depth 1.5: must lie between 0"),
+        ({"trials": 0}, ConfigError, "at least 1"),
+        ({"confidence": 95}, ConfigError, "try 0.95"),
+        ({"lengths": [200]}, ConfigError, r"length 200: the shortest prompt has \d+ tokens"),
+        ({"lengths": [0]}, ConfigError, "length 0"),
+        ({"documents": ["short"]}, DataError, r"all the hay makes a prompt of \d+ tokens"),
+        ({"documents": ["", "\n"]}, DataError, "2 documents without text"),
+        ({"documents": ["Hide it: THE PASS KEY IS 5."]}, DataError, "the hay itself says"),
+    ],
+)
+def test_errors(model, tokenizer, settings, error, message: str) -> None:
+    with pytest.raises(error, match=message):
+        passkey(model, tokenizer, **{"lengths": [400], **settings})
+
+
+def test_another_tokenizer_is_noticed(tokenizer) -> None:
+    small = llama(dtype=torch.float32)
+    small.resize_token_embeddings(100)
+    with pytest.raises(DataError, match="the model knows 0 to 99; use its own tokenizer"):
+        passkey(small, tokenizer, lengths=[400], trials=1)
