@@ -1,0 +1,205 @@
+"""Experiment 1: what each data type costs a model (QLoRA, section 4, table 2 and figure 3).
+
+The linear layers of SmolLM2-135M are rounded to INT8, INT4, FP4, NF4 and to levels estimated from each weight, with
+and without double quantisation, in several block sizes: bits per parameter, error of the weights, perplexity of five
+held-out documents, one by one, so that a difference between two types has a spread.
+
+The model comes from a GGUF file whose weights are Q4_1: in blocks of 32, each weight stands on one of 16 equally
+spaced levels. Equally spaced types would profit from that. So everything is measured twice:
+
+    as loaded    the weights of the file
+    dithered     each weight moved by an even random number within its step, so that it no longer stands on a level;
+                 their own unquantised perplexity is the one to compare with
+    normal       normal random weights, where NF4 is at home: error of the weights only
+
+    python -m benchmarks.experiments.data_types            benchmarks/results/experiments/data_types.json and the figure
+    python -m benchmarks.experiments.data_types --quick    three cells on little text: a smoke test, data_types_quick.*
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings
+from benchmarks.experiments.texts import held_out_documents
+from torch import Tensor, nn
+
+from longfit.demo import demo_model
+from longfit.evaluation.perplexity import perplexity
+from longfit.evaluation.quant_error import DataType, quantizable_layers, quantized_weights, round_to
+from longfit.model.load import load
+
+DOCUMENTS = ("reference", "tarfile", "doctest", "argparse", "turtle")
+Q4_1_BLOCK, Q4_1_STEPS = 32, 15
+NAMES = ("nf4", "fp4", "int4", "quantile", "int8")
+OTHER_BLOCK_SIZES = (32, 128, 256)
+
+
+def cells(tokens: int) -> Iterator[Settings]:
+    """The table, the most telling rows first."""
+    for weights in ("dithered", "as loaded"):
+        yield _cell(weights, "none", 0, False, tokens)
+        for name in NAMES:
+            for double_quant in (True, False):
+                yield _cell(weights, name, 64, double_quant, tokens)
+    for name in NAMES:
+        for double_quant in (True, False):
+            yield _cell("normal", name, 64, double_quant, 0)
+    for block_size in OTHER_BLOCK_SIZES:
+        for name, double_quant in (("nf4", True), ("nf4", False), ("fp4", False), ("int4", False)):
+            yield _cell("dithered", name, block_size, double_quant, tokens)
+
+
+def quick_cells() -> Iterator[Settings]:
+    yield _cell("dithered", "none", 0, False, 256)
+    yield _cell("dithered", "nf4", 64, True, 256)
+    yield _cell("normal", "nf4", 64, True, 0)
+
+
+def _cell(weights: str, name: str, block_size: int, double_quant: bool, tokens: int) -> Settings:
+    return {
+        "weights": weights,
+        "data_type": name,
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "tokens": tokens,
+    }
+
+
+class Bench:
+    """The model, dithered when the first cell asks for it, and the text; loaded when the first cell is measured."""
+
+    def __init__(self) -> None:
+        self.loaded: tuple[str, Any, Any] | None = None
+
+    def model(self, weights: str) -> tuple[Any, Any]:
+        """The model with these weights, and its tokenizer."""
+        if self.loaded is None or self.loaded[0] != weights:
+            model, tokenizer = load(demo_model(), quant="none", device="cpu")
+            if weights == "dithered":
+                dither(model, seed=0)
+            self.loaded = weights, model, tokenizer
+        return self.loaded[1:]
+
+    def measure(self, settings: Settings) -> dict[str, Any]:
+        name = settings["data_type"]
+        data_type = None if name == "none" else DataType(name, settings["block_size"], settings["double_quant"])
+        if settings["weights"] == "normal":
+            assert data_type is not None
+            return normal_error(data_type)
+        model, tokenizer = self.model(settings["weights"])
+        documents = held_out_documents(tokenizer, DOCUMENTS, tokens=settings["tokens"])
+        with quantized_weights(model, data_type) as cost:
+            found = {name: nll(model, ids) for name, ids in documents.items()}
+        mean = sum(found.values()) / len(found)
+        return {
+            "bits_per_param": cost.bits_per_param,
+            "relative_error": cost.relative_error,
+            "mean_abs_error": cost.mean_abs_error,
+            "nll": mean,
+            "perplexity": math.exp(mean),
+            "nll_by_document": found,
+        }
+
+
+def nll(model: nn.Module, ids: Tensor) -> float:
+    return perplexity(model, ids, window=len(ids), stride=len(ids)).nll
+
+
+@torch.no_grad()
+def dither(model: nn.Module, *, seed: int) -> None:
+    """Move every quantisable weight by an even random number within half a step of its Q4_1 block to either side."""
+    draw = torch.Generator().manual_seed(seed)
+    for layer in quantizable_layers(model):
+        blocks = layer.weight.detach().float().view(-1, Q4_1_BLOCK)
+        step = (blocks.amax(1, keepdim=True) - blocks.amin(1, keepdim=True)) / Q4_1_STEPS
+        moved = blocks + step * (torch.rand(blocks.shape, generator=draw) - 0.5)
+        layer.weight.copy_(moved.view_as(layer.weight))
+
+
+def normal_error(data_type: DataType) -> dict[str, Any]:
+    """Bits and errors of a million standard normal weights."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    rounded, nbytes = round_to(weight, data_type)
+    error = rounded - weight
+    return {
+        "bits_per_param": 8 * nbytes / weight.numel(),
+        "relative_error": float(error.norm() / weight.norm()),
+        "mean_abs_error": float(error.abs().mean()),
+    }
+
+
+def label(settings: Settings) -> str:
+    return settings["data_type"].upper() + (" + DQ" if settings["double_quant"] else "")
+
+
+def draw(found: Cells, path: Any) -> None:
+    """Perplexity over bits, dithered weights, and at block size 64 the loss added, document by document."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    base = found.select(weights="dithered", data_type="none")[0]["result"]
+    colours = dict(zip(NAMES, ("C0", "C1", "C2", "C4", "C3"), strict=True))
+    for name in NAMES:
+        for double_quant, marker in ((False, "o"), (True, "*")):
+            rows = found.select(weights="dithered", data_type=name, double_quant=double_quant)
+            rows = [row for row in rows if row["result"]["bits_per_param"] < 6]
+            rows.sort(key=lambda row: row["result"]["bits_per_param"])
+            if rows:
+                left.plot(
+                    [row["result"]["bits_per_param"] for row in rows],
+                    [row["result"]["perplexity"] for row in rows],
+                    marker=marker,
+                    markersize=11 if double_quant else 6,
+                    color=colours[name],
+                    linestyle="--" if double_quant else "-",
+                    label=label(rows[0]["settings"]),
+                )
+    left.axhline(base["perplexity"], color="grey", linestyle=":", label="16 bits")
+    left.set(xlabel="bits per parameter", ylabel="perplexity", title="blocks of 256, 128, 64, 32 weights")
+    left.legend(frameon=False)
+    rows = found.select(weights="dithered", block_size=64)
+    rows.sort(key=lambda row: row["result"]["nll"])
+    for place, row in enumerate(rows):
+        added = [row["result"]["nll_by_document"][name] - base["nll_by_document"][name] for name in DOCUMENTS]
+        colour = colours[row["settings"]["data_type"]]
+        right.plot(added, [place] * len(added), "o", color=colour, alpha=0.4)
+        right.plot(sum(added) / len(added), place, "|", color=colour, markersize=22, markeredgewidth=3)
+    right.set_yticks(range(len(rows)), [label(row["settings"]) for row in rows])
+    right.axvline(0, color="grey", linestyle=":")
+    right.set(xlabel="loss added (nats a token)", title="blocks of 64: each document, and their mean")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def table(found: Cells) -> str:
+    """Markdown rows, as in docs/explanation/data-types.md."""
+    lines = ["| weights | type | block | bits | relative error | perplexity |", "|---|---|---|---|---|---|"]
+    for record in found.records:
+        settings, result = record["settings"], record["result"]
+        value = f"{result['perplexity']:.3f}" if "perplexity" in result else "-"
+        lines.append(
+            f"| {settings['weights']} | {label(settings)} | {settings['block_size'] or '-'}"
+            f" | {result['bits_per_param']:.3f} | {result['relative_error']:.4f} | {value} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smoke test")
+    parser.add_argument("--draw", action="store_true", help="only draw what was measured")
+    arguments = parser.parse_args()
+    found = Cells(RESULTS / f"data_types{'_quick' * arguments.quick}.json")
+    if not arguments.draw:
+        found.run(quick_cells() if arguments.quick else cells(1024), Bench().measure)
+    print(table(found))
+    if not arguments.quick:
+        draw(found, IMAGES / "data-types.png")
+
+
+if __name__ == "__main__":
+    main()

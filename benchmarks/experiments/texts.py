@@ -1,0 +1,61 @@
+"""The text of the experiments: what every Python carries, so that anyone can repeat them offline.
+
+Trained on: the language reference behind ``help()``, and sources of the standard library. Held out: other sources, and
+every fourth topic of the reference. A pretrained model has met such text before; that moves all rows of a table alike.
+"""
+
+import importlib
+import inspect
+import pydoc_data.topics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TRAINING_MODULES = ("inspect", "pydoc", "unittest.mock", "pickletools", "zipfile", "subprocess", "typing", "mailbox")
+HELD_OUT_MODULES = ("tarfile", "doctest", "argparse", "turtle", "_pydecimal")
+
+
+def source(module: str, tokenizer: Any) -> Tensor:
+    """The source of a module of the standard library as tokens ``[N]``."""
+    return _tokens(inspect.getsource(importlib.import_module(module)), tokenizer)
+
+
+def reference(tokenizer: Any, *, held_out: bool) -> Tensor:
+    """The language reference as tokens ``[N]``: every fourth topic, or the others."""
+    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    chosen = [text for number, text in enumerate(topics) if (number % 4 == 3) == held_out]
+    return _tokens("\n\n".join(chosen), tokenizer)
+
+
+def training_windows(tokenizer: Any, *, window: int, number: int, seed: int) -> list[Tensor]:
+    """Windows of training text, in an order that the seed decides; begun again only when all were read.
+
+    Returns: ``number`` windows of ``[window]`` tokens; a window lies within one document.
+    """
+    documents = [reference(tokenizer, held_out=False), *(source(name, tokenizer) for name in TRAINING_MODULES)]
+    windows = [ids[start : start + window] for ids in documents for start in range(0, len(ids) - window + 1, window)]
+    draw = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < number:
+        order += torch.randperm(len(windows), generator=draw).tolist()
+    return [windows[index] for index in order[:number]]
+
+
+def held_out_documents(tokenizer: Any, names: Sequence[str], *, tokens: int) -> dict[str, Tensor]:
+    """The first ``tokens`` tokens of held-out documents; ``"reference"`` is the held-out topics.
+
+    Raises: ValueError: a document is shorter.
+    """
+    found = {}
+    for name in names:
+        ids = reference(tokenizer, held_out=True) if name == "reference" else source(name, tokenizer)
+        if len(ids) < tokens:
+            raise ValueError(f"held-out document {name}: has {len(ids):,} tokens, {tokens:,} are needed")
+        found[name] = ids[:tokens]
+    return found
+
+
+def _tokens(text: str, tokenizer: Any) -> Tensor:
+    return torch.tensor(tokenizer(text, verbose=False).input_ids)
