@@ -23,11 +23,10 @@ from typing import Any
 
 import torch
 from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings
-from benchmarks.experiments.texts import held_out_documents
-from torch import Tensor, nn
+from benchmarks.experiments.texts import held_out_documents, held_out_losses
+from torch import nn
 
 from longfit.demo import demo_model
-from longfit.evaluation.perplexity import perplexity
 from longfit.evaluation.quant_error import DataType, quantizable_layers, quantized_weights, round_to
 from longfit.model.load import load
 
@@ -92,7 +91,7 @@ class Bench:
         model, tokenizer = self.model(settings["weights"])
         documents = held_out_documents(tokenizer, DOCUMENTS, tokens=settings["tokens"])
         with quantized_weights(model, data_type) as cost:
-            found = {name: nll(model, ids) for name, ids in documents.items()}
+            found = held_out_losses(model, documents)
         mean = sum(found.values()) / len(found)
         return {
             "bits_per_param": cost.bits_per_param,
@@ -102,10 +101,6 @@ class Bench:
             "perplexity": math.exp(mean),
             "nll_by_document": found,
         }
-
-
-def nll(model: nn.Module, ids: Tensor) -> float:
-    return perplexity(model, ids, window=len(ids), stride=len(ids)).nll
 
 
 @torch.no_grad()

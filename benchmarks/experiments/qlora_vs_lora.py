@@ -17,10 +17,9 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings
-from benchmarks.experiments.texts import held_out_documents, training_windows
+from benchmarks.experiments.texts import held_out_documents, held_out_losses, training_windows
 from benchmarks.experiments.training import Recipe, train, trainable
 
-from longfit.evaluation.perplexity import perplexity
 from longfit.model.load import load_report
 
 DOCUMENTS = ("reference", "tarfile", "argparse", "turtle")
@@ -43,9 +42,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
     def look(step: int) -> None:
         if step in (0, steps // 4, steps // 2, steps):
-            losses[str(step)] = {
-                name: perplexity(model, ids, window=window, stride=window).nll for name, ids in held_out.items()
-            }
+            losses[str(step)] = held_out_losses(model, held_out)
 
     look(0)
     windows = training_windows(tokenizer, window=window, number=steps, seed=settings["seed"])

@@ -7,11 +7,13 @@ every fourth topic of the reference. A pretrained model has met such text before
 import importlib
 import inspect
 import pydoc_data.topics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from longfit.evaluation.perplexity import perplexity
 
 TRAINING_MODULES = ("inspect", "pydoc", "unittest.mock", "pickletools", "zipfile", "subprocess", "typing", "mailbox")
 HELD_OUT_MODULES = ("tarfile", "doctest", "argparse", "turtle", "_pydecimal")
@@ -55,6 +57,11 @@ def held_out_documents(tokenizer: Any, names: Sequence[str], *, tokens: int) -> 
             raise ValueError(f"held-out document {name}: has {len(ids):,} tokens, {tokens:,} are needed")
         found[name] = ids[:tokens]
     return found
+
+
+def held_out_losses(model: nn.Module, documents: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean loss of each document, each read as one window with exact attention."""
+    return {name: perplexity(model, ids, window=len(ids), stride=len(ids)).nll for name, ids in documents.items()}
 
 
 def _tokens(text: str, tokenizer: Any) -> Tensor:
