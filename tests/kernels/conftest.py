@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,18 +45,32 @@ def triton_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     if interpreted != (request.param == "interpreter"):
         pytest.skip("set TRITON_INTERPRET=1 to interpret kernels where they can be compiled, unset it to compile them")
     if interpreted:
-        from triton.runtime import interpreter
-
-        monkeypatch.setattr(interpreter, "_convert_float", _rounding(interpreter._convert_float))
+        _correct_interpreter(monkeypatch)
     return "cpu" if interpreted else "cuda"
 
 
-def _rounding(convert: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """Let the interpreter round fp32 to bf16 as a card does, to the nearest; by itself it cuts the last bits off."""
+def _correct_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Triton's interpreter do with bfloat16 what a card does.
+
+    By itself it cuts fp32 off where a card rounds to the nearest, and multiplies bit patterns as if they were numbers.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
     def rounding(values: np.ndarray, source: object, target: object, mode: object) -> np.ndarray:
         if str(source) == "fp32" and str(target) == "bf16":
             return torch.from_numpy(values.copy()).bfloat16().view(torch.uint16).numpy()
         return convert(values, source, target, mode)
 
-    return rounding
+    def widening(builder: object, a: Any, b: Any, *rest: Any) -> object:
+        wide = [interpreter.TensorHandle(_to_fp32(x.data), tl.float32) if str(x.dtype) == "bf16" else x for x in (a, b)]
+        return dot(builder, *wide, *rest)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widening)
+
+
+def _to_fp32(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longfit.errors import BackendError
-from longfit.kernels import cpu, dispatch
+from longfit.kernels import cpu, dispatch, triton_device
 from longfit.kernels.dispatch import Dispatcher, backends, use_backend
 from longfit.numerics import quant_state, row_format
 from longfit.numerics.codebooks import dynamic_map
@@ -37,7 +37,32 @@ def test_every_operation_names_its_backend_and_why() -> None:
     for choice in chosen.values():
         assert choice.backend in ("cpu", "reference")
         assert choice.reason
-    assert {choice.backend for choice in backends("cuda").values()} == {"reference"}
+    if not torch.cuda.is_available():
+        on_a_card = backends("cuda").values()
+        assert {choice.backend for choice in on_a_card} == {"reference"}
+        assert all("not triton: " in choice.reason for choice in on_a_card)
+
+
+def test_triton_needs_a_card_that_it_compiles_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(triton_device, "find_spec", lambda name: object())
+    assert "compute capability 7.0, Triton needs 7.5" in backends("cuda")["linear_4bit"].reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    choices = backends("cuda")
+    assert {choice.backend for choice in choices.values()} == {"triton"}
+    assert choices["adamw_step"].reason == "Triton kernels for Tesla T4"
+    assert {choice.backend for choice in backends("cpu").values()} <= {"cpu", "reference"}
+    monkeypatch.setattr(triton_device, "find_spec", lambda name: None)
+    assert "triton is missing" in backends("cuda")["linear_4bit"].reason
+
+
+@pytest.mark.parametrize("op", dispatch.TABLE)
+def test_every_file_has_its_operation(op: str) -> None:
+    pytest.importorskip("triton", reason="the package triton is missing; it comes with the dev extra on Linux")
+    for backend in dispatch.TABLE[op]:
+        assert callable(getattr(dispatch._file(backend, op), op))
 
 
 def test_without_the_library_the_reference_runs_and_says_so_once(no_library: None) -> None:

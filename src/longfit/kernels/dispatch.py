@@ -1,13 +1,13 @@
 """Which code runs an operation: one table, one choice, said aloud.
 
     op             what it does                                             backends, best first
-    quantize_4bit  weight -> packed codes and their state                   cpu (C++), reference
+    quantize_4bit  weight -> packed codes and their state                   triton (CUDA), cpu (C++), reference
     ...            (`TABLE` below)
 
 `reference` is `numerics`; every other backend returns its bits (the matmuls: the product with the same weight, summed
 in another order). The choice depends on the device and on what this machine can run, never on the data. `backends`
-tells it with its reason, `use_backend` forces it, and a forced backend that cannot run raises. Where the C++ library is
-missing, the first call warns once and goes on.
+tells it with its reason, `use_backend` forces it, and a forced backend that cannot run raises. Where the C++ library or
+Triton is missing, the first call warns once and goes on.
 
 The functions here have the signatures of `numerics`; each is a torch operator ``longfit::<name>`` (`ops.py` has the
 schemas and all argument checks), so that ``torch.compile`` sees one opaque node. They have no gradient: layers and
@@ -35,21 +35,35 @@ from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat
 
 # Backend -> the module whose functions have the operations' names, and the device types it serves.
-MODULES = {"reference": "longfit.kernels.reference", "cpu": "longfit.kernels.cpu"}
-# Operations that have a file of their own beside that module.
-FILES = {("cpu", "adamw_step"): "longfit.kernels.cpu_adamw"}
+MODULES = {
+    "reference": "longfit.kernels.reference",
+    "cpu": "longfit.kernels.cpu",
+    "triton": "longfit.kernels.triton_device",
+}
+# Operations that have a file of their own beside that module; only these files import triton.
+FILES = {
+    ("cpu", "adamw_step"): "longfit.kernels.cpu_adamw",
+    ("triton", "quantize_4bit"): "longfit.kernels.triton_4bit",
+    ("triton", "dequantize_4bit"): "longfit.kernels.triton_4bit",
+    ("triton", "dequantize_rows"): "longfit.kernels.triton_4bit",
+    ("triton", "quantize_8bit"): "longfit.kernels.triton_8bit",
+    ("triton", "dequantize_8bit"): "longfit.kernels.triton_8bit",
+    ("triton", "linear_4bit"): "longfit.kernels.triton_linear",
+    ("triton", "linear_4bit_grad_input"): "longfit.kernels.triton_linear",
+    ("triton", "adamw_step"): "longfit.kernels.triton_adamw",
+}
 DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
 
 # Operation -> backends, best first; the last one runs anywhere.
 TABLE = {
-    "quantize_4bit": ("cpu", "reference"),
-    "dequantize_4bit": ("cpu", "reference"),
-    "quantize_8bit": ("cpu", "reference"),
-    "dequantize_8bit": ("cpu", "reference"),
-    "dequantize_rows": ("cpu", "reference"),
-    "linear_4bit": ("cpu", "reference"),
-    "linear_4bit_grad_input": ("cpu", "reference"),
-    "adamw_step": ("cpu", "reference"),
+    "quantize_4bit": ("triton", "cpu", "reference"),
+    "dequantize_4bit": ("triton", "cpu", "reference"),
+    "quantize_8bit": ("triton", "cpu", "reference"),
+    "dequantize_8bit": ("triton", "cpu", "reference"),
+    "dequantize_rows": ("triton", "cpu", "reference"),
+    "linear_4bit": ("triton", "cpu", "reference"),
+    "linear_4bit_grad_input": ("triton", "cpu", "reference"),
+    "adamw_step": ("triton", "cpu", "reference"),
 }
 NAMES = ("reference", "cpu", "triton")
 
@@ -89,7 +103,9 @@ class Dispatcher:
             return Choice(self.forced, "forced by use_backend")
         passed: list[str] = []
         for backend in TABLE[op]:
-            why_not = _why_not(backend, op, device)
+            if device not in DEVICES.get(backend, (device,)):
+                continue  # made for another device: no news
+            why_not = _why_not_here(backend)
             if why_not is None:
                 return Choice(backend, "; ".join(passed) or _module(backend).why())
             passed.append(f"not {backend}: {why_not}")
@@ -100,7 +116,8 @@ class Dispatcher:
         key = (op, device.type)
         if key not in self._chosen:
             choice = self.choose(*key)
-            if choice.backend == "reference" and device.type == "cpu" and self.forced is None and not self._reported:
+            slow = choice.backend == "reference" and device.type in ("cpu", "cuda")
+            if slow and self.forced is None and not self._reported:
                 self._reported = True
                 warnings.warn(f"longfit runs its slow reference kernels; {choice.reason}", RuntimeWarning, stacklevel=5)
             self._chosen[key] = getattr(_file(choice.backend, op), op)

@@ -35,16 +35,17 @@ from longfit.numerics.double_quant import DoubleQuant
 from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat
 
-# Weights a program handles: 16 or 32 a thread, so that each thread moves 16 bytes of bf16 at a time.
-_QUANTIZE_WEIGHTS = 2048
-_DEQUANTIZE_WEIGHTS = 4096
+# Weights a program of 128 threads handles. A thread then loads 8 bytes of codes at a time and stores 16 bytes of bf16;
+# with 4,096 weights the exchange between threads before the store would need seven barriers instead of one.
+_WEIGHTS = 2048
 
 
 # ------------------------------------------------------------------------------------------------ quantise
 @triton.jit
 def _quantize(
-    values, packed, absmax, thresholds, code_of_rank, numel, BLOCK_SIZE: tl.constexpr, NUM_BLOCKS: tl.constexpr
-):
+    values, packed, absmax, thresholds, code_of_rank, numel, num_pairs, BLOCK_SIZE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):  # fmt: skip
     HALF: tl.constexpr = BLOCK_SIZE // 2
     block = tl.program_id(0).to(tl.int64) * NUM_BLOCKS + tl.arange(0, NUM_BLOCKS)
     index = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]  # [NUM_BLOCKS, BLOCK_SIZE]
@@ -58,7 +59,7 @@ def _quantize(
     code = tl.load(code_of_rank + nearest_rank(scaled, thresholds, 4))
     high, low = tl.split(tl.reshape(code, (NUM_BLOCKS, HALF, 2)))
     place = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    tl.store(packed + place, (high << 4) | low, mask=2 * place < numel)
+    tl.store(packed + place, (high << 4) | low, mask=place < num_pairs)
 
 
 def quantize_4bit(
@@ -67,13 +68,13 @@ def quantize_4bit(
     """See `longfit.numerics.quant_state.quantize_4bit`."""
     flat = weight.detach().reshape(-1)
     flat = flat.to(kernel_dtype(flat.dtype, flat.device)).contiguous()
-    blocks, per_program = num_blocks(flat.numel(), block_size), max(1, _QUANTIZE_WEIGHTS // block_size)
+    blocks, per_program = num_blocks(flat.numel(), block_size), max(1, _WEIGHTS // block_size)
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=flat.device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=flat.device)
     thresholds, code_of_rank, _ = tables_of(quant_type, flat.device)
     with on_device(flat):
         _quantize[(triton.cdiv(blocks, per_program),)](
-            flat, packed, absmax, thresholds, code_of_rank, flat.numel(),
+            flat, packed, absmax, thresholds, code_of_rank, flat.numel(), packed.numel(),
             BLOCK_SIZE=block_size, NUM_BLOCKS=per_program, enable_fp_fusion=False,
         )  # fmt: skip
     stored = _quantize_absmax(absmax, absmax_block_size) if double_quant else absmax
@@ -146,11 +147,11 @@ class Weight4(NamedTuple):
 
     def dequantize(self, out: Tensor) -> None:
         """Fill ``out``, contiguous, of a dtype from `kernel_dtype`, with the weights row by row."""
-        blocks, per_program = num_blocks(out.numel(), self.block_size), max(1, _DEQUANTIZE_WEIGHTS // self.block_size)
+        blocks, per_program = num_blocks(out.numel(), self.block_size), max(1, _WEIGHTS // self.block_size)
         *tensors_and_strides, block_size, absmax_block_size, double_quant = self
         with on_device(out):
             _dequantize[(triton.cdiv(blocks, per_program),)](
-                out, out.numel(), *tensors_and_strides,
+                out, out.numel(), (out.numel() + 1) // 2, *tensors_and_strides,
                 BLOCK_SIZE=block_size, ABSMAX_BLOCK_SIZE=absmax_block_size, DOUBLE_QUANT=double_quant,
                 NUM_BLOCKS=per_program, enable_fp_fusion=False,
             )  # fmt: skip
@@ -172,9 +173,9 @@ def block_constants(
 
 @triton.jit
 def _dequantize(
-    out, numel, codes, scales, nested, offset, levels, scale_levels, code_stride, scale_stride, blocks_per_row,
-    first_block, BLOCK_SIZE: tl.constexpr, ABSMAX_BLOCK_SIZE: tl.constexpr, DOUBLE_QUANT: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
+    out, numel, num_pairs, codes, scales, nested, offset, levels, scale_levels, code_stride, scale_stride,
+    blocks_per_row, first_block, BLOCK_SIZE: tl.constexpr, ABSMAX_BLOCK_SIZE: tl.constexpr,
+    DOUBLE_QUANT: tl.constexpr, NUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     HALF: tl.constexpr = BLOCK_SIZE // 2
     block = tl.program_id(0).to(tl.int64) * NUM_BLOCKS + tl.arange(0, NUM_BLOCKS)  # of these rows
@@ -185,9 +186,10 @@ def _dequantize(
         block * BLOCK_SIZE < numel, ABSMAX_BLOCK_SIZE, DOUBLE_QUANT,
     )  # fmt: skip
     byte_of_block = row * code_stride + place * HALF
-    pair = tl.arange(0, HALF)
-    inside = block[:, None] * BLOCK_SIZE + 2 * pair[None, :] < numel
-    byte = tl.load(codes + byte_of_block[:, None] + pair[None, :], mask=inside, other=0).to(tl.int32)
+    pair = tl.arange(0, HALF)[None, :]
+    # Counted in bytes, not as every second weight, so that the compiler sees runs of 16 and loads them at once.
+    inside = block[:, None] * HALF + pair < num_pairs
+    byte = tl.load(codes + byte_of_block[:, None] + pair, mask=inside, other=0).to(tl.int32)
     even = tl.load(levels + (byte >> 4)) * absmax[:, None]
     odd = tl.load(levels + (byte & 15)) * absmax[:, None]
     index = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
