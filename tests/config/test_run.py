@@ -82,6 +82,11 @@ def test_all_mistakes_are_told_at_once_each_with_its_place_and_its_fix(tmp_path:
         (["optim.file=state"], "file only acts with a budget"),
         (["engine.engine=plain", "engine.tile=64"], "tile, arena and keep_attention only act with engine sweep"),
         (["engine.arena_folder=/tmp"], "arena_folder only acts with arena file"),
+        (
+            ["engine.stream_folder=/tmp", "engine.stream=ram"],
+            "stream_folder only acts with stream file; add --stream file",
+        ),
+        (["engine.engine=plain", "engine.stream=file"], "stream only acts with engine sweep"),
         (["data.validation=x", "data.validation_fraction=0.1"], "exclude each other"),
         (["model.block_size=96"], "must be a power of two; try model.block_size=64"),
         (["train.learning_rate=nan"], "must be"),

@@ -126,7 +126,7 @@ def test_other_page_sizes_are_refused(path: Path) -> None:
     file = opened(path)
     file.commit({})
     file.close()
-    with pytest.raises(PagingError, match=r"resume with page_bytes=8192"):
+    with pytest.raises(PagingError, match=r"written with page_bytes=8192"):
         PageFile(path, run="mine", page_bytes=2 * PAGE_BYTES)
 
 

@@ -202,6 +202,8 @@ def test_every_setting_is_read_by_a_run(
         context__attention="shifted",
         engine__arena="file",
         engine__arena_folder=str(tmp_path),
+        engine__stream="file",
+        engine__stream_folder=str(tmp_path),
         optim__budget="8MiB",
         optim__file=str(tmp_path / "state"),
     )

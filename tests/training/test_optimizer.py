@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from longfit.config import RunConfig
+from longfit.errors import PagingError
 from longfit.optim.adamw import PagedAdamW
-from longfit.training.optimizer import clip_gradients, make_optimizer, paging_record, parameter_groups
+from longfit.optim.page_file import PageFile
+from longfit.training.optimizer import PagingMeter, clip_gradients, make_optimizer, parameter_groups, relieve
 
 
 def config(**settings: object) -> RunConfig:
@@ -32,19 +34,27 @@ def test_only_matrices_decay_and_frozen_parameters_stay_out() -> None:
 
 
 def test_the_optimiser_fits_dtype_and_settings(tmp_path: Path) -> None:
-    def made(dtype: torch.dtype, **settings: object) -> torch.optim.Optimizer:
-        return make_optimizer(config(**settings), parameter_groups(model(dtype), weight_decay=0.0))
+    def made(dtype: torch.dtype, *, process: int | None = None, **settings: object) -> torch.optim.Optimizer:
+        groups = parameter_groups(model(dtype), weight_decay=0.0)
+        return make_optimizer(config(**settings), groups, run_id="mine", process=process)
 
     plain = made(torch.float32, optim__betas=[0.8, 0.95], train__learning_rate=3e-3)
     assert type(plain) is torch.optim.AdamW
     assert (plain.defaults["betas"], plain.defaults["lr"]) == ((0.8, 0.95), 3e-3)
-    assert paging_record(plain) == {}
+    assert PagingMeter(plain).read() == {}
+    assert relieve(plain, lambda: 0.5) == 0.5
     assert isinstance(made(torch.bfloat16), PagedAdamW)
     small = made(torch.float32, optim__optim="adamw8bit", optim__budget="64MiB", optim__file=str(tmp_path / "state"))
     assert isinstance(small, PagedAdamW)
     assert (small.state_bits, small.budget_bytes) == (8, 64 << 20)
-    assert paging_record(small)["optim_paged_bytes"] == 0
+    assert PagingMeter(small).read()["optim_paged_bytes"] == 0
     assert (tmp_path / "state").exists()
+    other = made(torch.float32, process=1, optim__budget="64MiB", optim__file=str(tmp_path / "state"))
+    assert isinstance(other, PagedAdamW)
+    other.commit()
+    del other  # closes the file
+    with pytest.raises(PagingError, match=r"run 'mine\.1'; this is run 'mine'"):
+        PageFile(tmp_path / "state.1", run="mine", page_bytes=4 << 20)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -34,7 +34,10 @@ def train(
     group_size: Annotated[str | None, typer.Option(help="Tokens in a shifted group.", rich_help_panel=CONTEXT)] = None,
     quant: Annotated[str | None, typer.Option(help="nf4, fp4, int4 or none.", rich_help_panel=MEMORY)] = None,
     engine: Annotated[str | None, typer.Option(help="sweep or plain.", rich_help_panel=MEMORY)] = None,
-    arena: Annotated[str | None, typer.Option(help="device, pinned or file.", rich_help_panel=MEMORY)] = None,
+    arena: Annotated[str | None, typer.Option(help="device, ram, pinned or file.", rich_help_panel=MEMORY)] = None,
+    stream: Annotated[
+        str | None, typer.Option(help="Frozen weights wait in ram or file.", rich_help_panel=MEMORY)
+    ] = None,
     optim: Annotated[str | None, typer.Option(help="adamw or adamw8bit.", rich_help_panel=MEMORY)] = None,
     optim_budget: Annotated[str | None, typer.Option(help="Resident state, as 2GiB.", rich_help_panel=MEMORY)] = None,
     optim_file: Annotated[str | None, typer.Option(help="File for paged-out state.", rich_help_panel=MEMORY)] = None,
@@ -73,6 +76,7 @@ def train(
         "--quant": ("model.quant", quant),
         "--engine": ("engine.engine", engine),
         "--arena": ("engine.arena", arena),
+        "--stream": ("engine.stream", stream),
         "--optim": ("optim.optim", optim),
         "--optim-budget": ("optim.budget", optim_budget),
         "--optim-file": ("optim.file", optim_file),

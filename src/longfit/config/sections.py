@@ -213,9 +213,13 @@ class EngineSection(Section):
     """Tokens the sweep handles at once; unset: chosen by the engine."""
     keep_attention: Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)] | None = None
     """Bytes of attention outputs kept for backward instead of computed again; unset: 512MiB on a CPU, else none."""
-    arena: Literal["device", "pinned", "file"] = "device"
-    """Where layer inputs wait for backward: on the device, in pinned host memory (CUDA), or in a file."""
+    arena: Literal["device", "ram", "pinned", "file"] = "device"
+    """Where layer inputs wait for backward: on the device, in host memory (ram; pinned: CUDA only), or in a file."""
     arena_folder: str | None = None
+    """Folder of that file, on a real disk; unset: the system's folder for temporary files."""
+    stream: Literal["none", "ram", "file"] = "none"
+    """Where frozen weights wait, to be brought in a layer ahead: nowhere, in host memory (CUDA), or in a file."""
+    stream_folder: str | None = None
     """Folder of that file, on a real disk; unset: the system's folder for temporary files."""
 
     @model_validator(mode="after")
@@ -224,8 +228,12 @@ class EngineSection(Section):
             self.tile is not None or self.arena != "device" or self.keep_attention is not None
         ):
             raise _contradiction("tile, arena and keep_attention only act with engine sweep; drop them")
-        if self.arena_folder is not None and self.arena != "file":
-            raise _contradiction("arena_folder only acts with arena file; add --arena file or drop it")
+        if self.engine == "plain" and self.stream != "none":
+            raise _contradiction("stream only acts with engine sweep; drop it")
+        for name in ("arena", "stream"):
+            if getattr(self, f"{name}_folder") is not None and getattr(self, name) != "file":
+                text = "{name}_folder only acts with {name} file; add --{name} file or drop it"
+                raise _contradiction(text, name=name)
         return self
 
 

@@ -26,11 +26,11 @@ from longfit.kernels.dispatch import adamw_step
 from longfit.numerics.adamw import RunState, RunUpdate, StepScalars, step_scalars
 from longfit.numerics.stochastic_rounding import rounding_key
 from longfit.optim.checks import (
-    DEFAULT_PAGE_BYTES,
     check_hyperparameters,
     check_parameter,
     check_saved,
     check_settings,
+    default_page_bytes,
 )
 from longfit.optim.elements import put, take
 from longfit.optim.frames import Frames
@@ -72,7 +72,7 @@ class PagedAdamW(torch.optim.Optimizer):
         state_bits: 32, or 8 for block-wise 8-bit moments (2.03 bytes a parameter instead of 8). Parameters below 4,096
             elements keep 32 bits, float64 ones 64.
         master_weights: ``"fp32"`` or ``"stochastic"`` (bfloat16 only): how 16-bit parameters keep small updates.
-        page_bytes: size of a page; a multiple of 4,096, at least 65,536.
+        page_bytes: size of a page; a multiple of 4,096, at least 65,536; None: 4 MiB, or less for a small budget.
         budget_bytes: state that may stay in the memory of each parameter's device; None: all of it. The rest goes to
             host memory (accelerators) or to the file at ``path``.
         host_budget_bytes: for accelerators with a ``path``: state that may stay in host memory; None: all of it.
@@ -99,12 +99,13 @@ class PagedAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         state_bits: int = 32,
         master_weights: str = "fp32",
-        page_bytes: int = DEFAULT_PAGE_BYTES,
+        page_bytes: int | None = None,
         budget_bytes: int | None = None,
         host_budget_bytes: int | None = None,
         path: str | os.PathLike[str] | None = None,
         run: str | None = None,
     ) -> None:
+        page_bytes = default_page_bytes(budget_bytes) if page_bytes is None else page_bytes
         check_settings(state_bits, master_weights, page_bytes, budget_bytes, path)
         self.state_bits = state_bits
         self.master_weights = master_weights
@@ -228,6 +229,11 @@ class PagedAdamW(torch.optim.Optimizer):
         )
         for cache in self._tiers():
             cache.let_go_of_committed()
+
+    @property
+    def has_file(self) -> bool:
+        """Whether there is a file, for ``commit``."""
+        return self._file is not None
 
     @property
     def committed_mark(self) -> str | None:

@@ -282,7 +282,8 @@ class PageFile:
         if header["page_bytes"] != self.page_bytes:
             raise PagingError(
                 f"{self.path}: was written with page_bytes={header['page_bytes']}, got {self.page_bytes}; "
-                f"resume with page_bytes={header['page_bytes']}"
+                "resume with that, or with the budget of then, which decides it; or remove the file and its .commit "
+                "and load a checkpoint"
             )
 
     def _read_commit(self) -> None:

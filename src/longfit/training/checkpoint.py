@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from longfit.errors import RunError
+from longfit.optim.adamw import PagedAdamW
 
 FORMAT = 1
 DISK_RESERVE_BYTES = 16 << 20  # tokenizer, configuration and file-system overhead
@@ -37,6 +38,7 @@ class RunState:
     windows_seen: int
     tokens_seen: int
     num_processes: int = 1
+    run_id: str = ""  # the same in all checkpoints of a run, and in its file of paged optimiser state
     format: int = FORMAT
 
 
@@ -90,6 +92,7 @@ def save_checkpoint(
         save_adapter(model, tokenizer, unfinished / "adapter")
         save_file({name: tensor.contiguous() for name, tensor in trained.items()}, unfinished / "trainable.safetensors")
         torch.save(optimizer_state, unfinished / "optimizer.pt")
+        commit_optimizer(optimizer, state)
         (unfinished / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
         _flush(unfinished)
         unfinished.rename(final)
@@ -125,8 +128,27 @@ def load_checkpoint(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(saved[name])
-    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+    if isinstance(optimizer, PagedAdamW):
+        if optimizer.committed_mark != _mark(state):  # else its file holds this very state
+            saved = torch.load(folder / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
+            optimizer.load_state_dict(saved)
+    else:
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
     return state
+
+
+def commit_optimizer(optimizer: torch.optim.Optimizer, state: RunState) -> None:
+    """Let a file of paged state hold the state of this moment, so that a resumed run finds it in its place.
+
+    A kill between this and the checkpoint's renaming leaves a file that is ahead of the newest checkpoint. The marks
+    then differ, and the checkpoint's own copy is loaded.
+    """
+    if isinstance(optimizer, PagedAdamW) and optimizer.has_file:
+        optimizer.commit(_mark(state))
+
+
+def _mark(state: RunState) -> str:
+    return f"step {state.step}"
 
 
 def read_state(folder: Path) -> RunState:

@@ -12,6 +12,7 @@ Not here: what a layer does (engine), what a window holds (data), how a run dire
 """
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from longfit.config import RunConfig
@@ -36,8 +38,23 @@ from longfit.training import run_directory
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
 from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, MetricsFile, OnEvent, peak_memory_bytes, read_metrics
-from longfit.training.optimizer import clip_gradients, make_optimizer, paging_record, parameter_groups
-from longfit.training.prepare import extend, load_base, make_trainable, native_context, pack_documents, read_data
+from longfit.training.optimizer import (
+    PagingMeter,
+    clip_gradients,
+    discard_file,
+    make_optimizer,
+    parameter_groups,
+    relieve,
+)
+from longfit.training.prepare import (
+    extend,
+    load_base,
+    make_trainable,
+    native_context,
+    pack_documents,
+    read_data,
+    stream_frozen,
+)
 from longfit.training.schedule import learning_rate
 
 
@@ -115,6 +132,7 @@ class _Run:
     windows: PackedDataset
     validation: PackedDataset | None
     metrics: MetricsFile
+    paging: PagingMeter
     state: RunState
     seconds: float = 0.0
 
@@ -171,9 +189,16 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     model = make_trainable(model, config, on_event=notify)
     loss_module = accelerator.prepare(TrainingLoss(model))
     loss_module.train()
-    optimizer = make_optimizer(config, parameter_groups(model, weight_decay=config.train.weight_decay))
+    stream_frozen(model, config, accelerator.device, on_event=notify)
+    run_id = read_state(run_directory.last_checkpoint(run_dir)).run_id if resume else _new_run_id(accelerator)
+    optimizer = make_optimizer(
+        config,
+        parameter_groups(model, weight_decay=config.train.weight_decay),
+        run_id=run_id,
+        process=accelerator.process_index if accelerator.num_processes > 1 else None,
+    )
     metrics = MetricsFile(run_dir / "metrics.jsonl")
-    state, seconds = RunState(0, 0, 0, num_processes=accelerator.num_processes), 0.0
+    state, seconds = RunState(0, 0, 0, num_processes=accelerator.num_processes, run_id=run_id), 0.0
     if resume:
         checkpoint = run_directory.last_checkpoint(run_dir)
         _require_same_processes(read_state(checkpoint), accelerator.num_processes)
@@ -191,7 +216,7 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     notify(Event("phase", text, {"total_steps": config.train.steps, "step": state.step, "run_dir": str(run_dir)}))
     return _Run(
         config, run_dir, notify, accelerator, loss_module, model, tokenizer, optimizer, windows, validation, metrics,
-        state, seconds,
+        PagingMeter(optimizer), state, seconds,
     )  # fmt: skip
 
 
@@ -205,6 +230,14 @@ def _accelerator(device: str) -> Accelerator:
         raise ConfigError(f"model.device={device}: must be auto, cpu, cuda or cuda:N")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     return Accelerator(cpu=on_cpu, mixed_precision="no")  # layers compute in model.dtype by themselves
+
+
+def _new_run_id(accelerator: Accelerator) -> str:
+    """Return a name that no other run has, the same in all processes."""
+    names = [os.urandom(8).hex()]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(names)
+    return names[0]
 
 
 def _require_same_processes(state: RunState, num_processes: int) -> None:
@@ -236,6 +269,7 @@ def _loop(run: _Run) -> TrainResult:
             with interruptible.held():
                 _save_result(run)
             run.accelerator.wait_for_everyone()
+            discard_file(run.optimizer)
             finished = True
         except KeyboardInterrupt:
             with interruptible.held():
@@ -256,16 +290,9 @@ def _step(run: _Run, interruptible: Interruptible) -> None:
     num_trained = _over_processes(run, sum(_num_trained(batch) for batch in batches))
     num_tokens = int(_over_processes(run, sum(int(run.window_lengths[batch.indices].sum()) for batch in batches)))
 
-    run.optimizer.zero_grad(set_to_none=True)
-    loss = 0.0
-    for number, batch in enumerate(batches):
-        torch.manual_seed(_seed(train.seed, step, number, accelerator.process_index))
-        with nullcontext() if number == len(batches) - 1 else accelerator.no_sync(run.loss_module):
-            part = run.loss_module(**batch.tensors, num_items=num_trained)
-            # Data-parallel wrappers average gradients over processes, but these parts must add up.
-            accelerator.backward(part * accelerator.num_processes)
-        loss += part.item()
-        _require_finite(run, "loss", loss, batch)
+    differentiate = partial(_differentiate, run, batches, num_trained)
+    # Of several processes none may try again alone: the others wait for its gradients where they are.
+    loss = relieve(run.optimizer, differentiate) if accelerator.num_processes == 1 else differentiate()
     loss = _over_processes(run, loss)
     grad_norm = clip_gradients(run.parameters, train.max_grad_norm)
     _require_finite(run, "gradient norm", grad_norm, batches[-1])
@@ -287,6 +314,7 @@ def _step(run: _Run, interruptible: Interruptible) -> None:
             + sum(len(batch.indices) for batch in batches) * accelerator.num_processes,
             tokens_seen=run.state.tokens_seen + num_tokens,
             num_processes=accelerator.num_processes,
+            run_id=run.state.run_id,
         )
         seconds = time.perf_counter() - began
         run.seconds += seconds
@@ -300,11 +328,26 @@ def _step(run: _Run, interruptible: Interruptible) -> None:
             "tokens_per_s": num_tokens / seconds,
             "step_s": seconds,
             "peak_memory_bytes": peak_memory_bytes(accelerator.device),
-            **paging_record(run.optimizer),
+            **run.paging.read(),
         }
         run.record(record)
     text = f"step {step + 1}/{run.total_steps}  loss {loss:.4f}  grad {grad_norm:.3f}  lr {rate:.2e}"
     run.tell(Event("step", f"{text}  {num_tokens / seconds:,.0f} tokens/s", record))
+
+
+def _differentiate(run: _Run, batches: list["_Batch"], num_trained: float) -> float:
+    """Put the gradients of a step's micro-batches in their place; return this process's part of the loss."""
+    accelerator, loss = run.accelerator, 0.0
+    run.optimizer.zero_grad(set_to_none=True)
+    for number, batch in enumerate(batches):
+        torch.manual_seed(_seed(run.config.train.seed, run.state.step, number, accelerator.process_index))
+        with nullcontext() if number == len(batches) - 1 else accelerator.no_sync(run.loss_module):
+            part = run.loss_module(**batch.tensors, num_items=num_trained)
+            # Data-parallel wrappers average gradients over processes, but these parts must add up.
+            accelerator.backward(part * accelerator.num_processes)
+        loss += part.item()
+        _require_finite(run, "loss", loss, batch)
+    return loss
 
 
 @dataclass(frozen=True)

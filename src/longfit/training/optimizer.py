@@ -1,6 +1,6 @@
 """The one place where a run's optimiser is made, and what happens to gradients just before it steps."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: RunConfig, groups: list[dict[str, Any]], *, run_id: str, process: int | None = None
+) -> torch.optim.Optimizer:
     """Make the optimiser that the config asks for.
 
     torch's fused AdamW where 32-bit parameters, as adapters are, want 32-bit state without a budget; `PagedAdamW` for
@@ -32,33 +34,59 @@ def make_optimizer(config: RunConfig, groups: list[dict[str, Any]]) -> torch.opt
     Args:
         config: its ``optim`` section decides; ``train.learning_rate`` is the peak.
         groups: from `parameter_groups`.
+        run_id: whose state ``optim.file`` holds; a file of another run is refused.
+        process: this process's number where there are several, each with a file of its own; it ends the file's name.
     Raises: ConfigError, PagingError: as `PagedAdamW`.
     """
     optim, peak = config.optim, config.train.learning_rate
     wide = all(parameter.dtype in (torch.float32, torch.float64) for group in groups for parameter in group["params"])
     if wide and optim.optim == "adamw" and optim.budget is None:
         return torch.optim.AdamW(groups, lr=peak, betas=optim.betas, fused=True)
+    suffix = "" if process is None else f".{process}"
     return PagedAdamW(
         groups,
         lr=peak,
         betas=optim.betas,
         state_bits=8 if optim.optim == "adamw8bit" else 32,
         budget_bytes=optim.budget,
-        path=optim.file,
+        path=None if optim.file is None else f"{optim.file}{suffix}",
+        run=f"{run_id}{suffix}",
     )
 
 
-def paging_record(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return where paged state is and what moving it has cost, for ``metrics.jsonl``; empty for torch's AdamW."""
-    if not isinstance(optimizer, PagedAdamW):
-        return {}
-    statistics = optimizer.paging_statistics()
-    return {
-        "optim_resident_bytes": statistics.resident_bytes,
-        "optim_paged_bytes": statistics.paged_bytes,
-        "optim_moved_bytes": statistics.moved_bytes,
-        "optim_moved_s": statistics.moved_s,
-    }
+def relieve(optimizer: torch.optim.Optimizer, function: Callable[[], float]) -> float:
+    """Call what allocates beside the optimiser; if memory runs out, paged state makes room and it is called once more.
+
+    Args:
+        function: begins with gradients of its own making, as it may run twice.
+    """
+    return float(optimizer.relieve(function)) if isinstance(optimizer, PagedAdamW) else function()
+
+
+def discard_file(optimizer: torch.optim.Optimizer) -> None:
+    """Remove the file of paged state; the checkpoints have copies."""
+    if isinstance(optimizer, PagedAdamW):
+        optimizer.discard()
+
+
+class PagingMeter:
+    """Where paged state is, and what moving it has cost since the last reading, for ``metrics.jsonl``."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer if isinstance(optimizer, PagedAdamW) else None
+        self._before = self._optimizer.paging_statistics() if self._optimizer is not None else None
+
+    def read(self) -> dict[str, float]:
+        """Return resident and paged bytes, and bytes and seconds of moving; nothing for torch's AdamW."""
+        if self._optimizer is None or self._before is None:
+            return {}
+        before, self._before = self._before, self._optimizer.paging_statistics()
+        return {
+            "optim_resident_bytes": self._before.resident_bytes,
+            "optim_paged_bytes": self._before.paged_bytes,
+            "optim_moved_bytes": self._before.moved_bytes - before.moved_bytes,
+            "optim_moved_s": self._before.moved_s - before.moved_s,
+        }
 
 
 @torch.no_grad()

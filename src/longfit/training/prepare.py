@@ -4,6 +4,7 @@ The only place where the config becomes arguments of the floors below. Training,
 share these steps, so that what is shown and measured is what was trained.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from longfit.data.sources import Documents, read_documents, split_documents
 from longfit.engine.arena import Arena, FileArena
 from longfit.engine.arena_pinned import PinnedArena
 from longfit.engine.doors import base_model
+from longfit.engine.stream import stream_weights
 from longfit.engine.sweep import enable_sweep
 from longfit.errors import ConfigError, ModelError
 from longfit.model import gguf
@@ -102,7 +104,8 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
     )
     if config.engine.engine == "sweep":
         engine = config.engine
-        report = enable_sweep(model, tile=engine.tile, arena=make_arena(config), kept_bytes=engine.keep_attention)
+        arena = make_arena(config, model.device)
+        report = enable_sweep(model, tile=engine.tile, arena=arena, kept_bytes=engine.keep_attention)
         text = f"sweeping {len(report.layers)} layers, {report.tile:,} tokens at a time"
         on_event(Event("phase", text, {"tile": report.tile, "fallback": report.fallback}))
     else:
@@ -110,17 +113,17 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
     return model
 
 
-def make_arena(config: RunConfig) -> Arena | None:
-    """Make the place where layer inputs wait; None leaves them on the device.
+def make_arena(config: RunConfig, device: torch.device) -> Arena | None:
+    """Make the place where layer inputs wait; None leaves them on the device, whose memory is ``ram`` on a CPU.
 
     Raises: ConfigError: the place does not exist on this machine.
     """
     section = config.engine
-    if section.arena == "device":
+    if section.arena == "device" or (section.arena == "ram" and device.type == "cpu"):
         return None
-    if section.arena == "pinned":
-        if not torch.cuda.is_available():
-            raise ConfigError("engine.arena=pinned: this machine has no CUDA device; use device or file")
+    if section.arena in ("ram", "pinned"):
+        if device.type != "cuda":
+            raise ConfigError(f"engine.arena={section.arena}: this run uses no CUDA device; use device, ram or file")
         return PinnedArena()
     try:
         return FileArena(section.arena_folder)
@@ -129,6 +132,31 @@ def make_arena(config: RunConfig) -> Arena | None:
         raise ConfigError(
             f"engine.arena_folder: {folder}{error.strerror}; name a folder that can be written"
         ) from error
+
+
+def stream_frozen(model: Any, config: RunConfig, device: torch.device, *, on_event: OnEvent) -> None:
+    """Move the frozen weights to where they wait, as ``engine.stream`` says; the model must be on its device by now.
+
+    Raises: ConfigError: the place does not exist on this machine, or the run needs the weights in their place.
+    """
+    section = config.engine
+    if section.stream == "none":
+        return
+    if section.stream == "ram" and device.type == "cpu":
+        raise ConfigError("engine.stream=ram: on a CPU the weights are in host memory already; use file or none")
+    data = config.data
+    if device.type != "cpu" and (data.validation is not None or data.validation_fraction):
+        raise ConfigError(
+            f"engine.stream={section.stream}: layers are brought in while they are swept, and validation does not sweep"
+            " them; drop the validation text, or use engine.stream=none"
+        )
+    folder = None if section.stream == "ram" else section.stream_folder or tempfile.gettempdir()
+    try:
+        report = stream_weights(model, folder=folder)
+    except OSError as error:
+        raise ConfigError(f"engine.stream_folder: {folder}: {error.strerror}; name a folder with room") from error
+    text = f"streaming {report.num_bytes / 2**20:,.0f} MiB of frozen weights from {report.place}"
+    on_event(Event("phase", text, {"num_bytes": report.num_bytes, "largest_bytes": report.largest_bytes}))
 
 
 def native_context(model_config: Any) -> int:

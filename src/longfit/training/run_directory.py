@@ -39,6 +39,8 @@ FREE_SETTINGS = frozenset(
         "optim.file",
         "engine.arena",
         "engine.arena_folder",
+        "engine.stream",
+        "engine.stream_folder",
     }
 )
 # These change rounding, but not what is computed: a smaller tile after running out of memory, another device.
@@ -119,10 +121,14 @@ def merge_for_resume(stored: RunConfig, asked: RunConfig) -> tuple[RunConfig, li
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Make the paths in a config independent of the current directory; hub ids and missing paths stay."""
+    """Make the paths in a config independent of the current directory; hub ids and missing data stay as they are."""
     flat = config.flat()
-    paths = {key: flat[key] for key in ("model.name", "data.path", "data.validation") if flat[key] is not None}
-    changed = {key: str(Path(path).resolve()) for key, path in paths.items() if Path(path).exists()}
+    may_be_hub_ids = ("model.name", "data.path", "data.validation")
+    always_paths = ("optim.file", "engine.arena_folder", "engine.stream_folder")
+    paths = {key: flat[key] for key in (*may_be_hub_ids, *always_paths) if flat[key] is not None}
+    changed = {
+        key: str(Path(path).resolve()) for key, path in paths.items() if key in always_paths or Path(path).exists()
+    }
     absolute = config
     for key, path in changed.items():
         if path != paths[key]:

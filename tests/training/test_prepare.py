@@ -1,0 +1,54 @@
+"""Where a run keeps layer inputs and frozen weights: the same losses wherever it is, and places that do not exist."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.training.conftest import MakeConfig
+from tests.training.tiny import read_losses
+
+from longfit.engine.arena import FileArena
+from longfit.errors import ConfigError
+from longfit.training.loop import train
+from longfit.training.metrics import Event
+from longfit.training.prepare import make_arena, stream_frozen
+
+CPU = torch.device("cpu")
+
+
+def test_ram_is_where_a_cpu_has_layer_inputs_anyway(make_config: MakeConfig, tmp_path: Path) -> None:
+    assert make_arena(make_config(engine__arena="ram"), CPU) is None
+    file = make_config(engine__arena="file", engine__arena_folder=str(tmp_path))
+    assert isinstance(make_arena(file, CPU), FileArena)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine__arena": "pinned"}, "engine.arena=pinned: this run uses no CUDA device; use device, ram or file"),
+        ({"engine__stream": "ram"}, "engine.stream=ram: on a CPU the weights are in host memory already; use file"),
+        ({"engine__stream": "file", "engine__stream_folder": "/not/there"}, "/not/there: No such file or directory"),
+    ],
+)
+def test_places_that_do_not_exist_are_refused(
+    make_config: MakeConfig, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(make_config(**settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_accelerator_cannot_validate_while_it_streams(make_config: MakeConfig) -> None:
+    config = make_config(engine__stream="ram", data__validation_fraction=0.2)
+    with pytest.raises(ConfigError, match="validation does not sweep them; drop the validation text"):
+        stream_frozen(None, config, torch.device("cuda"), on_event=print)
+
+
+def test_streamed_weights_train_to_the_same_losses(make_config: MakeConfig, tmp_path: Path) -> None:
+    told: list[Event] = []
+    streamed = {"engine__stream": "file", "engine__stream_folder": str(tmp_path), "data__validation_fraction": 0.2}
+    plain = train(make_config(data__validation_fraction=0.2, output__run_dir=str(tmp_path / "plain")))
+    result = train(make_config(**streamed), on_event=told.append)
+    assert read_losses(result.run_dir) == read_losses(plain.run_dir)
+    assert result.eval_loss == plain.eval_loss
+    assert any(f"of frozen weights from {tmp_path}" in event.text for event in told)
