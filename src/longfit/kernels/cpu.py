@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longfit.errors import BackendError
@@ -30,14 +31,15 @@ from longfit.numerics.double_quant import DoubleQuant
 from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat
 
-ABI = 1  # LONGFIT_ABI of csrc/longfit.h
+ABI = 2  # LONGFIT_ABI of csrc/longfit.h
 
-# The part of W that a matmul de-quantises at once. From 1 to 4 MiB the speed is the same at 256 rows of x; at 1,024
-# rows 4 MiB costs 4 % over the dense matmul, 1 MiB 14 % (4096 x 4096, bf16). A matmul may use 8 MiB in all.
+# The part of W that is de-quantised at once for torch's GEMM. From 1 to 4 MiB the speed is the same at 256 rows of x;
+# at 1,024 rows 4 MiB costs 4 % over the dense matmul, 1 MiB 14 % (4096 x 4096, bf16). A matmul may use 8 MiB in all.
 TILE_BYTES = 4 << 20
 
-# Up to this many rows of x the fused kernel is used, which never writes the de-quantised weight to memory.
+# Up to this many rows of x, dot products of x and rows of W take less time than a GEMM; and than our own GEMM in bf16.
 FEW_ROWS = 16
+FEW_ROWS_BF16 = 1
 
 # Results from this size on are new memory from the system, not from the allocator's cache.
 HUGE_BYTES = 4 << 20
@@ -70,6 +72,9 @@ _SIGNATURES: dict[str, list[Any]] = {
         ctypes.POINTER(Weight4), c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int, c_int,
     ],
     "linear_4bit": [ctypes.POINTER(Weight4), c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int],
+    "matmul_4bit": [
+        ctypes.POINTER(Weight4), c_int, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int,
+    ],
     "quantize_4bit": [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
     "quantize_8bit": [c_void_p, c_int64, c_int, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int],
     "dequantize_8bit": [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int],
@@ -104,6 +109,7 @@ class Library:
             raise BackendError(f"the C++ library {path} has version {abi}, this longfit needs {ABI}; install it again")
         self._handle.longfit_isas.restype = ctypes.c_char_p
         self.path = path
+        self._has_amx = bool(self._handle.longfit_has_amx())
         self.isas = tuple(self._handle.longfit_isas().decode().split(","))
         self._kernels: dict[tuple[str, str], Any] = {}
         self._tiles = threading.local()
@@ -121,6 +127,11 @@ class Library:
         if isa not in self.isas:
             raise BackendError(f"LONGFIT_ISA: got {isa!r}; this processor and library have {', '.join(self.isas)}")
         self._isa = isa
+
+    @property
+    def multiplies_bf16(self) -> bool:
+        """Whether the library's own bf16 GEMM is the fastest there is."""
+        return self._isa == "avx512_bf16" and not self._has_amx
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Return uninitialised memory for a result, on huge pages where it is large."""
@@ -275,11 +286,12 @@ def dequantize_rows(rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torc
 
 def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
     """Compute ``x dq(W)^T``; see `longfit.kernels.dispatch.linear_4bit`."""
-    rows, constants = _dense_rows(rows), constants.contiguous()
-    weight = _row_weight(rows, constants, fmt)
     x2 = x.reshape(-1, fmt.in_features)  # [M, I]
     y = torch.empty(x2.shape[0], fmt.out_features, dtype=x.dtype)
-    if x2.shape[0] <= FEW_ROWS and x.dtype in _DTYPES:
+    rows, constants = _dense_rows(rows), constants.contiguous()
+    weight = _row_weight(rows, constants, fmt)
+    own_gemm = x.dtype == torch.bfloat16 and library().multiplies_bf16
+    if x2.shape[0] <= (FEW_ROWS_BF16 if own_gemm else FEW_ROWS) and x.dtype in _DTYPES:
         x2 = x2.contiguous()
         library().kernel("linear_4bit")(
             weight,
@@ -291,13 +303,48 @@ def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> T
             _DTYPES[x.dtype],
             torch.get_num_threads(),
         )
+    elif own_gemm:
+        _multiply(x2, weight, y, transposed=True)
     else:
         _linear_by_tiles(x2, weight, fmt, y)
     return y.view(*x.shape[:-1], fmt.out_features)
 
 
+def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
+    """Compute ``grad dq(W)``; see `longfit.kernels.dispatch.linear_4bit_grad_input`."""
+    grad2 = grad.reshape(-1, fmt.out_features)  # [M, O]
+    out = torch.empty(grad2.shape[0], fmt.in_features, dtype=grad.dtype)
+    rows, constants = _dense_rows(rows), constants.contiguous()
+    weight = _row_weight(rows, constants, fmt)
+    if grad.dtype == torch.bfloat16 and library().multiplies_bf16:
+        _multiply(grad2, weight, out, transposed=False)
+    else:
+        _grad_input_by_tiles(grad2, weight, fmt, out)
+    return out.view(*grad.shape[:-1], fmt.in_features)
+
+
+def _multiply(a: Tensor, weight: Weight4, out: Tensor, *, transposed: bool) -> None:
+    """Fill ``out`` [M, N] with ``a`` [M, K] times W or W^T, de-quantising where a GEMM copies its operands anyhow."""
+    depth = a.shape[1]
+    if depth % 2:
+        a = F.pad(a, (0, 1))  # the kernel reads pairs
+    elif a.stride(1) != 1:
+        a = a.contiguous()
+    library().kernel("matmul_4bit")(
+        weight,
+        transposed,
+        a.shape[0],
+        out.shape[1],
+        depth,
+        a.data_ptr(),
+        a.stride(0),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
 def _linear_by_tiles(x2: Tensor, weight: Weight4, fmt: RowFormat, y: Tensor) -> None:
-    """Fill ``y`` [M, O] by running a GEMM of ``x2`` [M, I] with a de-quantised tile of rows of W at a time."""
+    """Fill ``y`` [M, O] by running torch's GEMM of ``x2`` [M, I] with a de-quantised tile of rows of W at a time."""
     height = _tile(fmt.out_features, fmt.in_features, y.dtype)
     tile = library().tile(height, fmt.in_features, dtype=_stored(y.dtype))
     for row in range(0, fmt.out_features, height):
@@ -306,19 +353,14 @@ def _linear_by_tiles(x2: Tensor, weight: Weight4, fmt: RowFormat, y: Tensor) -> 
         torch.mm(x2, part.to(y.dtype).t(), out=y[:, row : row + part.shape[0]])
 
 
-def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
-    """Compute ``grad dq(W)``, tile by tile over the columns of W, so that nothing is summed in 16 bits."""
-    rows, constants = _dense_rows(rows), constants.contiguous()
-    weight = _row_weight(rows, constants, fmt)
-    grad2 = grad.reshape(-1, fmt.out_features)  # [M, O]
-    out = torch.empty(grad2.shape[0], fmt.in_features, dtype=grad.dtype)
-    width = _tile(fmt.in_features, fmt.out_features, grad.dtype)
-    tile = library().tile(fmt.out_features, width, dtype=_stored(grad.dtype))
+def _grad_input_by_tiles(grad2: Tensor, weight: Weight4, fmt: RowFormat, out: Tensor) -> None:
+    """Fill ``out`` [M, I], tile by tile over the columns of W, so that nothing is summed in 16 bits."""
+    width = _tile(fmt.in_features, fmt.out_features, out.dtype)
+    tile = library().tile(fmt.out_features, width, dtype=_stored(out.dtype))
     for column in range(0, fmt.in_features, width):
         part = tile[:, : min(width, fmt.in_features - column)]
         _dequantize(weight, (0, fmt.out_features), (column, part.shape[1]), part, width)
-        torch.mm(grad2, part.to(grad.dtype), out=out[:, column : column + part.shape[1]])
-    return out.view(*grad.shape[:-1], fmt.in_features)
+        torch.mm(grad2, part.to(out.dtype), out=out[:, column : column + part.shape[1]])
 
 
 def _tile(length: int, depth: int, dtype: torch.dtype) -> int:

@@ -101,7 +101,7 @@ class ForwardWorker {
                 const Rows rows = rows_of(f_.q, segment.batch, head, query, panel.count, f_.tile.head_dim);
                 pack_transposed(rows, kPanel, f_.width, panel.q);
                 if (f_.tile.scaling < 0)
-                    for (int64_t i = 0; i < kPanel * f_.width; ++i) panel.q[i] ^= 0x8000;
+                    for (int64_t i = 0; i < kPanel * f_.width; ++i) panel.q[i].bits ^= 0x8000;
                 for (int64_t i = 0; i < kPanel * f_.width; ++i) panel.out[i] = 0;
                 for (int64_t i = 0; i < kPanel; ++i) panel.reference[i] = kNothingSeen, panel.sum[i] = 0;
             }

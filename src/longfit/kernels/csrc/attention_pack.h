@@ -9,8 +9,8 @@
 // Include only from translation units compiled for AVX-512 BF16: everything here has internal linkage.
 #pragma once
 
-#include "attention_gemm.h"
 #include "attention_plan.h"
+#include "gemm_bf16.h"
 
 namespace {
 
@@ -29,45 +29,6 @@ struct Rows {  // rows of a bf16 tensor; those from `count` on read as zeros, so
 
 inline Rows rows_of(const longfit_attention_view& view, int64_t b, int64_t h, int64_t token, int64_t count, int64_t width) {
     return {static_cast<const bf16*>(view.data) + b * view.batch + h * view.head + token * view.token, view.token, count, width};
-}
-
-// Transposes a 16 x 16 matrix of 32-bit elements held in 16 registers.
-inline void transpose16(__m512i x[16]) {
-    __m512i y[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
-        y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-        x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
-        x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
-        x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
-        x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
-    }
-    // x[4 * i + r]: 128-bit lane l holds column 4 * l + r of rows 4 * i .. 4 * i + 3
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-        const __m512i low01 = _mm512_shuffle_i32x4(x[r], x[4 + r], 0x44), high01 = _mm512_shuffle_i32x4(x[r], x[4 + r], 0xee);
-        const __m512i low23 = _mm512_shuffle_i32x4(x[8 + r], x[12 + r], 0x44);
-        const __m512i high23 = _mm512_shuffle_i32x4(x[8 + r], x[12 + r], 0xee);
-        y[r] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-        y[4 + r] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
-        y[8 + r] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-        y[12 + r] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) x[i] = y[i];
-}
-
-// Interleaves 32 elements of two rows: first[0] = a0 b0 .. a15 b15, second = a16 b16 .. a31 b31.
-inline void interleave(__m512i a, __m512i b, __m512i& first, __m512i& second) {
-    alignas(64) static constexpr uint16_t kFirst[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i index = _mm512_load_si512(kFirst);
-    first = _mm512_permutex2var_epi16(a, index, b);
-    second = _mm512_permutex2var_epi16(a, _mm512_add_epi16(index, _mm512_set1_epi16(16)), b);
 }
 
 inline void pack_rows(const Rows& x, int64_t rows, int64_t columns, bf16* packed) {

@@ -6,7 +6,7 @@
 // Include only from translation units compiled for AVX-512 BF16: everything here has internal linkage.
 #pragma once
 
-#include "attention_gemm.h"
+#include "gemm_bf16.h"
 #include "attention_pack.h"
 #include "attention_plan.h"
 

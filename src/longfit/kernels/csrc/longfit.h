@@ -18,7 +18,7 @@
 #define KERNEL(name) LONGFIT_JOIN(name, LONGFIT_ISA)
 
 // Raised by one whenever the meaning of an exported function changes; kernels/cpu.py refuses a library with another number.
-#define LONGFIT_ABI 1
+#define LONGFIT_ABI 2
 
 enum longfit_dtype { LONGFIT_FP32 = 0, LONGFIT_BF16 = 1, LONGFIT_FP16 = 2 };
 
@@ -41,3 +41,6 @@ struct longfit_weight4 {
 // Calls work(context, begin, end) so that [0, count) is covered once, on at most `threads` threads, each part at least `grain` long
 // except the last. Returns when all parts are done. (runtime/parallel.cpp)
 extern "C" void longfit_parallel(void (*work)(void*, int64_t, int64_t), void* context, int64_t count, int64_t grain, int threads);
+
+// At least num_bytes of this thread's working memory at a 64-byte boundary, valid until the thread asks again. (runtime/scratch.cpp)
+extern "C" void* longfit_scratch(int64_t num_bytes);

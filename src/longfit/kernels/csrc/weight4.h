@@ -7,8 +7,17 @@ namespace {
 
 inline int log2_of(int64_t power) { return __builtin_ctzll(static_cast<unsigned long long>(power)); }
 
-// The block constants of one row in order, decoded on the way: absmax = map[code] * nested + offset with two float32 roundings
-// (the build forbids contraction to a fused multiply-add, which would change 1 constant in 15).
+// The constant of a block: absmax = map[code] * nested + offset with two float32 roundings (the build forbids contraction to a fused
+// multiply-add, which would change 1 constant in 15).
+inline float absmax_at(const longfit_weight4& w, int64_t row, int64_t block) {
+    const uint8_t* scales = w.scales + row * w.scale_stride;
+    if (!w.scale_map) return load_float(scales + 4 * block);
+    const int64_t number = w.first_block + row * w.block_stride + block;
+    const float product = w.scale_map[scales[block]] * load_float(w.nested + 4 * (number >> log2_of(w.absmax_block_size)));
+    return product + load_float(w.offset);
+}
+
+// The constants of the blocks of one row in order, the same decoding with less arithmetic.
 class AbsmaxCursor {
   public:
     AbsmaxCursor(const longfit_weight4& w, int64_t row, int64_t block)

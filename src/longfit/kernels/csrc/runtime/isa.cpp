@@ -1,6 +1,10 @@
 // What the processor can run, among what this library was compiled for.
 #include "../longfit.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 LONGFIT_EXPORT int longfit_abi() { return LONGFIT_ABI; }
 
 // Comma-separated, fastest first; a name is the suffix of the exported kernels.
@@ -19,5 +23,15 @@ LONGFIT_EXPORT const char* longfit_isas() {
     return "neon,scalar";
 #else
     return "scalar";
+#endif
+}
+
+// Whether the processor multiplies bf16 matrices in tiles (AMX): torch's GEMM then outruns any made of vector instructions.
+LONGFIT_EXPORT int longfit_has_amx() {
+#if defined(__x86_64__)
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+#else
+    return 0;
 #endif
 }
