@@ -1,6 +1,6 @@
 """The Triton kernels compile for the cards they are made for, and no product is fused with a sum.
 
-Needs no card: Triton carries its own assembler. It runs in a process of its own, as kernels are interpreted in this one.
+Needs no card, as Triton carries its own assembler; and a process of its own, as kernels are interpreted in this one.
 """
 
 import json
@@ -29,7 +29,8 @@ POINTERS = {
 
 def build(kernel, capability, float_type, **constants):
     names = kernel.arg_names
-    kinds = {n: "constexpr" if n in constants else "*" + float_type if n in FLOATS else POINTERS.get(n, "i64") for n in names}
+    pointers = POINTERS | dict.fromkeys(FLOATS, "*" + float_type)
+    kinds = {n: "constexpr" if n in constants else pointers.get(n, "i64") for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n not in constants and n != "offset"}
     source = triton.compiler.ASTSource(fn=kernel, signature=kinds, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
