@@ -150,6 +150,9 @@ def dispatcher() -> Dispatcher:
     return Dispatcher()
 
 
+_call = ops.register(lambda op, device: dispatcher().function(op, device))
+
+
 def use_backend(name: str | None) -> Forced:
     """Force a backend for all operations, from now on or for a ``with`` block.
 
@@ -175,8 +178,8 @@ def quantize_4bit(
     absmax_block_size: int = 256,
 ) -> tuple[Tensor, QuantState]:
     """Quantise a weight to packed 4-bit codes and their state; see `longfit.numerics.quant_state.quantize_4bit`."""
-    packed, scales, nested, offset = torch.ops.longfit.quantize_4bit.default(
-        weight, quant_type, block_size, double_quant, absmax_block_size
+    packed, scales, nested, offset = _call(
+        "quantize_4bit", weight, quant_type, block_size, double_quant, absmax_block_size
     )
     absmax = DoubleQuant(scales, nested, offset, absmax_block_size) if double_quant else scales
     return packed, QuantState(quant_type, block_size, tuple(weight.shape), weight.dtype, absmax)
@@ -190,7 +193,8 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
         storage, absmax_block_size = absmax.storage, absmax.absmax_block_size
     else:
         scales, nested, offset, storage, absmax_block_size = absmax, None, None, "float32", 256
-    return torch.ops.longfit.dequantize_4bit.default(
+    return _call(
+        "dequantize_4bit",
         packed,
         scales,
         nested,
@@ -206,21 +210,19 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
 
 def quantize_8bit(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """Round each value to its nearest level; see `longfit.numerics.blockwise.quantize_blockwise`."""
-    return torch.ops.longfit.quantize_8bit.default(values, codebook, block_size)
+    return _call("quantize_8bit", values, codebook, block_size)
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int, dtype: torch.dtype) -> Tensor:
     """Look up each code's level and scale it; see `longfit.numerics.blockwise.dequantize_blockwise`."""
-    return torch.ops.longfit.dequantize_8bit.default(codes, absmax, codebook, block_size, dtype)
+    return _call("dequantize_8bit", codes, absmax, codebook, block_size, dtype)
 
 
 def dequantize_rows(
     rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype | None = None, *, first_row: int = 0
 ) -> Tensor:
     """De-quantise rows of a weight; see `longfit.numerics.row_format.dequantize_rows`."""
-    return torch.ops.longfit.dequantize_rows.default(
-        rows, constants, *_fields(fmt), fmt.dtype if dtype is None else dtype, first_row
-    )
+    return _call("dequantize_rows", rows, constants, *_fields(fmt), fmt.dtype if dtype is None else dtype, first_row)
 
 
 def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
@@ -232,7 +234,7 @@ def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> T
     Returns: ``[..., out_features]`` in the dtype of ``x``. No bias.
     Raises: ValueError, TypeError: the arguments do not go together.
     """
-    return torch.ops.longfit.linear_4bit.default(x, rows, constants, *_fields(fmt))
+    return _call("linear_4bit", x, rows, constants, *_fields(fmt))
 
 
 def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
@@ -244,7 +246,7 @@ def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: R
     Returns: ``[..., in_features]`` in the dtype of ``grad``.
     Raises: ValueError, TypeError: the arguments do not go together.
     """
-    return torch.ops.longfit.linear_4bit_grad_input.default(grad, rows, constants, *_fields(fmt))
+    return _call("linear_4bit_grad_input", grad, rows, constants, *_fields(fmt))
 
 
 def adamw_step(updates: Sequence[RunUpdate]) -> None:
@@ -287,6 +289,3 @@ def _module(backend: str) -> ModuleType:
 @cache
 def _file(backend: str, op: str) -> ModuleType:
     return import_module(FILES.get((backend, op), MODULES[backend]))
-
-
-ops.register(lambda op, device: dispatcher().function(op, device))

@@ -1,12 +1,16 @@
 """The operations as torch operators ``longfit::<name>``: schema, argument checks, shapes for tracing.
 
 A torch operator takes tensors and plain values, so `QuantState` and `RowFormat` arrive here taken apart (`dispatch.py`
-does that) and are put together again for the backend. Per operation there are two functions: ``_fake_*`` checks the
-arguments and returns empty results, which is all that tracing needs; ``_run_*`` makes the same checks and calls the
-backend, which trusts what it gets.
+does that). Per operation there are two functions: ``_check_*`` refuses what does not go together and returns the
+arguments of the backend, which trusts them; ``_empty_*`` turns those into empty results, which is all that tracing
+needs.
+
+On the way through torch's dispatcher a call of an operator written in Python takes some 10 microseconds, as long as a
+small de-quantisation. So a call that nobody watches, which is nearly every one, goes from the checks to the backend.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,25 +25,96 @@ from longfit.numerics.row_format import RowFormat
 # Finds the backend's function for an operation on a device, at each call.
 Find = Callable[[str, torch.device], Callable[..., Any]]
 
+# Positional and keyword arguments of a backend's function.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Outlives every call: torch takes the operators away when their Library is deleted.
 LIBRARY = torch.library.Library("longfit", "DEF")
 
 
-def register(find: Find) -> None:
-    """Define all operators; each call of one asks ``find`` for the function that does the work."""
-    for name, (schema, run, fake) in _OPERATORS.items():
-        LIBRARY.define(name + schema)
-        LIBRARY.impl(name, lambda *args, run=run: run(find, *args), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"longfit::{name}", fake, lib=LIBRARY)
+def _unchanged(result: Any) -> Any:
+    return result
 
 
-def _fake_quantize_4bit(
+@dataclass(frozen=True)
+class _Operator:
+    """What torch must know of an operation.
+
+    Attributes:
+        schema: arguments and results as torch writes them.
+        check: the operator's arguments -> those of the backend.
+        empty: the backend's arguments -> results of the right shapes and types.
+        check_values: looks at the numbers, of which tracing has none.
+        results: what the backend returns -> tensors.
+    """
+
+    schema: str
+    check: Callable[..., Arguments]
+    empty: Callable[..., Any]
+    check_values: Callable[..., None] | None = None
+    results: Callable[[Any], Any] = _unchanged
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        positional, named = self.check(*args)
+        if self.check_values is not None:
+            self.check_values(*args)
+        return self.results(function(*positional, **named))
+
+    def trace(self, *args: Any) -> Any:
+        positional, named = self.check(*args)
+        return self.empty(*positional, **named)
+
+
+def register(find: Find) -> Callable[..., Any]:
+    """Define all operators; each call of one asks ``find`` for the function that does the work.
+
+    Returns: the function that calls an operator: its name, then its arguments.
+    """
+
+    def run(name: str, *args: Any) -> Any:
+        return _OPERATORS[name].run(find(name, args[0].device), *args)
+
+    def call(name: str, *args: Any) -> Any:
+        if _watched(args[0]):
+            return getattr(torch.ops.longfit, name).default(*args)
+        return run(name, *args)
+
+    for name, operator in _OPERATORS.items():
+        LIBRARY.define(name + operator.schema)
+        LIBRARY.impl(name, lambda *args, name=name: run(name, *args), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"longfit::{name}", operator.trace, lib=LIBRARY)
+    return call
+
+
+def _watched(tensor: Tensor) -> bool:
+    """Whether someone must see the operator and not its effect: a tracer, a dispatch mode, a subclass, autograd."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or (tensor.requires_grad and torch.is_grad_enabled())
+        or torch.jit.is_tracing()
+    )
+
+
+def _check_quantize_4bit(
     weight: Tensor, quant_type: str, block_size: int, double_quant: bool, absmax_block_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Arguments:
     check_format(quant_type, block_size, absmax_block_size)
     _check_float("weight", weight)
+    return (weight,), {
+        "quant_type": quant_type,
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "absmax_block_size": absmax_block_size,
+    }
+
+
+def _empty_quantize_4bit(
+    weight: Tensor, *, quant_type: str, block_size: int, double_quant: bool, absmax_block_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     blocks = num_blocks(weight.numel(), block_size)
     packed = weight.new_empty((weight.numel() + 1) // 2, dtype=torch.uint8)
     scales = weight.new_empty(blocks, dtype=torch.uint8 if double_quant else torch.float32)
@@ -47,25 +122,14 @@ def _fake_quantize_4bit(
     return packed, scales, nested, weight.new_empty((), dtype=torch.float32)
 
 
-def _run_quantize_4bit(
-    find: Find, weight: Tensor, quant_type: str, block_size: int, double_quant: bool, absmax_block_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_format(quant_type, block_size, absmax_block_size)
-    _check_float("weight", weight)
-    packed, state = find("quantize_4bit", weight.device)(
-        weight,
-        quant_type=quant_type,
-        block_size=block_size,
-        double_quant=double_quant,
-        absmax_block_size=absmax_block_size,
-    )
+def _take_apart(result: tuple[Tensor, QuantState]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    packed, state = result
     if isinstance(state.absmax, DoubleQuant):
         return packed, state.absmax.codes, state.absmax.absmax, state.absmax.offset
-    empty = weight.new_empty(0, dtype=torch.float32)
-    return packed, state.absmax, empty, weight.new_zeros((), dtype=torch.float32)
+    return packed, state.absmax, state.absmax.new_empty(0), state.absmax.new_zeros(())
 
 
-def _fake_dequantize_4bit(
+def _check_dequantize_4bit(
     packed: Tensor,
     scales: Tensor,
     nested: Tensor | None,
@@ -76,141 +140,121 @@ def _fake_dequantize_4bit(
     storage: str,
     absmax_block_size: int,
     dtype: torch.dtype,
-) -> Tensor:
+) -> Arguments:
     state = _state(scales, nested, offset, shape, quant_type, block_size, storage, absmax_block_size, dtype)
     _check_packed(packed, state)
     _check_dtype(dtype)
+    return (packed, state, dtype), {}
+
+
+def _empty_dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     return packed.new_empty(state.shape, dtype=dtype)
 
 
-def _run_dequantize_4bit(
-    find: Find,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    quant_type: str,
-    block_size: int,
-    storage: str,
-    absmax_block_size: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    state = _state(scales, nested, offset, shape, quant_type, block_size, storage, absmax_block_size, dtype)
-    _check_packed(packed, state)
-    _check_dtype(dtype)
-    return find("dequantize_4bit", packed.device)(packed, state, dtype)
-
-
-def _fake_quantize_8bit(values: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _check_quantize_8bit(values: Tensor, codebook: Tensor, block_size: int) -> Arguments:
     _check_float("values", values)
     _check_codebook(codebook)
-    blocks = num_blocks(values.numel(), check_block_size(block_size))
+    return (values, codebook), {"block_size": check_block_size(block_size)}
+
+
+def _refuse_nan(_values: Tensor, codebook: Tensor, _block_size: int) -> None:
+    if bool(codebook.isnan().any()):
+        raise ValueError("codebook: holds NaN, which is nearest to nothing; leave those levels out")
+
+
+def _empty_quantize_8bit(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
+    blocks = num_blocks(values.numel(), block_size)
     return values.new_empty(values.numel(), dtype=torch.uint8), values.new_empty(blocks, dtype=torch.float32)
 
 
-def _run_quantize_8bit(find: Find, values: Tensor, codebook: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    _check_float("values", values)
-    _check_codebook(codebook)
-    if bool(codebook.isnan().any()):
-        raise ValueError("codebook: holds NaN, which is nearest to nothing; leave those levels out")
-    check_block_size(block_size)
-    return find("quantize_8bit", values.device)(values, codebook, block_size=block_size)
-
-
-def _fake_dequantize_8bit(
+def _check_dequantize_8bit(
     codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, dtype: torch.dtype
+) -> Arguments:
+    if codes.dtype != torch.uint8:
+        raise TypeError(f"codes: got {codes.dtype}; allowed: uint8")
+    if codebook.dtype != torch.float32 or codebook.shape != (256,):
+        # A shorter one could be read past its end: codes are bytes.
+        raise ValueError(f"codebook: got {codebook.dtype} {list(codebook.shape)}; allowed: float32 [256]")
+    check_absmax(absmax, codes.numel(), check_block_size(block_size))
+    _check_dtype(dtype)
+    return (codes, absmax, codebook), {"block_size": block_size, "dtype": dtype}
+
+
+def _empty_dequantize_8bit(
+    codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int, dtype: torch.dtype
 ) -> Tensor:
-    _check_8bit(codes, absmax, codebook, block_size, dtype)
     return codes.new_empty(codes.numel(), dtype=dtype)
 
 
-def _run_dequantize_8bit(
-    find: Find, codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, dtype: torch.dtype
-) -> Tensor:
-    _check_8bit(codes, absmax, codebook, block_size, dtype)
-    run = find("dequantize_8bit", codes.device)
-    return run(codes, absmax, codebook, block_size=block_size, dtype=dtype)
-
-
-def _fake_dequantize_rows(rows: Tensor, constants: Tensor, *fields: Any) -> Tensor:
+def _check_dequantize_rows(rows: Tensor, constants: Tensor, *fields: Any) -> Arguments:
     *weight, dtype, first_row = fields
     layout = _layout(*weight)
     _check_rows(rows, constants, layout, first_row)
     _check_dtype(dtype)
-    fmt = layout.fmt
+    return (rows, constants, layout.fmt, dtype), {"first_row": first_row}
+
+
+def _empty_dequantize_rows(
+    rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype, *, first_row: int
+) -> Tensor:
     return rows.new_empty(rows.shape[0] * fmt.columns // fmt.in_features, fmt.in_features, dtype=dtype)
 
 
-def _run_dequantize_rows(find: Find, rows: Tensor, constants: Tensor, *fields: Any) -> Tensor:
-    *weight, dtype, first_row = fields
-    layout = _layout(*weight)
-    _check_rows(rows, constants, layout, first_row)
-    _check_dtype(dtype)
-    return find("dequantize_rows", rows.device)(rows, constants, layout.fmt, dtype, first_row=first_row)
-
-
-def _fake_linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Tensor:
+def _check_linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Arguments:
     layout = _layout(*weight)
     _check_matmul("x", x, layout.fmt.in_features, rows, constants, layout)
-    return x.new_empty(*x.shape[:-1], layout.fmt.out_features)
+    return (x, rows, constants, layout.fmt), {}
 
 
-def _run_linear_4bit(find: Find, x: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Tensor:
-    layout = _layout(*weight)
-    _check_matmul("x", x, layout.fmt.in_features, rows, constants, layout)
-    return find("linear_4bit", x.device)(x, rows, constants, layout.fmt)
+def _empty_linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
+    return x.new_empty(*x.shape[:-1], fmt.out_features)
 
 
-def _fake_linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Tensor:
+def _check_linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Arguments:
     layout = _layout(*weight)
     _check_matmul("grad", grad, layout.fmt.out_features, rows, constants, layout)
-    return grad.new_empty(*grad.shape[:-1], layout.fmt.in_features)
+    return (grad, rows, constants, layout.fmt), {}
 
 
-def _run_linear_4bit_grad_input(find: Find, grad: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Tensor:
-    layout = _layout(*weight)
-    _check_matmul("grad", grad, layout.fmt.out_features, rows, constants, layout)
-    return find("linear_4bit_grad_input", grad.device)(grad, rows, constants, layout.fmt)
+def _empty_linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], fmt.in_features)
 
 
 _ROWS = (
     "Tensor rows, Tensor constants, int out_features, int in_features, str quant_type, int block_size, "
     "bool double_quant, int absmax_block_size"
 )
-_OPERATORS: dict[str, tuple[str, Callable[..., Any], Callable[..., Any]]] = {
-    "quantize_4bit": (
+_OPERATORS = {
+    "quantize_4bit": _Operator(
         "(Tensor weight, str quant_type, int block_size, bool double_quant, int absmax_block_size)"
         " -> (Tensor packed, Tensor scales, Tensor nested, Tensor offset)",
-        _run_quantize_4bit,
-        _fake_quantize_4bit,
+        _check_quantize_4bit,
+        _empty_quantize_4bit,
+        results=_take_apart,
     ),
-    "dequantize_4bit": (
+    "dequantize_4bit": _Operator(
         "(Tensor packed, Tensor scales, Tensor? nested, Tensor? offset, SymInt[] shape, str quant_type,"
         " int block_size, str storage, int absmax_block_size, ScalarType dtype) -> Tensor",
-        _run_dequantize_4bit,
-        _fake_dequantize_4bit,
+        _check_dequantize_4bit,
+        _empty_dequantize_4bit,
     ),
-    "quantize_8bit": (
+    "quantize_8bit": _Operator(
         "(Tensor values, Tensor codebook, int block_size) -> (Tensor codes, Tensor absmax)",
-        _run_quantize_8bit,
-        _fake_quantize_8bit,
+        _check_quantize_8bit,
+        _empty_quantize_8bit,
+        check_values=_refuse_nan,
     ),
-    "dequantize_8bit": (
+    "dequantize_8bit": _Operator(
         "(Tensor codes, Tensor absmax, Tensor codebook, int block_size, ScalarType dtype) -> Tensor",
-        _run_dequantize_8bit,
-        _fake_dequantize_8bit,
+        _check_dequantize_8bit,
+        _empty_dequantize_8bit,
     ),
-    "dequantize_rows": (
-        f"({_ROWS}, ScalarType dtype, int first_row) -> Tensor",
-        _run_dequantize_rows,
-        _fake_dequantize_rows,
+    "dequantize_rows": _Operator(
+        f"({_ROWS}, ScalarType dtype, int first_row) -> Tensor", _check_dequantize_rows, _empty_dequantize_rows
     ),
-    "linear_4bit": (f"(Tensor x, {_ROWS}) -> Tensor", _run_linear_4bit, _fake_linear_4bit),
-    "linear_4bit_grad_input": (
-        f"(Tensor grad, {_ROWS}) -> Tensor",
-        _run_linear_4bit_grad_input,
-        _fake_linear_4bit_grad_input,
+    "linear_4bit": _Operator(f"(Tensor x, {_ROWS}) -> Tensor", _check_linear_4bit, _empty_linear_4bit),
+    "linear_4bit_grad_input": _Operator(
+        f"(Tensor grad, {_ROWS}) -> Tensor", _check_linear_4bit_grad_input, _empty_linear_4bit_grad_input
     ),
 }
 
@@ -277,16 +321,6 @@ def _check_packed(packed: Tensor, state: QuantState) -> None:
 def _check_codebook(codebook: Tensor) -> None:
     if codebook.dtype != torch.float32 or codebook.dim() != 1 or not 2 <= codebook.numel() <= 256:
         raise ValueError(f"codebook: got {codebook.dtype} {list(codebook.shape)}; allowed: float32 [2] to [256]")
-
-
-def _check_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, dtype: torch.dtype) -> None:
-    if codes.dtype != torch.uint8:
-        raise TypeError(f"codes: got {codes.dtype}; allowed: uint8")
-    if codebook.dtype != torch.float32 or codebook.shape != (256,):
-        # A shorter one could be read past its end: codes are bytes.
-        raise ValueError(f"codebook: got {codebook.dtype} {list(codebook.shape)}; allowed: float32 [256]")
-    check_absmax(absmax, codes.numel(), check_block_size(block_size))
-    _check_dtype(dtype)
 
 
 def _check_rows(rows: Tensor, constants: Tensor, layout: _Layout, first_row: int) -> None:
