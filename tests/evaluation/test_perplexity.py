@@ -7,6 +7,7 @@ import torch
 from tests.tiny_models import VOCABULARY, tiny_model
 
 from longfit.engine.attention import attention_key
+from longfit.engine.sweep import SMALLEST_TILE
 from longfit.errors import ConfigError, DataError
 from longfit.evaluation.perplexity import perplexity
 
@@ -44,6 +45,7 @@ def test_document_convention_is_the_strided_loop(family: str) -> None:
                 break
     everything = [loss for losses in totals.values() for loss in losses]
     assert result.num_tokens == len(everything) == 49 + 0 + 19 + 32  # each token once, but the first of a document
+    assert (result.num_documents, result.unread_tokens) == (3, 1)
     assert result.nll == pytest.approx(sum(everything) / len(everything), **EXACT)
     assert result.perplexity == pytest.approx(math.exp(result.nll))
     assert [bucket.start for bucket in result.by_position] == [0, 6, 12, 18]
@@ -70,10 +72,28 @@ def test_longlora_convention_is_the_mean_over_whole_windows() -> None:
     result = perplexity(model, [ids, short], window=20, stride=7, convention="longlora")
     windows = [plain_losses(model, ids[start : start + 20]).mean() for start in (0, 7, 14, 21)]
     assert (result.num_windows, result.num_tokens) == (4, 4 * 19)
+    assert (result.num_documents, result.unread_tokens) == (1, 4 + 19)
+    assert result.by_window == pytest.approx([window.item() for window in windows], **EXACT)
     assert result.nll == pytest.approx(torch.stack(windows).mean().item(), **EXACT)
     assert result.convention == "longlora"
     other = perplexity(model, [ids, short], window=20, stride=7)
     assert abs(other.nll - result.nll) > 1e-3  # the conventions are different measures
+
+
+def test_windows_are_read_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers never see a whole window, and nothing of the model's own checkpointing or attention is lost."""
+    monkeypatch.setattr("longfit.engine.sweep.LARGEST_TILE", SMALLEST_TILE)
+    model, seen = tiny_model("llama", attn_implementation="sdpa"), []
+    model.gradient_checkpointing_enable()
+    doors = [vars(module).get("_gradient_checkpointing_func") for module in model.modules()]
+    model.model.layers[1].mlp.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[1]))
+    ids = text(600)
+    result = perplexity(model, ids, window=600, stride=600)
+    assert max(seen) == SMALLEST_TILE < 600
+    assert result.nll == pytest.approx(plain_losses(model, ids).mean().item(), rel=1e-6)  # sdpa's softmax is float32
+    assert model.config._attn_implementation == "sdpa"
+    assert doors == [vars(module).get("_gradient_checkpointing_func") for module in model.modules()]
+    assert model.is_gradient_checkpointing
 
 
 def test_evaluates_exactly_and_leaves_the_model_as_it_was() -> None:

@@ -10,7 +10,11 @@ names its convention; two are offered and never mixed:
                 overlapping windows score a token again; the mean over windows. (LongLoRA's ``eval.py``, stride 256.)
 
 Perplexity by position shows where a model stops reading: beyond the native context of a base it explodes. It does not
-show whether distant text is *used*; that is what retrieval tests are for. Logits never exist for more than a tile.
+show whether distant text is *used*; that is what retrieval tests are for (``passkey.py``).
+
+Documents are never joined, in either convention; LongLoRA's script ran its windows over one stream of all documents.
+Layers run tile by tile and logits exist for one tile at a time, so that the window may be long: a token costs a few
+hidden states, and its keys and values in one layer.
 """
 
 import math
@@ -24,6 +28,7 @@ from torch import Tensor, nn
 from longfit.engine.doors import hidden_states, output_head
 from longfit.engine.loss import token_losses
 from longfit.errors import ConfigError, DataError
+from longfit.evaluation.exact import measured, require_known
 
 CONVENTIONS = ("document", "longlora")
 
@@ -48,18 +53,25 @@ class PerplexityResult:
         nll: mean negative log-likelihood of a token, in nats.
         num_tokens: scored, repetitions counted.
         num_windows: read.
+        num_documents: of which at least one token was scored.
+        unread_tokens: in no window: documents and ends of documents that are too short for the convention.
         convention, window, stride: as asked for.
         by_position: buckets that hold a token, in order.
+        by_window: mean negative log-likelihood of each window's scored tokens, in order; for comparing two models
+            window by window.
     """
 
     perplexity: float
     nll: float
     num_tokens: int
     num_windows: int
+    num_documents: int
+    unread_tokens: int
     convention: str
     window: int
     stride: int
     by_position: tuple[Bucket, ...]
+    by_window: tuple[float, ...]
 
 
 class Window(NamedTuple):
@@ -84,7 +96,8 @@ def perplexity(
     """Measure how well a model predicts text (see above for the conventions).
 
     Args:
-        model: a transformers causal language model, or a PeftModel around one; it is put into eval mode meanwhile.
+        model: a transformers causal language model, or a PeftModel around one; meanwhile it is in eval mode and its
+            attention exact.
         token_ids: integer ``[N]``, one document, or several of them; a window never spans two. Begin-of-text tokens,
             where the model wants them, are the caller's.
         window: tokens read at once; may exceed what the model was made for.
@@ -109,26 +122,36 @@ def perplexity(
         )
     totals = torch.zeros(-(-window // bucket_tokens), dtype=torch.float64)
     counts = torch.zeros(len(totals), dtype=torch.int64)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    by_window = []
+    with measured(model, swept=True):
         for done, part in enumerate(plan, start=1):
             losses = _score(model, documents[part.document][part.start : part.stop], part.first_scored - part.start)
+            losses = losses.double().cpu()
+            by_window.append(float(losses.mean()))
             bucket = torch.arange(part.first_scored - part.start, part.stop - part.start) // bucket_tokens
-            totals.index_add_(0, bucket, losses.double().cpu())
+            totals.index_add_(0, bucket, losses)
             counts += bucket.bincount(minlength=len(counts))
             if on_progress is not None:
                 on_progress(done, len(plan))
-    finally:
-        for module in training:
-            module.training = True
     nll = float(totals.sum() / counts.sum())
     buckets = [
         _bucket(number * bucket_tokens, min((number + 1) * bucket_tokens, window), int(count), float(total))
         for number, (total, count) in enumerate(zip(totals, counts, strict=True))
         if count
     ]
-    return PerplexityResult(_exp(nll), nll, int(counts.sum()), len(plan), convention, window, stride, tuple(buckets))
+    return PerplexityResult(
+        perplexity=_exp(nll),
+        nll=nll,
+        num_tokens=int(counts.sum()),
+        num_windows=len(plan),
+        num_documents=len({part.document for part in plan}),
+        unread_tokens=_unread(documents, plan),
+        convention=convention,
+        window=window,
+        stride=stride,
+        by_position=tuple(buckets),
+        by_window=tuple(by_window),
+    )
 
 
 def _windows(number: int, ids: Tensor, window: int, stride: int, convention: str) -> Iterator[Window]:
@@ -149,16 +172,19 @@ def _windows(number: int, ids: Tensor, window: int, stride: int, convention: str
             return
 
 
-@torch.no_grad()
+def _unread(documents: Sequence[Tensor], plan: Sequence[Window]) -> int:
+    """Tokens that no window covers; windows of a document overlap or touch, unless the stride exceeds the window."""
+    read = 0
+    for part, following in zip(plan, [*plan[1:], None], strict=True):
+        same = following is not None and following.document == part.document
+        read += (min(part.stop, following.start) if same and following is not None else part.stop) - part.start
+    return sum(len(ids) for ids in documents) - read
+
+
 def _score(model: nn.Module, ids: Tensor, first: int) -> Tensor:
     """Negative log-likelihood of the tokens ``[first, len(ids))``."""
     head = output_head(model)
-    words = head.weight.shape[0]
-    if int(ids.min()) < 0 or int(ids.max()) >= words:
-        raise DataError(
-            f"token_ids: run from {int(ids.min())} to {int(ids.max())}, the model knows 0 to {words - 1}; use its own"
-            " tokenizer"
-        )
+    require_known(ids, head.weight.shape[0])
     ids = ids.to(head.weight.device)
     hidden, norm = hidden_states(model, input_ids=ids[None], use_cache=False)  # [1, T, D]
     return token_losses(
