@@ -1,0 +1,184 @@
+"""Bytes that do not grow with the context: weights, adapters, their gradients and optimiser state, and their copies.
+
+QLoRA, section 3: the base in 4 bits with its constants quantised again (4.127 bits a parameter), adapters and their
+state in the precision that learning needs. Each function follows the file that allocates, named in its docstring.
+"""
+
+from dataclasses import dataclass
+
+from longfit.planning.settings import PlanSettings
+from longfit.planning.shapes import Matrix, ModelShape
+
+ABSMAX_BLOCK_SIZE = 256
+PAGE_BYTES = 4 << 20  # of optim/checks.py
+SMALLEST_8BIT_NUMEL = 4096  # of optim/layout.py
+MATMUL_TILE_BYTES = 4 << 20  # of kernels/cpu.py, one for each thread that multiplies
+
+
+def _blocks(numel: int, block_size: int) -> int:
+    return -(-numel // block_size)
+
+
+def packed_bytes(matrix: Matrix, settings: PlanSettings) -> int:
+    """Bytes of one 4-bit weight: codes, block constants and what all rows share (``numerics/row_format.py``)."""
+    whole_rows = matrix.in_features % settings.block_size == 0
+    rows = matrix.out_features if whole_rows else 1
+    columns = matrix.numel // rows
+    blocks = _blocks(columns, settings.block_size)
+    row = (columns + 1) // 2 + blocks * (1 if settings.double_quant else 4)
+    shared = 4 * (_blocks(rows * blocks, ABSMAX_BLOCK_SIZE) + 1) if settings.double_quant else 0
+    return rows * row + shared
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a loaded model.
+
+    Attributes:
+        layers: 4-bit (or dense) linear layers, with their biases.
+        vocabulary: embedding and output matrix.
+        rest: norms, and what of a vision tower is not linear.
+        largest_unit: the largest thing that comes and goes at once when weights are streamed.
+    """
+
+    layers: int
+    vocabulary: int
+    rest: int
+    largest_unit: int
+
+
+def weights(shape: ModelShape, settings: PlanSettings) -> Weights:
+    """Count the base model's bytes (``model/hf_quantizer.py``: the output matrix stays dense)."""
+    element = settings.element_bytes
+
+    def stored(matrix: Matrix) -> int:
+        bias = matrix.out_features * element if matrix.bias else 0
+        packed = settings.quant != "none" and matrix.in_features % 2 == 0
+        return (packed_bytes(matrix, settings) if packed else matrix.numel * element) + bias
+
+    one_layer = sum(stored(matrix) * matrix.count for matrix in shape.layer_matrices)
+    tower = sum(stored(matrix) * matrix.count for matrix in shape.tower)
+    vocabulary = shape.vocab_params * element
+    return Weights(
+        layers=shape.num_layers * one_layer + tower,
+        vocabulary=vocabulary,
+        rest=(shape.norm_params + shape.tower_params) * element,
+        largest_unit=max(one_layer, shape.vocab_size * shape.hidden_size * element),
+    )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained.
+
+    Attributes:
+        adapters: sizes of the decoder's adapter matrices, all float32.
+        idle_adapters: parameters of adapters that text never reaches: those of a vision tower.
+        vocabulary, norms: parameters trained whole, in the dtype of the base.
+        idle_norms: parameters of norms that text never reaches.
+        norm_sizes: of each norm that learns.
+        head: whether the output matrix is among them, because it is the embedding matrix.
+    """
+
+    adapters: tuple[int, ...]
+    idle_adapters: int
+    vocabulary: int
+    norm_sizes: tuple[int, ...]
+    idle_norms: int
+    head: bool
+
+    @property
+    def adapter_params(self) -> int:
+        """Adapter parameters that learn."""
+        return sum(self.adapters)
+
+    @property
+    def whole_params(self) -> int:
+        """Parameters that learn and are trained whole."""
+        return self.vocabulary + sum(self.norm_sizes)
+
+    @property
+    def num_params(self) -> int:
+        """Parameters that learn."""
+        return self.adapter_params + self.whole_params
+
+
+def trained(shape: ModelShape, settings: PlanSettings) -> Trained:
+    """Count trained parameters (``model/adapters.py``: adapters on every linear layer but the output matrix)."""
+    adapters = tuple(
+        size * settings.rank
+        for matrix in shape.layer_matrices
+        for size in (matrix.in_features, matrix.out_features)
+        for _ in range(matrix.count * shape.num_layers)
+    )
+    idle = sum((m.in_features + m.out_features) * settings.rank * m.count for m in shape.tower)
+    norms: tuple[int, ...] = ()
+    idle_norms = 0
+    if settings.train_norms:
+        per_head = (shape.head_dim,) * (2 if shape.family.qk_norm else 0)
+        norms = ((shape.hidden_size,) * shape.family.norms + per_head) * shape.num_layers + (shape.hidden_size,)
+        idle_norms = shape.tower_norm_params
+    vocabulary = shape.vocab_size * shape.hidden_size if settings.train_embeddings else 0
+    return Trained(adapters, idle, vocabulary, norms, idle_norms, head=shape.tied and settings.train_embeddings)
+
+
+def uses_torch_adamw(parts: Trained, settings: PlanSettings) -> bool:
+    """Whether torch's fused AdamW steps, not ``PagedAdamW`` (``training/optimizer.py``)."""
+    wide = parts.whole_params == 0 or settings.element_bytes == 4
+    return wide and settings.optim == "adamw" and settings.budget is None
+
+
+def state_bytes(parts: Trained, settings: PlanSettings) -> int:
+    """Bytes of all optimiser state, wherever it is (``optim/layout.py``)."""
+    if uses_torch_adamw(parts, settings):
+        return 8 * parts.num_params
+
+    def bytes_of(numel: int, master: int) -> int:
+        eight_bit = settings.optim == "adamw8bit" and numel >= SMALLEST_8BIT_NUMEL
+        moments = 2 * numel + 8 * _blocks(numel, ABSMAX_BLOCK_SIZE) if eight_bit else 8 * numel
+        return moments + master * numel
+
+    master = 0 if settings.element_bytes == 4 else 4
+    whole = (parts.vocabulary, *parts.norm_sizes)
+    total = sum(bytes_of(numel, 0) for numel in parts.adapters) + sum(bytes_of(numel, master) for numel in whole)
+    return _blocks(total, PAGE_BYTES) * PAGE_BYTES
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Bytes of gradients at three moments.
+
+    Attributes:
+        loss: in the loss, that of an output matrix which is the trained embedding: a float32 sum and a narrow share.
+        tiles: while layers are differentiated: adapters, norms, and the output matrix' share waiting.
+        whole: when backward ends: the embedding's own share has come, before the two are one.
+        kept: ``.grad`` of everything, until the next step begins.
+    """
+
+    loss: int
+    tiles: int
+    whole: int
+    kept: int
+
+
+def gradients(parts: Trained, settings: PlanSettings) -> Gradients:
+    """Count gradients: adapters in float32, the rest in the dtype of the base."""
+    e = settings.element_bytes
+    steady = 4 * parts.adapter_params + e * sum(parts.norm_sizes)
+    share = e * parts.vocabulary
+    waiting = share if parts.head else 0
+    return Gradients(
+        loss=(4 * parts.vocabulary + share) if parts.head else 0,
+        tiles=steady + waiting,
+        whole=steady + waiting + share,
+        kept=steady + share,
+    )
+
+
+def matmul_bytes(shape: ModelShape, settings: PlanSettings) -> int:
+    """Bytes of a de-quantised weight while it multiplies: a tile of it on a CPU, the largest whole one elsewhere."""
+    if settings.quant == "none":
+        return 0
+    if settings.device == "cpu":
+        return MATMUL_TILE_BYTES
+    return settings.element_bytes * max(matrix.numel for matrix in shape.layer_matrices)

@@ -1,0 +1,236 @@
+"""The bytes of a run by component, phase and place.
+
+    load        weights arrive, quantised one by one
+    forward     layer inputs pile up in the arena; one layer's keys and values
+    loss        a tile of logits
+    backward    one layer's keys, values, their float32 gradients, and a tile's local graph; gradients pile up
+    embedding   the end of backward, where the gradient of a trained embedding is made
+    step        gradients and optimiser state
+    evaluation  a forward pass that keeps nothing
+    save        copies on their way to the disk
+    merge       the dense model, in host memory
+
+A place's peak is the sum over its components in its worst phase. On a CPU the accelerator *is* the host. The plan is of
+what is allocated; what an allocator adds (caching, rounding, fragments) is one component of its own, so that it can be
+measured and argued about.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from longfit.planning import fixed, growing
+from longfit.planning.settings import PlanSettings
+from longfit.planning.shapes import ModelShape
+
+PHASES = ("load", "forward", "loss", "backward", "embedding", "step", "evaluation", "save", "merge")
+TRAINING = ("forward", "loss", "backward", "embedding", "step", "evaluation", "save")
+PLACES = ("accelerator", "host", "disk")
+
+CUDA_CONTEXT_BYTES = 750 << 20
+"""CUDA context, libraries and the workspaces of matrix products; derived, not measured by this project."""
+
+HOST_BASE_BYTES = 640 << 20
+"""Python with torch, transformers and PEFT imported, before a model is loaded: resident set, measured on Linux."""
+
+FRAGMENTS = {"cuda": 0.03, "cpu": 0.0}
+"""Share of what is allocated that the allocator adds: torch's CUDA allocator rounds and leaves gaps."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """Something that takes memory.
+
+    Attributes:
+        name: for people.
+        place: "accelerator", "host" or "disk".
+        by_phase: its bytes in the phases in which it exists.
+    """
+
+    name: str
+    place: str
+    by_phase: Mapping[str, int]
+
+    @property
+    def largest(self) -> int:
+        """Most bytes in any phase."""
+        return max(self.by_phase.values(), default=0)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """All components of a run.
+
+    Attributes:
+        components: in the order in which they are explained.
+        tile: tokens at once.
+    """
+
+    components: tuple[Component, ...]
+    tile: int
+    phases: tuple[str, ...] = field(default=TRAINING)
+
+    def bytes_in(self, place: str, phase: str) -> int:
+        """Bytes at a place in a phase."""
+        return sum(c.by_phase.get(phase, 0) for c in self.components if c.place == place)
+
+    def peak_phase(self, place: str) -> str:
+        """The phase of training, loading included, in which a place holds most."""
+        return max(("load", *self.phases), key=lambda phase: self.bytes_in(place, phase))
+
+    def peak(self, place: str) -> int:
+        """Most bytes at a place while training, loading included."""
+        return self.bytes_in(place, self.peak_phase(place))
+
+    def at_peak(self, place: str) -> list[tuple[str, int]]:
+        """Names and bytes of what a place holds at its peak, largest first."""
+        phase = self.peak_phase(place)
+        held: dict[str, int] = {}
+        for component in self.components:
+            if component.place == place and component.by_phase.get(phase):
+                held[component.name] = held.get(component.name, 0) + component.by_phase[phase]
+        return sorted(held.items(), key=lambda pair: -pair[1])
+
+
+def memory_plan(shape: ModelShape, settings: PlanSettings) -> MemoryPlan:
+    """Count every byte of a run.
+
+    Args:
+        shape: of the model.
+        settings: of the run.
+    """
+    device = "accelerator" if settings.device == "cuda" else "host"
+    parts = fixed.trained(shape, settings)
+    components = [
+        *_weights(shape, settings, device),
+        *_learning(shape, settings, parts, device),
+        *_sequence(shape, settings, device),
+        *_tiles(shape, settings, device),
+        *_files(settings, parts),
+    ]
+    components += _framework(components, settings)
+    kept = [component for component in components if component.largest]
+    phases = TRAINING if settings.evaluates else tuple(phase for phase in TRAINING if phase != "evaluation")
+    return MemoryPlan(tuple(kept), settings.tile_tokens(shape), phases)
+
+
+def _in(phases: tuple[str, ...], num_bytes: int) -> dict[str, int]:
+    return dict.fromkeys(phases, num_bytes)
+
+
+def _weights(shape: ModelShape, settings: PlanSettings, device: str) -> list[Component]:
+    base = fixed.weights(shape, settings)
+    always = ("load", *TRAINING)
+    largest = max(matrix.numel for matrix in (*shape.layer_matrices, *shape.tower))
+    vocabulary = shape.vocab_size * shape.hidden_size
+    arriving = settings.element_bytes * max(vocabulary, largest) + 4 * largest  # a tensor read, and quantised
+    return [
+        Component("4-bit layers" if settings.quant != "none" else "linear layers", device, _in(always, base.layers)),
+        Component("embedding and output matrix", device, _in(always, base.vocabulary)),
+        Component("norms and the rest", device, _in(always, base.rest)),
+        Component("tensors being loaded", device, {"load": arriving}),
+        Component("dense model being merged", "host", {"merge": 2 * shape.num_params + 4 * largest}),
+    ]
+
+
+def _learning(shape: ModelShape, settings: PlanSettings, parts: fixed.Trained, device: str) -> list[Component]:
+    grads = fixed.gradients(parts, settings)
+    early = grads.kept if settings.gradient_accumulation > 1 else 0
+    made = {
+        **{"forward": early, "loss": early + grads.loss, "backward": early + grads.tiles},
+        **{"embedding": early + grads.whole, **_in(("step", "evaluation", "save"), grads.kept)},
+    }
+    state = fixed.state_bytes(parts, settings)
+    resident = state if settings.budget is None else min(state, settings.budget)
+    below = "disk" if settings.file or settings.device == "cpu" else "host"
+    adapters = 4 * (parts.adapter_params + parts.idle_adapters)
+    whole = settings.element_bytes * (parts.whole_params + parts.idle_norms)
+    return [
+        Component("adapters", device, _in(TRAINING, adapters)),
+        Component("trained copies of embeddings and norms", device, _in(TRAINING, whole)),
+        Component("gradients", device, made),
+        Component("optimiser state", device, _in(TRAINING, resident)),
+        Component("optimiser state, paged out", below, _in(TRAINING, state - resident)),
+        Component(
+            "optimiser state being saved", "host", {"save": 0 if fixed.uses_torch_adamw(parts, settings) else state}
+        ),
+    ]
+
+
+def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Component]:
+    """What every token of the context costs."""
+    tokens, e = settings.context * settings.batch_size, settings.element_bytes
+    hidden = tokens * shape.hidden_size * e
+    place = {"device": device, "pinned": "host", "file": "disk"}[settings.arena]
+    inputs = shape.num_layers * hidden
+    keys = max(growing.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
+    several = settings.context > settings.tile_tokens(shape)
+    # The embedding's output stays until the decoder returns; layers write over their input unless the arena keeps it.
+    passing = {
+        "forward": (1 if settings.aliases else 2) * hidden,
+        "loss": hidden,
+        "backward": hidden,
+        "embedding": hidden,
+    }
+    return [
+        Component("layer inputs", place, _in(("forward", "loss", "backward"), inputs)),
+        Component("hidden states and their gradient", device, {**passing, "evaluation": 3 * hidden}),
+        Component("keys and values", device, _in(("forward", "backward", "evaluation"), keys * e)),
+        Component("their gradients", device, {"backward": keys * 4 if several else 0}),
+        Component(
+            "positions, labels, rotary tables",
+            device,
+            _in(("forward", "loss", "backward", "embedding", "evaluation"), growing.bookkeeping_bytes(shape, settings)),
+        ),
+        Component(
+            "attention kept for backward",
+            device,
+            _in(("forward", "loss", "backward"), growing.kept_bytes(shape, settings)),
+        ),
+    ]
+
+
+def _tiles(shape: ModelShape, settings: PlanSettings, device: str) -> list[Component]:
+    """What exists for one tile."""
+    tile = settings.tile_tokens(shape)
+    several = settings.context > tile
+    bytes_of = growing.tile_bytes(shape, settings, tokens=tile * settings.batch_size)
+    backward = bytes_of.mlp
+    if not several:  # one tile: the gradients of keys and values are made when the MLP has been let go
+        keys = max(growing.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
+        backward = max(bytes_of.mlp, bytes_of.attention + 4 * keys)
+    tile_loss = growing.loss_bytes(shape, settings, gradient=True)
+    evaluated = growing.loss_bytes(shape, settings, gradient=False)
+    matmul = fixed.matmul_bytes(shape, settings)
+    return [
+        Component(
+            "activations of a tile",
+            device,
+            {"forward": bytes_of.forward, "backward": backward, "evaluation": bytes_of.forward},
+        ),
+        Component("a tile of logits", device, {"loss": tile_loss, "evaluation": evaluated}),
+        Component("de-quantised weight", device, _in(("forward", "backward", "evaluation"), matmul)),
+    ]
+
+
+def _files(settings: PlanSettings, parts: fixed.Trained) -> list[Component]:
+    saved = 4 * (parts.adapter_params + parts.idle_adapters)
+    saved += settings.element_bytes * (parts.whole_params + parts.idle_norms)
+    state = fixed.state_bytes(parts, settings)
+    checkpoints = (settings.keep_checkpoints + 1) * (2 * saved + state)
+    return [
+        Component("tensors being saved", "host", {"save": saved}),
+        Component("checkpoints and adapter", "disk", _in(TRAINING, checkpoints + saved)),
+    ]
+
+
+def _framework(components: list[Component], settings: PlanSettings) -> list[Component]:
+    always = ("load", *TRAINING, "merge")
+    found = [Component("Python and its libraries", "host", _in(always, HOST_BASE_BYTES))]
+    place = "accelerator" if settings.device == "cuda" else "host"
+    share = FRAGMENTS[settings.device]
+    if settings.device == "cuda":
+        found.append(Component("CUDA context and libraries", "accelerator", _in(always, CUDA_CONTEXT_BYTES)))
+    gaps = {
+        phase: int(share * sum(c.by_phase.get(phase, 0) for c in components if c.place == place)) for phase in PHASES
+    }
+    return [*found, Component("gaps of the allocator", place, gaps)]

@@ -1,0 +1,134 @@
+"""What of a run decides its bytes, and the engine's own choices where the run leaves them free.
+
+The names are those of the run's settings (``config/sections.py``), so that what a plan proposes can be pasted into a
+command. Sizes are checked here, once: a plan for nonsense would be nonsense.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from longfit.config import RunConfig
+from longfit.errors import ConfigError, ContextError
+from longfit.planning.shapes import ModelShape
+
+CPU_WORKSPACE_BYTES, DEVICE_WORKSPACE_BYTES = 128 << 20, 1 << 30
+SMALLEST_TILE, LARGEST_TILE = 256, 4096
+"""Those of ``engine/sweep.py``, which imports torch; a test holds them together."""
+
+CHOICES = {
+    "device": ("cuda", "cpu"),
+    "quant": ("nf4", "fp4", "int4", "none"),
+    "attention": ("exact", "shifted"),
+    "arena": ("device", "pinned", "file"),
+    "optim": ("adamw", "adamw8bit"),
+    "dtype": ("bfloat16", "float16", "float32"),
+    "engine": ("sweep", "plain"),
+}
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The settings of a run that a plan depends on; the defaults are those of a run.
+
+    Attributes:
+        context: tokens in a window.
+        device: "cuda" for any accelerator, or "cpu".
+        tile: tokens at once; None lets the engine choose.
+        group_size: of shifted attention; None is a quarter of the context.
+        budget: bytes of optimiser state kept on the device; None keeps all there.
+        file: whether what exceeds the budget goes to a file (always, on a CPU).
+        data_parallel: processes, each with a whole model.
+    """
+
+    context: int
+    device: str = "cuda"
+    quant: str = "nf4"
+    double_quant: bool = True
+    block_size: int = 64
+    dtype: str = "bfloat16"
+    attention: str = "exact"
+    group_size: int | None = None
+    rank: int = 16
+    train_embeddings: bool = False
+    train_norms: bool = False
+    batch_size: int = 1
+    gradient_accumulation: int = 1
+    optim: str = "adamw"
+    budget: int | None = None
+    file: bool = False
+    engine: str = "sweep"
+    arena: str = "device"
+    tile: int | None = None
+    keep_checkpoints: int = 2
+    evaluates: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("context", "rank", "batch_size", "gradient_accumulation", "block_size", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("tile", "budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} {value}: must be at least 1; leave it out to let the engine choose")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+        if self.group_size is not None and (self.group_size < 2 or self.group_size % 2):
+            raise ContextError(f"group_size {self.group_size}: must be an even number of tokens, at least 2")
+        if self.group_size is not None and self.attention != "shifted":
+            raise ContextError(f"group_size {self.group_size}: exact attention has no groups; say attention 'shifted'")
+        if self.device == "cpu" and self.arena == "pinned":
+            raise ConfigError("arena 'pinned': pinned host memory is for accelerators; on a CPU use device or file")
+
+    @classmethod
+    def of(cls, config: RunConfig, *, device: str, native_context: int) -> "PlanSettings":
+        """Take what a plan needs from the settings of a run.
+
+        Args:
+            device: "cuda" or "cpu", where the run will be.
+            native_context: of the model, for a run without a context.
+        """
+        flat = {key.partition(".")[2]: value for key, value in config.flat().items()}
+        taken = {field.name: flat[field.name] for field in fields(cls) if field.name in flat}
+        taken["context"] = flat["context"] or native_context
+        taken["dtype"] = "bfloat16" if flat["dtype"] == "auto" else flat["dtype"]
+        taken["file"] = flat["file"] is not None
+        taken["evaluates"] = bool(flat["validation"] or flat["validation_fraction"])
+        taken["device"] = device
+        return cls(**taken)
+
+    def changed(self, changes: Mapping[str, Any]) -> "PlanSettings":
+        """Return a checked copy with some settings changed."""
+        known = {field.name for field in fields(self)}
+        for name in changes:
+            if name not in known:
+                raise ConfigError(f"{name}: a plan has no such setting; allowed: {', '.join(sorted(known))}")
+        return replace(self, **changes)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a hidden state's number."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def effective_group_size(self) -> int | None:
+        """Tokens in a group of shifted attention; None for exact attention."""
+        if self.attention == "exact":
+            return None
+        return self.group_size or max(2, self.context // 4 // 2 * 2)
+
+    @property
+    def aliases(self) -> bool:
+        """Whether the arena keeps the very tensors it is given, as it does on their own device."""
+        return self.arena == "device"
+
+    def tile_tokens(self, shape: ModelShape) -> int:
+        """Tokens of a tile in each row of the batch (``engine/sweep.py:choose_tile`` and ``Sweeper.tile_for``)."""
+        if self.tile is not None:
+            return min(self.tile, self.context)
+        width = max(2, self.element_bytes) * (18 * shape.hidden_size + 9 * shape.intermediate_size)
+        budget = CPU_WORKSPACE_BYTES if self.device == "cpu" else DEVICE_WORKSPACE_BYTES
+        fitting = 1 << (max(1, budget // width).bit_length() - 1)
+        chosen = max(SMALLEST_TILE, min(LARGEST_TILE, fitting))
+        return min(self.context, max(1, min(chosen, max(chosen // self.batch_size, 64))))

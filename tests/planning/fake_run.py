@@ -1,0 +1,228 @@
+"""A training step of a real model on fake tensors: every byte of it counted, nothing of it allocated or computed.
+
+transformers' own classes at their full width, two layers deep, with the 4-bit layers, adapters, sweep and loss of
+longfit. Attention is replaced by what a fused kernel allocates (output, log-sum-exp, query gradient and its float32
+sum), because a fake tensor has no values to attend with.
+"""
+
+import weakref
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longfit.engine import loss as loss_module
+from longfit.engine import sweep_probe
+from longfit.engine import walk as walk_module
+from longfit.engine.arena import MemoryArena
+from longfit.engine.attention import attention_key
+from longfit.engine.doors import base_model, decoder
+from longfit.engine.loss import training_loss
+from longfit.engine.replay import RandomState
+from longfit.engine.schedule import build_schedule, document_starts
+from longfit.engine.sweep import enable_sweep
+from longfit.engine.walk import Visible
+from longfit.layers.linear4bit import Linear4bit
+from longfit.model.adapters import add_adapters
+from longfit.model.hf_quantizer import skipped_linears
+from longfit.numerics.row_format import RowFormat
+from longfit.planning import growing
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that are made under it and still alive."""
+
+    def __init__(self, trace=False):
+        super().__init__()
+        self.now = self.peak = 0
+        self.sizes = {}
+        self.trace = trace
+        self.at_peak = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.sizes:
+                storage = leaf.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                self.sizes[key] = (size, str(func), tuple(leaf.shape), leaf.dtype) if self.trace else (size,)
+                self.now += size
+                if self.now > self.peak:
+                    self.peak = self.now
+                    if self.trace:
+                        self.at_peak = list(self.sizes.values())
+                weakref.finalize(storage, self._gone, key)
+        return result
+
+    def _gone(self, key):
+        self.now -= self.sizes.pop(key, (0,))[0]
+
+
+class HostArena:
+    """What the accelerator sees of layer inputs that wait elsewhere: one tile at a time."""
+
+    aliases = False
+
+    def open(self, num_tiles):
+        return HostStay()
+
+
+class HostStay:
+    def __init__(self):
+        self.likes = {}
+
+    def put(self, index, tile):
+        self.likes[index] = (tile.shape, tile.dtype)
+
+    def settle(self, index):
+        pass
+
+    def prefetch(self, index):
+        pass
+
+    def get(self, index):
+        shape, dtype = self.likes[index]
+        return torch.empty(shape, dtype=dtype)
+
+    def close(self):
+        pass
+
+
+def tile_forward(q, k, v, schedule, **options):
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def tile_backward(grad_out, q, k, v, out, lse, schedule, *, grad_k, grad_v, **options):
+    torch.empty(q.shape, dtype=torch.float32)
+    return torch.empty_like(q)
+
+
+def quantized(model, *, quant):
+    """Put empty 4-bit layers in the places where loading would."""
+    skipped = skipped_linears(model, [])
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name not in skipped:
+            fmt = RowFormat(module.out_features, module.in_features, quant, 64, True, 256, torch.bfloat16)
+            layer = Linear4bit.placeholder(fmt, bias=module.bias is not None, bias_dtype=torch.bfloat16, device="meta")
+            model.set_submodule(name, layer)
+    return model
+
+
+def meta_model(
+    config,
+    *,
+    layers=2,
+    rank=32,
+    quant="nf4",
+    train_embeddings=False,
+    train_norms=False,
+    attention="exact",
+    group_size=None,
+):
+    """The model of a config dict with ``layers`` layers and adapters, on the meta device."""
+    config = transformers.AutoConfig.for_model(**{**config})
+    text = config.get_text_config()
+    if layers is not None:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    text.max_position_embeddings = 1 << 20
+    key = attention_key(attention, group_size)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.set_attn_implementation(key)
+        if quant != "none":
+            model = quantized(model, quant=quant)
+        return add_adapters(model, rank=rank, train_embeddings=train_embeddings, train_norms=train_norms).train()
+
+
+def fill(model):
+    """Give every parameter and buffer a tensor of the mode that is on; ties stay ties."""
+    made = {}
+
+    def fresh(old):
+        if id(old) not in made:
+            made[id(old)] = (old, torch.empty(old.shape, dtype=old.dtype))
+        return made[id(old)][1]
+
+    parameters = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                if id(p) not in parameters:
+                    parameters[id(p)] = (p, nn.Parameter(fresh(p), p.requires_grad))
+                module._parameters[name] = parameters[id(p)][1]
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = fresh(b)
+
+
+@dataclass
+class Peaks:
+    """Most live bytes above the weights."""
+
+    weights: int
+    forward: int
+    backward: int
+    after: int
+
+
+def step_peaks(
+    config, *, num_tokens, tile, layers=2, arena="host", group_size=None, trace=False, windows=(None,), **settings
+):
+    """Most live bytes in forward and in backward of one step; weights and adapters are counted apart."""
+    attention = "shifted" if group_size else "exact"
+    model = meta_model(config, layers=layers, attention=attention, group_size=group_size, **settings)
+    starts = document_starts(1, num_tokens)
+
+    original_of = Visible.of.__func__
+    known = {}
+    for window in {*windows, None}:
+        schedule = build_schedule(2, starts, group_size=group_size, sliding_window=window)
+        known[window] = original_of(Visible, schedule, tile)
+    original_build = build_schedule
+
+    def build(num_heads, document_start, *, group_size=None, sliding_window=None):
+        build.last = sliding_window
+        return original_build(num_heads, document_start, group_size=group_size, sliding_window=sliding_window)
+
+    def Visible_of(schedule, tile):
+        window = build.last
+        if window not in known:
+            with torch._subclasses.fake_tensor.unset_fake_temporarily():
+                s = original_build(2, document_starts(1, num_tokens), group_size=group_size, sliding_window=window)
+                known[window] = original_of(Visible, s, tile)
+        return known[window]
+
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode())
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        for module in (walk_module, sweep_probe):
+            patch.setattr(module, "tile_forward", tile_forward)
+        patch.setattr(walk_module, "tile_backward", tile_backward)
+        patch.setattr(walk_module, "build_schedule", build)
+        patch.setattr(walk_module.Visible, "of", Visible_of)
+        patch.setattr(loss_module, "_trained_rows", lambda labels, num_words: torch.arange(len(labels)))
+        patch.setattr(loss_module, "CPU_TILE_ELEMENTS", growing.LOSS_TILE_ELEMENTS["cuda"], raising=False)
+        patch.setattr(RandomState, "same", lambda self, other: True)
+        live = LiveBytes(trace)
+        with live:
+            fill(model)
+        weights, live.peak = live.now, 0
+        report = enable_sweep(model, tile=tile, arena=HostArena() if arena == "host" else MemoryArena(), kept_bytes=0)
+        assert not report.fallback, report.fallback
+        ids = torch.zeros(1, num_tokens, dtype=torch.long)
+        with live:
+            loss = training_loss(model, ids, num_items=num_tokens)
+            forward, live.peak = live.peak, live.now
+            forward_list = live.at_peak
+            loss.backward()
+        peaks = Peaks(weights, forward - weights, live.peak - weights, live.now - weights)
+        return (peaks, forward_list, live.at_peak) if trace else peaks
