@@ -375,10 +375,10 @@ def test_the_attention_becomes_ours_and_a_later_change_is_noticed():
 def test_the_tile_is_chosen_from_the_workspace_or_forced():
     llama_8b = transformers.LlamaConfig(hidden_size=4096, intermediate_size=14336)
     assert choose_tile(llama_8b, 2, "cuda") == 2048
-    assert choose_tile(llama_8b, 2, "cpu") == 256
+    assert choose_tile(llama_8b, 2, "cpu") == 512
     small = transformers.LlamaConfig(hidden_size=576, intermediate_size=1536)
-    assert choose_tile(small, 2, "cpu") == 2048
-    assert choose_tile(small, 2, "cuda") == 4096
+    assert choose_tile(small, 2, "cpu") == choose_tile(small, 2, "cuda") == 4096
+    assert choose_tile(small, 4, "cpu") == 2048
     model = tiny_model("llama")
     enable_sweep(model)
     assert sweeper_of(model).tile_for(torch.empty(1, 1, 1)) == sweeper_of(model).tile == 4096

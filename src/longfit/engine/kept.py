@@ -13,9 +13,6 @@ from weakref import WeakSet
 
 from torch import Tensor
 
-CPU_KEPT_BYTES = 512 << 20
-"""Default on a CPU: the attention of SmolLM2-135M at 14,000 tokens. On an accelerator the default is nothing."""
-
 
 class KeptAttention:
     """Output ``[B, H, t, D]`` and log-sum-exp ``[B, H, t]`` of some tiles of one layer; gone with the graph."""

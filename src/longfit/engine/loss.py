@@ -30,14 +30,12 @@ from torch import Tensor, nn
 from longfit.engine.doors import base_model, hidden_states, output_head
 from longfit.engine.handover import promise, receiver_of
 from longfit.engine.schedule import document_starts
+from longfit.engine.sizes import CPU_LOGITS, DEVICE_LOGITS
 from longfit.engine.sweep import sweeper_of
 from longfit.errors import DataError
 
 IGNORED = -100
 """The label of a token that is not trained on (the convention of torch and transformers)."""
-
-TILE_ELEMENTS = 1 << 25
-"""Logits held at once: 128 MiB in float32, and as much again in temporaries, whatever the context and vocabulary."""
 
 
 # ------------------------------------------------------------------------------------------------ the tiled loss
@@ -90,10 +88,11 @@ def _choose_tiles(labels: Tensor, num_words: int, token_tile: int | None, vocab_
     for name, value in (("token_tile", token_tile), ("vocab_tile", vocab_tile)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: must be at least 1; leave it out to let the engine choose")
+    elements = CPU_LOGITS if labels.device.type == "cpu" else DEVICE_LOGITS
     if token_tile is None:
-        token_tile = max(128, min(1024, TILE_ELEMENTS // (vocab_tile or num_words)))
+        token_tile = max(128, min(1024, elements // (vocab_tile or num_words)))
     if vocab_tile is None:
-        vocab_tile = max(1, min(num_words, TILE_ELEMENTS // token_tile))
+        vocab_tile = max(1, min(num_words, elements // token_tile))
     return _Tiles(_trained_rows(labels, num_words), token_tile, min(vocab_tile, num_words), num_words)
 
 
@@ -310,7 +309,7 @@ def linear_cross_entropy(
         norm: a module applied to each tile of ``hidden`` first; it works per token, and may be trained.
         num_items: what the sum is divided by; default: the number of labels that count here. Give the count of the
             whole optimiser step when accumulating gradients.
-        token_tile: tokens at once; default: as many as keep the logits at ``TILE_ELEMENTS``, within 128 and 1,024.
+        token_tile: tokens at once; default: as many as ``CPU_LOGITS`` or ``DEVICE_LOGITS`` allow, within 128 and 1,024.
         vocab_tile: words at once; default: all of them if the token tile allows it. Fewer cost a second product.
         overwrite_hidden: write the gradient over the storage of ``hidden``, which must be contiguous. Safe when
             ``hidden`` is an intermediate that nothing else reads: not its producer's backward (autograd notices and

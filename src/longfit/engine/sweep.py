@@ -37,19 +37,12 @@ from longfit.engine.arena import Arena, MemoryArena
 from longfit.engine.attention import attention_key
 from longfit.engine.doors import base_model, decoder
 from longfit.engine.handover import Receiver, is_promised, promise, receiver_of
-from longfit.engine.kept import CPU_KEPT_BYTES, KeptAttention, KeptBudget
+from longfit.engine.kept import KeptAttention, KeptBudget
 from longfit.engine.layer_call import LayerCall, layer_call
 from longfit.engine.replay import Autocast, RandomState, random_state_kept
+from longfit.engine.sizes import CPU_KEPT_BYTES, tile_tokens
 from longfit.engine.sweep_probe import probe_layers
 from longfit.engine.walk import LayerWalk, TileLeft, Visible
-
-CPU_WORKSPACE_BYTES = 128 << 20
-"""What a tile's activations may take on a CPU: SmolLM2-135M steps in tiles of 2,048 tokens, 4 % faster than in 512."""
-
-DEVICE_WORKSPACE_BYTES = 1 << 30
-"""And on an accelerator: 2,048 tokens of Llama-3.1-8B."""
-
-SMALLEST_TILE, LARGEST_TILE = 256, 4096
 
 
 # ------------------------------------------------------------------------------------------------ one layer
@@ -263,23 +256,10 @@ class Sweeper:
 
 
 def choose_tile(config: Any, element_bytes: int, device_type: str) -> int:
-    """Tokens per tile: as many as keep a tile's activations in the workspace of the device, a power of two.
-
-    A layer's local graph holds about 18 vectors of the hidden size and 9 of the intermediate size per token
-    (projections, their adapters, norms in float32, the gated product and their gradients): 394 kB were counted for
-    Llama-3.1-8B with rank 32 (``tests/engine/test_memory.py``), and this says 405.
-
-    Args:
-        config: of the text model.
-        element_bytes: of the activations.
-        device_type: "cpu", "cuda", ...
-    """
+    """Tokens per tile for a model: ``sizes.tile_tokens`` of its config."""
     inner = config.to_dict().get("intermediate_size") or 4 * config.hidden_size
     inner = max(inner) if isinstance(inner, (list, tuple)) else inner
-    bytes_per_token = element_bytes * (18 * config.hidden_size + 9 * inner)
-    budget = CPU_WORKSPACE_BYTES if device_type == "cpu" else DEVICE_WORKSPACE_BYTES
-    fitting = max(1, budget // bytes_per_token)
-    return max(SMALLEST_TILE, min(LARGEST_TILE, 1 << (fitting.bit_length() - 1)))
+    return tile_tokens(config.hidden_size, inner, element_bytes, device_type)
 
 
 def enable_sweep(
