@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from longfit.cli import data, demo, doctor, evaluate, runs, train
+from longfit.cli import chat, data, demo, doctor, evaluate, runs, train
 from longfit.cli.output import print_error, print_note
 from longfit.errors import BackendError, LongfitError
 
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("chat")(chat.chat)
 app.command("data")(data.data)
 app.command("runs")(runs.runs)
 app.command("doctor")(doctor.doctor)

@@ -11,6 +11,7 @@ Keys and values lie in storage with room for more, so that one more token does n
 Not here: sampling (``generate.py``), and measuring a window of given text (``perplexity.py``), which needs no cache.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,12 +61,13 @@ class Reader:
         self.token_ids = torch.zeros(0, dtype=torch.int64)
         self.cache = _empty_cache()
 
-    def read(self, token_ids: Tensor, *, keep: int = 1) -> Tensor:
+    def read(self, token_ids: Tensor, *, keep: int = 1, on_progress: Callable[[int, int], Any] | None = None) -> Tensor:
         """Read tokens, reusing what the last text began with.
 
         Args:
             token_ids: int64 ``[N]``.
             keep: positions at the end whose logits are wanted.
+            on_progress: called after each chunk with tokens read and tokens in all.
         Returns: float32 (float64 for float64) ``[keep, V]``; the last row is about the token after the last.
         Raises: DataError: no tokens, or tokens that the model does not know.
         """
@@ -91,6 +93,8 @@ class Reader:
                     kept.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
                 done = end
                 self.token_ids = token_ids[:done]
+                if on_progress is not None:
+                    on_progress(done, len(token_ids))
         return torch.cat(kept)
 
     def _forget_after(self, num_tokens: int) -> None:
