@@ -2,7 +2,7 @@
 
 The linear layers of SmolLM2-135M are rounded to INT8, INT4, FP4, NF4 and to levels estimated from each weight, with
 and without double quantisation, in several block sizes: bits per parameter, error of the weights, perplexity of five
-held-out documents, one by one, so that a difference between two types has a spread.
+documents, one by one, so that a difference between two types has a spread.
 
 The model comes from a GGUF file whose weights are Q4_1: in blocks of 32, each weight stands on one of 16 equally
 spaced levels. Equally spaced types would profit from that. So everything is measured twice:
@@ -23,14 +23,15 @@ from typing import Any
 
 import torch
 from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings
-from benchmarks.experiments.texts import held_out_documents, held_out_losses
+from benchmarks.experiments.texts import held_out_documents, held_out_losses, reference
 from torch import nn
 
 from longfit.demo import demo_model
 from longfit.evaluation.quant_error import DataType, quantizable_layers, quantized_weights, round_to
 from longfit.model.load import load
 
-DOCUMENTS = ("reference", "tarfile", "doctest", "argparse", "turtle")
+SOURCES = ("tarfile", "doctest", "argparse", "turtle")
+DOCUMENTS = ("reference", *SOURCES)
 Q4_1_BLOCK, Q4_1_STEPS = 32, 15
 NAMES = ("nf4", "fp4", "int4", "quantile", "int8")
 OTHER_BLOCK_SIZES = (32, 128, 256)
@@ -89,7 +90,11 @@ class Bench:
             assert data_type is not None
             return normal_error(data_type)
         model, tokenizer = self.model(settings["weights"])
-        documents = held_out_documents(tokenizer, DOCUMENTS, tokens=settings["tokens"])
+        tokens = settings["tokens"]
+        documents = {
+            "reference": reference(tokenizer)[:tokens],
+            **held_out_documents(tokenizer, SOURCES, tokens=tokens),
+        }
         with quantized_weights(model, data_type) as cost:
             found = held_out_losses(model, documents)
         mean = sum(found.values()) / len(found)

@@ -22,7 +22,7 @@ from benchmarks.experiments.training import Recipe, train, trainable
 
 from longfit.model.load import load_report
 
-DOCUMENTS = ("reference", "tarfile", "argparse", "turtle")
+DOCUMENTS = ("tarfile", "doctest", "argparse", "turtle")
 COLOURS = {"none": "black", "nf4": "C0", "fp4": "C1", "int4": "C2"}
 NAMES = {"none": "LoRA, 16-bit base", "nf4": "QLoRA, NF4 + DQ", "fp4": "FP4 + DQ", "int4": "INT4 + DQ"}
 

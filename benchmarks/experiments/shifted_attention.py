@@ -43,7 +43,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     """Exact and shifted steps in turn on one model; the first of each is not counted where there are several."""
     window, turns = settings["window"], settings["turns"]
     model, tokenizer = trainable(Recipe(context=2 * NATIVE))
-    ids = reference(tokenizer, held_out=False)[:window]
+    ids = reference(tokenizer)[:window]
     times: dict[str, list[float]] = {"exact": [], "shifted": []}
     for turn in range(turns + (turns > 1)):
         for attention, seconds in times.items():

@@ -1,7 +1,7 @@
 """The text of the experiments: what every Python carries, so that anyone can repeat them offline.
 
-Trained on: the language reference behind ``help()``, and sources of the standard library. Held out: other sources, and
-every fourth topic of the reference. A pretrained model has met such text before; that moves all rows of a table alike.
+Trained on: the language reference behind ``help()``, and sources of the standard library. Held out: other sources.
+A pretrained model has met such text before; that moves all rows of a table alike.
 """
 
 import importlib
@@ -24,11 +24,9 @@ def source(module: str, tokenizer: Any) -> Tensor:
     return _tokens(inspect.getsource(importlib.import_module(module)), tokenizer)
 
 
-def reference(tokenizer: Any, *, held_out: bool) -> Tensor:
-    """The language reference as tokens ``[N]``: every fourth topic, or the others."""
-    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-    chosen = [text for number, text in enumerate(topics) if (number % 4 == 3) == held_out]
-    return _tokens("\n\n".join(chosen), tokenizer)
+def reference(tokenizer: Any) -> Tensor:
+    """The language reference as tokens ``[N]``. It repeats itself from topic to topic, so no part of it is held out."""
+    return _tokens("\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())), tokenizer)
 
 
 def training_windows(tokenizer: Any, *, window: int, number: int, seed: int) -> list[Tensor]:
@@ -36,7 +34,7 @@ def training_windows(tokenizer: Any, *, window: int, number: int, seed: int) -> 
 
     Returns: ``number`` windows of ``[window]`` tokens; a window lies within one document.
     """
-    documents = [reference(tokenizer, held_out=False), *(source(name, tokenizer) for name in TRAINING_MODULES)]
+    documents = [reference(tokenizer), *(source(name, tokenizer) for name in TRAINING_MODULES)]
     windows = [ids[start : start + window] for ids in documents for start in range(0, len(ids) - window + 1, window)]
     draw = torch.Generator().manual_seed(seed)
     order: list[int] = []
@@ -46,13 +44,13 @@ def training_windows(tokenizer: Any, *, window: int, number: int, seed: int) -> 
 
 
 def held_out_documents(tokenizer: Any, names: Sequence[str], *, tokens: int) -> dict[str, Tensor]:
-    """The first ``tokens`` tokens of held-out documents; ``"reference"`` is the held-out topics.
+    """The first ``tokens`` tokens of sources.
 
-    Raises: ValueError: a document is shorter.
+    Raises: ValueError: a source is shorter.
     """
     found = {}
     for name in names:
-        ids = reference(tokenizer, held_out=True) if name == "reference" else source(name, tokenizer)
+        ids = source(name, tokenizer)
         if len(ids) < tokens:
             raise ValueError(f"held-out document {name}: has {len(ids):,} tokens, {tokens:,} are needed")
         found[name] = ids[:tokens]
