@@ -31,7 +31,7 @@ from longfit.numerics.double_quant import DoubleQuant
 from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat
 
-ABI = 2  # LONGFIT_ABI of csrc/longfit.h
+ABI = 3  # LONGFIT_ABI of csrc/longfit.h
 
 # The part of W that is de-quantised at once for torch's GEMM. From 1 to 4 MiB the speed is the same at 256 rows of x;
 # at 1,024 rows 4 MiB costs 4 % over the dense matmul, 1 MiB 14 % (4096 x 4096, bf16). A matmul may use 8 MiB in all.
@@ -40,6 +40,8 @@ TILE_BYTES = 4 << 20
 # Up to this many rows of x, dot products of x and rows of W take less time than a GEMM; and than our own GEMM in bf16.
 FEW_ROWS = 16
 FEW_ROWS_BF16 = 1
+
+NEAREST_BYTES = 44 << 10  # LONGFIT_NEAREST_BYTES of csrc/longfit.h
 
 # Results from this size on are new memory from the system, not from the allocator's cache.
 HUGE_BYTES = 4 << 20
@@ -76,7 +78,8 @@ _SIGNATURES: dict[str, list[Any]] = {
         ctypes.POINTER(Weight4), c_int, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int,
     ],
     "quantize_4bit": [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
-    "quantize_8bit": [c_void_p, c_int64, c_int, c_void_p, c_int, c_int64, c_void_p, c_void_p, c_int],
+    "nearest_table": [c_void_p, c_int, c_void_p],
+    "quantize_8bit": [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
     "dequantize_8bit": [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int],
     "adamw": [c_void_p, c_int64, c_int],
     "adamw_maps": [c_void_p, c_void_p, c_void_p, c_void_p],
@@ -210,7 +213,8 @@ def quantize_4bit(
 
 def _quantize_absmax(absmax: Tensor, absmax_block_size: int) -> DoubleQuant:
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())  # torch's reduction: the rule says so
-    codes, nested = quantize_8bit(absmax - offset, _scale_map("dynamic8"), block_size=absmax_block_size)
+    table = _nearest_scales(library().isa)
+    codes, nested = _quantize_8bit(absmax - offset, table, block_size=absmax_block_size)
     return DoubleQuant(codes, nested, offset, absmax_block_size)
 
 
@@ -240,21 +244,30 @@ def _flat_weight(packed: Tensor, state: QuantState) -> tuple[Weight4, list[Tenso
 
 def quantize_8bit(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """See `longfit.numerics.blockwise.quantize_blockwise`."""
-    values, codebook = _values(values), codebook.contiguous()
+    return _quantize_8bit(_values(values), _nearest_table(codebook.contiguous()), block_size=block_size)
+
+
+def _quantize_8bit(values: Tensor, table: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     codes = torch.empty(values.numel(), dtype=torch.uint8)
     absmax = torch.empty(num_blocks(values.numel(), block_size), dtype=torch.float32)
     library().kernel("quantize_8bit")(
         values.data_ptr(),
         values.numel(),
         _DTYPES[values.dtype],
-        codebook.data_ptr(),
-        codebook.numel(),
+        table.data_ptr(),
         block_size,
         codes.data_ptr(),
         absmax.data_ptr(),
         torch.get_num_threads(),
     )
     return codes, absmax
+
+
+def _nearest_table(codebook: Tensor) -> Tensor:
+    """Return what finding the nearest of these levels needs to know, in the form of the instruction set in use."""
+    table = torch.empty(NEAREST_BYTES, dtype=torch.uint8)
+    library().kernel("nearest_table")(codebook.data_ptr(), codebook.numel(), table.data_ptr())
+    return table
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int, dtype: torch.dtype) -> Tensor:
@@ -287,7 +300,7 @@ def dequantize_rows(rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torc
 def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
     """Compute ``x dq(W)^T``; see `longfit.kernels.dispatch.linear_4bit`."""
     x2 = x.reshape(-1, fmt.in_features)  # [M, I]
-    y = torch.empty(x2.shape[0], fmt.out_features, dtype=x.dtype)
+    y = torch.empty(*x.shape[:-1], fmt.out_features, dtype=x.dtype)
     rows, constants = _dense_rows(rows), constants.contiguous()
     weight = _row_weight(rows, constants, fmt)
     own_gemm = x.dtype == torch.bfloat16 and library().multiplies_bf16
@@ -306,25 +319,25 @@ def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> T
     elif own_gemm:
         _multiply(x2, weight, y, transposed=True)
     else:
-        _linear_by_tiles(x2, weight, fmt, y)
-    return y.view(*x.shape[:-1], fmt.out_features)
+        _linear_by_tiles(x2, weight, fmt, y.view(-1, fmt.out_features))
+    return y
 
 
 def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
     """Compute ``grad dq(W)``; see `longfit.kernels.dispatch.linear_4bit_grad_input`."""
     grad2 = grad.reshape(-1, fmt.out_features)  # [M, O]
-    out = torch.empty(grad2.shape[0], fmt.in_features, dtype=grad.dtype)
+    out = torch.empty(*grad.shape[:-1], fmt.in_features, dtype=grad.dtype)
     rows, constants = _dense_rows(rows), constants.contiguous()
     weight = _row_weight(rows, constants, fmt)
     if grad.dtype == torch.bfloat16 and library().multiplies_bf16:
         _multiply(grad2, weight, out, transposed=False)
     else:
-        _grad_input_by_tiles(grad2, weight, fmt, out)
-    return out.view(*grad.shape[:-1], fmt.in_features)
+        _grad_input_by_tiles(grad2, weight, fmt, out.view(-1, fmt.in_features))
+    return out
 
 
 def _multiply(a: Tensor, weight: Weight4, out: Tensor, *, transposed: bool) -> None:
-    """Fill ``out`` [M, N] with ``a`` [M, K] times W or W^T, de-quantising where a GEMM copies its operands anyhow."""
+    """Fill ``out`` [..., N] with ``a`` [M, K] times W or W^T, de-quantising where a GEMM copies its operands anyhow."""
     depth = a.shape[1]
     if depth % 2:
         a = F.pad(a, (0, 1))  # the kernel reads pairs
@@ -334,7 +347,7 @@ def _multiply(a: Tensor, weight: Weight4, out: Tensor, *, transposed: bool) -> N
         weight,
         transposed,
         a.shape[0],
-        out.shape[1],
+        out.shape[-1],
         depth,
         a.data_ptr(),
         a.stride(0),
@@ -436,3 +449,9 @@ def _codebook(quant_type: str) -> Tensor:
 @cache
 def _scale_map(storage: str) -> Tensor:
     return codebooks.dynamic_map(signed=True) if storage == "dynamic8" else codebooks.fp8_e4m3_map()
+
+
+@cache
+def _nearest_scales(isa: str) -> Tensor:
+    """Return the table of the codebook of block constants; making it takes longer than using it on a small weight."""
+    return _nearest_table(_scale_map("dynamic8"))

@@ -37,9 +37,17 @@ template <class T> void dequantize_block(const float* codebook, const uint8_t* c
 
 }  // namespace
 
-LONGFIT_EXPORT void KERNEL(longfit_quantize_8bit)(const void* values, int64_t numel, int dtype, const float* codebook, int levels,
-                                                  int64_t block_size, uint8_t* codes, float* absmax, int threads) {
+// Fills `table`, LONGFIT_NEAREST_BYTES at a boundary of 4, with what quantize_8bit wants to know of a codebook of up to 256 levels.
+LONGFIT_EXPORT void KERNEL(longfit_nearest_table)(const float* codebook, int levels, void* table) {
+    static_assert(sizeof(NearestTable) <= LONGFIT_NEAREST_BYTES && alignof(NearestTable) <= 4 && __is_trivially_copyable(NearestTable),
+                  "a caller keeps it as bytes");
     const NearestTable nearest(codebook, levels);
+    memcpy(table, &nearest, sizeof nearest);
+}
+
+LONGFIT_EXPORT void KERNEL(longfit_quantize_8bit)(const void* values, int64_t numel, int dtype, const void* table, int64_t block_size,
+                                                  uint8_t* codes, float* absmax, int threads) {
+    const NearestTable& nearest = *static_cast<const NearestTable*>(table);
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         const T* x = static_cast<const T*>(values);

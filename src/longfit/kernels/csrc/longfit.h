@@ -18,7 +18,10 @@
 #define KERNEL(name) LONGFIT_JOIN(name, LONGFIT_ISA)
 
 // Raised by one whenever the meaning of an exported function changes; kernels/cpu.py refuses a library with another number.
-#define LONGFIT_ABI 2
+#define LONGFIT_ABI 3
+
+// Size of a table of longfit_nearest_table.
+#define LONGFIT_NEAREST_BYTES (44 << 10)
 
 enum longfit_dtype { LONGFIT_FP32 = 0, LONGFIT_BF16 = 1, LONGFIT_FP16 = 2 };
 
