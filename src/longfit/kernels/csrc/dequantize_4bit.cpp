@@ -5,8 +5,8 @@
 namespace {
 
 // Beyond the caches a plain store first reads the line it overwrites: a third of the traffic. Below, streaming only evicts what the
-// caller is about to read. 64 MiB is more than the last-level cache of most processors and what torch itself never re-reads soon.
-constexpr int64_t kStreamBytes = 64 << 20;
+// caller is about to read. 32 MiB are the last-level cache of a common server processor, which other data share.
+constexpr int64_t kStreamBytes = 32 << 20;
 // Elements a task handles: some microseconds of work, and a multiple of every block size up to 4,096 that is a power of two.
 constexpr int64_t kTask = 16384;
 
