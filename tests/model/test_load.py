@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Vi
 
 from longfit.errors import ModelError
 from longfit.layers.linear4bit import Linear4bit
-from longfit.model.load import load, load_report
+from longfit.model.load import LoadReport, load, load_report
 from longfit.numerics.quant_state import dequantize_4bit, quantize_4bit
 
 
@@ -41,6 +41,17 @@ def test_the_report_counts_bytes(folder: Path) -> None:
     assert report.total_bytes == sum(parameter.nbytes for parameter in model.parameters()) + constants
     assert report.half_bytes == sum(parameter.nbytes for parameter in dense.parameters())
     assert 4.125 < report.bits_per_param < 4.6  # 4.127, and the shared constants of small layers
+
+
+def test_the_report_reads_as_a_line_a_reason() -> None:
+    dense = {f"layers.{number}.router": "multiplies routing weights" for number in range(5)} | {"lm_head": "the head"}
+    report = LoadReport("x", ("a", "b"), dense, quantized_bytes=1_000_000, half_bytes=4_000_000, bits_per_param=4.127)
+    assert str(report).splitlines() == [
+        "1 MB of weights (4 in 16 bits); 2 layers in 4.13 bits a parameter",
+        "not in 4 bits: layers.0.router, layers.1.router, layers.2.router and 2 more: multiplies routing weights",
+        "not in 4 bits: lm_head: the head",
+    ]
+    assert str(LoadReport("x", (), half_bytes=0)) == "0 MB of weights (0 in 16 bits); no layer in 4 bits"
 
 
 @pytest.mark.parametrize("quant", ["fp4", "int4", "none"])

@@ -50,6 +50,18 @@ class LoadReport:
         """Bytes of all weights together."""
         return self.quantized_bytes + self.dense_bytes
 
+    def __str__(self) -> str:
+        """Say in one line a reason what is in 4 bits and what is not."""
+        sizes = f"{self.total_bytes / 1e6:,.0f} MB of weights ({self.half_bytes / 1e6:,.0f} in 16 bits)"
+        lines = [f"{sizes}; {len(self.quantized)} layers in {self.bits_per_param:.2f} bits a parameter"]
+        if not self.quantized:
+            lines = [f"{sizes}; no layer in 4 bits"]
+        for reason in dict.fromkeys(self.dense.values()):
+            names = [name for name, why in self.dense.items() if why == reason]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"not in 4 bits: {', '.join(names[:3])}{more}: {reason}")
+        return "\n".join(lines)
+
 
 def load(
     name: str | os.PathLike[str],

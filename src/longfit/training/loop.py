@@ -33,6 +33,7 @@ from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset
 from longfit.engine.loss import IGNORED, TrainingLoss, shifted_labels
 from longfit.errors import ConfigError, RunError
+from longfit.model.load import load_report
 from longfit.model.save import save_adapter
 from longfit.training import run_directory
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
@@ -174,6 +175,8 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
 
     notify(Event("phase", f"loading {config.model.name}"))
     model, tokenizer = load_base(config, accelerator.device)
+    for line in str(load_report(model)).splitlines():
+        notify(Event("phase", line))
     native = native_context(model.config)
     config = config.resolve(native_context=native)
     notify(Event("phase", "packing the text into windows"))
