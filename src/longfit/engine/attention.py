@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from longfit.engine import attention_aten, attention_cpu, attention_reference
+from longfit.engine import attention_aten, attention_cpu, attention_efficient, attention_flash, attention_reference
 from longfit.engine.schedule import Schedule, build_schedule, check_group_size, document_starts
 from longfit.errors import BackendError, ContextError, ModelError
 
@@ -41,6 +41,8 @@ class Backend:
 
 
 BACKENDS = (
+    Backend("flash", attention_flash.supports, attention_flash.forward, attention_flash.backward),
+    Backend("efficient", attention_efficient.supports, attention_efficient.forward, attention_efficient.backward),
     Backend("cpu", attention_cpu.supports, attention_cpu.forward, attention_cpu.backward),
     Backend("aten", attention_aten.supports, attention_aten.forward, attention_aten.backward),
     Backend("reference", attention_reference.supports, attention_reference.forward, attention_reference.backward),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longfit.engine.schedule import Schedule
+from longfit.engine.sequences import shared_heads
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -182,19 +183,8 @@ def _calls(schedule: Schedule, start: int, num_queries: int, repeats: int) -> It
         for row in range(1 if alike else batch):
             rows = slice(None) if alike else slice(row, row + 1)
             for piece in pieces(first_key[row], start):
-                for heads, kv_heads in _shared_heads(low, high, repeats):
+                for heads, kv_heads in shared_heads(low, high, repeats):
                     yield Call(rows, heads, kv_heads, first_key[row], piece)
-
-
-def _shared_heads(low: int, high: int, repeats: int) -> Iterator[tuple[slice, slice]]:
-    """Cut query heads [low, high) where whole groups of ``repeats`` begin and end; add the key/value heads of each."""
-    whole_low, whole_high = -(-low // repeats) * repeats, high // repeats * repeats
-    if whole_low > whole_high:  # inside one group
-        bounds = [low, high]
-    else:
-        bounds = sorted({low, whole_low, whole_high, high})
-    for a, b in pairwise(bounds):
-        yield slice(a, b), slice(a // repeats, (b - 1) // repeats + 1)
 
 
 def _mask(call: Call, part: Part, start: int, dtype: torch.dtype) -> Tensor | None:

@@ -23,10 +23,16 @@ class Schedule:
     Attributes:
         first_key: int32 ``[C, B, T]``; query t of a head of class c, of C classes, sees ``first_key[c, b, t] .. t``.
         head_bounds: ``C + 1`` query-head numbers; class c is the heads ``[head_bounds[c], head_bounds[c + 1])``.
+        host: ``first_key`` on the CPU, which decides what is launched. Made once, as reading it waits for the device.
     """
 
     first_key: Tensor
     head_bounds: tuple[int, ...]
+    host: Tensor = None  # type: ignore[assignment]  # always set after __post_init__
+
+    def __post_init__(self) -> None:
+        if self.host is None:
+            object.__setattr__(self, "host", self.first_key.cpu())
 
     @property
     def num_heads(self) -> int:
@@ -37,6 +43,11 @@ class Schedule:
     def num_tokens(self) -> int:
         """Tokens that the schedule covers, T."""
         return self.first_key.shape[-1]
+
+    def since(self, low: int, high: int) -> "Schedule":
+        """Take the tokens ``[low, high)``, of which none sees a key before ``low``, numbered from ``low``."""
+        here = (slice(None), slice(None), slice(low, high))
+        return Schedule(self.first_key[here] - low, self.head_bounds, self.host[here] - low)
 
     def tile(self, start: int, num_tokens: int) -> Tensor:
         """Take the queries ``[start, start + num_tokens)``: int32 ``[C, B, t]``, a view; key numbers stay global."""

@@ -44,7 +44,7 @@ class Visible:
     @classmethod
     def of(cls, schedule: Schedule, tile: int) -> "Visible":
         """Read the schedule; it never decreases, so the first query of a tile sees furthest back."""
-        first = schedule.first_key[:, :, ::tile].amin(dim=(0, 1))
+        first = schedule.host[:, :, ::tile].amin(dim=(0, 1))
         return cls(tile, schedule.num_tokens, tuple(key // tile * tile for key in first.tolist()))
 
     @property
@@ -195,7 +195,7 @@ class LayerWalk:
         assert self.visible is not None and self._stored is not None  # noqa: PT018
         low, (start, end) = self.visible.lows[self.index], self.span
         if low:
-            schedule = Schedule(schedule.first_key[:, :, low:end] - low, schedule.head_bounds)
+            schedule = schedule.since(low, end)
         return Seen(low, end, *self._stored.tokens(low, end), schedule, {"start": start - low, **options})
 
 
