@@ -43,6 +43,7 @@ from longfit.engine.replay import Autocast, RandomState, random_state_kept
 from longfit.engine.sizes import CPU_KEPT_BYTES, tile_tokens
 from longfit.engine.sweep_probe import probe_layers
 from longfit.engine.walk import LayerWalk, TileLeft, Visible
+from longfit.kernels.workspace import weights_held
 
 
 # ------------------------------------------------------------------------------------------------ one layer
@@ -58,7 +59,7 @@ class _SweepLayer(Receiver, torch.autograd.Function):
         num_tiles = -(-hidden.shape[1] // ctx.tile)
         ctx.stay, ctx.kept = plan.arena.open(num_tiles), plan.kept.open()
         may_overwrite = ctx.receiver is not None and not plan.arena.aliases and not _is_watched(call.layer)
-        with plan.present(call.layer):
+        with plan.present(call.layer), weights_held(hidden.device):
             out, ctx.visible, ctx.random = _forward(hidden, call, ctx.tile, ctx.stay, ctx.kept, may_overwrite)
         if out is hidden:
             ctx.mark_dirty(hidden)
@@ -78,7 +79,7 @@ class _SweepLayer(Receiver, torch.autograd.Function):
         sums = _Sums(wanted, len(ctx.random))
         grad_hidden = None
         present = ctx.plan.present(ctx.call.layer, backward=True)
-        with present, random_state_kept(grad_out.device), ctx.autocast.again():
+        with present, weights_held(grad_out.device), random_state_kept(grad_out.device), ctx.autocast.again():
             walk = LayerWalk(grad_out.shape[1], ctx.tile, ctx.call.keywords, kept=ctx.kept, visible=ctx.visible)
             for index in reversed(range(len(ctx.random))):
                 for earlier in walk.turn_to_gradients(index):
@@ -251,7 +252,7 @@ class Sweeper:
         parameters = [p for p in call.layer.parameters() if p.requires_grad]
         if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
             return _SweepLayer.apply(hidden, call, self, *parameters)
-        with torch.no_grad(), self.present(call.layer):
+        with torch.no_grad(), self.present(call.layer), weights_held(hidden.device):
             return _forward(hidden, call, self.tile_for(hidden), None, None, False)[0]
 
 

@@ -1,0 +1,37 @@
+"""Nothing imports triton or starts CUDA before it is needed: in a process of its own, everything on the CPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+WORK = r"""
+import importlib, pkgutil, sys
+import torch
+import longfit
+from longfit.kernels.dispatch import backends
+from longfit.layers.linear4bit import Linear4bit
+from longfit.optim.adamw import PagedAdamW
+
+layer = Linear4bit.from_linear(torch.nn.Linear(64, 64))
+x = torch.randn(2, 64, requires_grad=True)
+layer(x).sum().backward()
+PagedAdamW([x], state_bits=8).step()
+backends("cpu"), backends("cuda")
+print("triton" in sys.modules)
+
+for module in pkgutil.walk_packages(longfit.__path__, "longfit."):
+    if not module.name.startswith(("longfit.kernels.triton_", "longfit.__main__")):
+        importlib.import_module(module.name)
+# PEFT and its friends may import triton by now; our kernels are still not there.
+print(sorted(name for name in sys.modules if name.startswith("longfit.kernels.triton_")), torch.cuda.is_initialized())
+"""
+
+
+def test_cpu_work_imports_no_kernel_of_a_card_and_starts_no_cuda() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", WORK], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.splitlines() == ["False", "['longfit.kernels.triton_device'] False"]
