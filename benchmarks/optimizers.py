@@ -51,22 +51,30 @@ QUICK = Sizes(dense=4_000_000, eight_bit=1_000_000, adapters=20, turns=3)
 
 
 # ---------------------------------------------------------------------------------------------------------------- gate
+LIMITS = {
+    "backends_differ": 0,
+    "paged_differs_after_50_steps": 0,
+    "torch_error_after_50_steps": 1e-5,  # 50 steps of a few roundings of values below 8
+    "eight_bit_error_float32": 6e-5,  # these two: what bitsandbytes asks of its own CUDA optimiser, tests/test_optim.py
+    "eight_bit_error_bfloat16": 1.7e-4,
+    "v_median_relative_error": 0.10,
+}
+
+
 def gate(scratch: Path) -> dict[str, float]:
     """Return the measured errors; raise AssertionError where one is too large."""
     found = {
         "backends_differ": float(not same_bits(backend="reference")),
-        "paged_differs": float(not same_bits(budget_bytes=3 * 65_536, path=scratch / "gate")),
+        "paged_differs_after_50_steps": float(not same_bits(steps=50, budget_bytes=3 * 65_536, path=scratch / "gate")),
         "torch_error_after_50_steps": error_against_torch(),
+        "eight_bit_error_float32": eight_bit_error(longfit_eight_bit, torch.float32),
+        "eight_bit_error_bfloat16": eight_bit_error(longfit_eight_bit, torch.bfloat16),
+        "eight_bit_error_float32_bitsandbytes": eight_bit_error(bitsandbytes.optim.AdamW8bit, torch.float32),
+        "eight_bit_error_bfloat16_bitsandbytes": eight_bit_error(bitsandbytes.optim.AdamW8bit, torch.bfloat16),
         "v_median_relative_error": second_moment_error(longfit_second_moment),
         "v_median_relative_error_bitsandbytes": second_moment_error(bitsandbytes_second_moment),
     }
-    limits = {
-        "backends_differ": 0,
-        "paged_differs": 0,
-        "torch_error_after_50_steps": 1e-5,  # 50 steps of a few roundings of values below 8
-        "v_median_relative_error": 0.10,
-    }
-    for name, limit in limits.items():
+    for name, limit in LIMITS.items():
         assert found[name] <= limit, f"red gate: {name} is {found[name]}, allowed {limit}"
     return found
 
@@ -82,14 +90,14 @@ def trained(steps: int, make: Callable[[list[nn.Parameter]], torch.optim.Optimiz
     return torch.cat([param.detach() for param in params])
 
 
-def same_bits(*, backend: str | None = None, **options: Any) -> bool:
-    """Whether five steps with the options end where five plain ones do, with either state and dtype."""
+def same_bits(*, backend: str | None = None, steps: int = 5, **options: Any) -> bool:
+    """Whether steps with the options end where plain ones do, with either state and dtype."""
     for bits in (32, 8):
         for dtype in (torch.float32, torch.bfloat16):
-            plain = trained(5, lambda p, b=bits: PagedAdamW(p, **HYPER, state_bits=b, page_bytes=65_536), dtype)
+            plain = trained(steps, lambda p, b=bits: PagedAdamW(p, **HYPER, state_bits=b, page_bytes=65_536), dtype)
             with use_backend(backend):
                 other = trained(
-                    5, lambda p, b=bits: PagedAdamW(p, **HYPER, state_bits=b, page_bytes=65_536, **options), dtype
+                    steps, lambda p, b=bits: PagedAdamW(p, **HYPER, state_bits=b, page_bytes=65_536, **options), dtype
                 )
             if not torch.equal(plain, other):
                 return False
@@ -100,6 +108,30 @@ def error_against_torch() -> float:
     mine = trained(50, lambda params: PagedAdamW(params, **HYPER), torch.float32)
     theirs = trained(50, lambda params: torch.optim.AdamW(params, **HYPER), torch.float32)
     return float((mine - theirs).abs().max())
+
+
+def eight_bit_error(make: Callable[..., torch.optim.Optimizer], dtype: torch.dtype) -> float:
+    """The largest mean error of a step in 50, the weights set equal after each: the procedure of bitsandbytes' test."""
+    generator = torch.Generator().manual_seed(0)
+    exact = nn.Parameter(torch.randn(512, 128, generator=generator) * 0.1)
+    param = nn.Parameter(exact.detach().clone().to(dtype))
+    mine = make([param], lr=1e-3, weight_decay=0.0)
+    theirs = torch.optim.AdamW([exact], lr=1e-3, weight_decay=0.0)
+    errors = []
+    for _ in range(50):
+        grad = torch.randn(512, 128, generator=generator) * 0.01
+        exact.grad, param.grad = grad.clone(), grad.to(dtype)
+        mine.step()
+        theirs.step()
+        errors.append(float((param.detach().float() - exact.detach()).abs().mean()))
+        with torch.no_grad():
+            exact.copy_(exact.to(dtype))
+            param.copy_(exact)
+    return max(errors)
+
+
+def longfit_eight_bit(params: list[nn.Parameter], **options: Any) -> PagedAdamW:
+    return PagedAdamW(params, state_bits=8, **options)
 
 
 def second_moment_error(second_moment: Callable[[nn.Parameter], Tensor]) -> float:
@@ -154,7 +186,7 @@ def dense_table(sizes: Sizes, scratch: Path) -> dict[str, Any]:
     """One large float32 parameter: torch's fused AdamW, ours resident, ours with a tenth of the state in memory."""
     params = with_gradients([sizes.dense])
     budget = sizes.dense * 8 // 10
-    paged = PagedAdamW(params, **HYPER, page_bytes=page_bytes_for(budget), budget_bytes=budget, path=scratch / "dense")
+    paged = PagedAdamW(params, **HYPER, budget_bytes=budget, path=scratch / "dense")
     rows = take_turns(
         {
             "torch fused": torch.optim.AdamW(params, **HYPER, fused=True).step,
@@ -169,16 +201,9 @@ def dense_table(sizes: Sizes, scratch: Path) -> dict[str, Any]:
         "parameters": sizes.dense,
         "rows": rows,
         "paged": {"budget_bytes": budget, "moved_bytes_a_step": moved.moved_bytes // sizes.turns, **vars(moved)},
-        "ratios": {
-            "resident over torch fused (limit 1.15)": ratio(rows, "longfit 32-bit", "torch fused"),
-            "paged over resident (limit 2)": ratio(rows, "longfit 32-bit, a tenth in memory", "longfit 32-bit"),
-        },
+        "resident_over_torch": ratio(rows, "longfit 32-bit", "torch fused"),
+        "paged_over_resident": ratio(rows, "longfit 32-bit, a tenth in memory", "longfit 32-bit"),
     }
-
-
-def page_bytes_for(budget_bytes: int) -> int:
-    """The default size, or a smaller one where the budget would not hold four of them."""
-    return min(4 << 20, budget_bytes // 4 // 4096 * 4096)
 
 
 def eight_bit_table(sizes: Sizes) -> dict[str, Any]:
@@ -195,13 +220,9 @@ def eight_bit_table(sizes: Sizes) -> dict[str, Any]:
         "parameters": sizes.eight_bit,
         "state_bytes_a_parameter": last.state_bytes / sizes.eight_bit,
         "rows": rows,
-        "ratios": {
-            "bitsandbytes over longfit, float32 (goal 20)": ratio(
-                rows, "bitsandbytes AdamW8bit, float32", "longfit 8-bit, float32"
-            ),
-            "bitsandbytes over longfit, bfloat16": ratio(
-                rows, "bitsandbytes AdamW8bit, bfloat16", "longfit 8-bit, bfloat16"
-            ),
+        "bitsandbytes_over_longfit": {
+            dtype: ratio(rows, f"bitsandbytes AdamW8bit, {dtype}", f"longfit 8-bit, {dtype}")
+            for dtype in ("float32", "bfloat16")
         },
     }
 
@@ -240,8 +261,7 @@ def child(numel: int, path: str) -> dict[str, int]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = peak_bytes()
     budget = numel * 8 // 10
-    page_bytes = page_bytes_for(budget)
-    optimizer = PagedAdamW([param], **HYPER, page_bytes=page_bytes, budget_bytes=budget, path=path)
+    optimizer = PagedAdamW([param], **HYPER, budget_bytes=budget, path=path)
     for _ in range(3):
         optimizer.step()
     return {"budget_bytes": budget, "risen_bytes": peak_bytes() - before, "limit_bytes": budget + (64 << 20)}
@@ -254,6 +274,46 @@ def peak_bytes() -> int:
 
 
 # -------------------------------------------------------------------------------------------------------------- report
+def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every number that is promised, beside its target."""
+    gates, dense, eight, memory = result["gate"], result["dense"], result["eight_bit"], result["memory"]
+    numel, faster = f"{dense['parameters'] / 1e6:,.0f} M parameters", eight["bitsandbytes_over_longfit"]
+    names = {
+        "backends_differ": "backends whose bits differ from the reference's",
+        "paged_differs_after_50_steps": "50 steps paged against resident, 32- and 8-bit: bits that differ",
+        "torch_error_after_50_steps": "50 steps against torch's AdamW, 32-bit: largest difference",
+        "eight_bit_error_float32": "8-bit against 32-bit, float32: mean error of a step (bitsandbytes' bound on CUDA)",
+        "eight_bit_error_bfloat16": "the same, bfloat16",
+        "v_median_relative_error": "8-bit second moment, log-normal data: median relative error",
+    }
+    rows = [
+        (f"32-bit, {numel}, resident: time over torch's fused AdamW", dense["resident_over_torch"], 1.15, "", False),
+        (f"32-bit, {numel}, a tenth resident: time over resident", dense["paged_over_resident"], 2.0, "", False),
+        (
+            f"the same: peak memory beside parameters and gradients (budget {memory['budget_bytes'] >> 20} and 64)",
+            memory["risen_bytes"] / 2**20,
+            memory["limit_bytes"] / 2**20,
+            "MiB",
+            False,
+        ),
+        ("8-bit, float32: bitsandbytes' time over longfit's", faster["float32"], 20.0, "", True),
+        ("8-bit, bfloat16: bitsandbytes' time over longfit's", faster["bfloat16"], 20.0, "", True),
+        ("8-bit: state without masters", eight["state_bytes_a_parameter"], 2.05, "bytes a parameter", False),
+        *((names[name], gates[name], limit, "", False) for name, limit in LIMITS.items()),
+    ]
+    return [
+        {
+            "what": what,
+            "reached": reached,
+            "target": target,
+            "unit": unit,
+            "more_is_better": more,
+            "met": reached >= target if more else reached <= target,
+        }
+        for what, reached, target, unit, more in rows
+    ]
+
+
 def machine() -> dict[str, Any]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -287,15 +347,20 @@ def render(result: dict[str, Any]) -> str:
             median, fastest, slowest = (1e3 * row[key] for key in ("median_s", "min_s", "max_s"))
             each = 1e6 * median / table["parameters"]
             lines.append(f"| {name} | {median:.1f} | {each:.2f} | {fastest:.1f} | {slowest:.1f} |")
-        lines += ["", *(f"- {name}: **{value:.2f}**" for name, value in table.get("ratios", {}).items())]
-    memory, gates = result["memory"], result["gate"]
+    lines += ["", "## Targets", "", "| what | reached | target | |", "|---|---|---|---|"]
+    for row in result["targets"]:
+        sign = "at least" if row["more_is_better"] else "at most"
+        verdict = "met" if row["met"] else "**not met**"
+        unit = f" {row['unit']}".rstrip()
+        lines.append(f"| {row['what']} | {row['reached']:.3g}{unit} | {sign} {row['target']:.3g}{unit} | {verdict} |")
+    gates, paged = result["gate"], result["dense"]["paged"]
     lines += [
-        f"- state: {result['eight_bit']['state_bytes_a_parameter']:.3f} bytes a parameter (8-bit, limit 2.05)",
-        f"- paged: memory rose by {memory['risen_bytes'] / 2**20:.0f} MiB (limit {memory['limit_bytes'] / 2**20:.0f}: "
-        f"the budget of {memory['budget_bytes'] / 2**20:.0f} and 64)",
-        f"- after 50 steps: {gates['torch_error_after_50_steps']:.1e} from torch; paged and resident bit for bit equal",
-        f"- second moment, log-normal data: median relative error {100 * gates['v_median_relative_error']:.1f} % "
-        f"(bitsandbytes on this CPU {100 * gates['v_median_relative_error_bitsandbytes']:.1f} %)",
+        "",
+        "For comparison, bitsandbytes on this CPU: 8-bit error "
+        f"{gates['eight_bit_error_float32_bitsandbytes']:.2g} (float32) and "
+        f"{gates['eight_bit_error_bfloat16_bitsandbytes']:.2g} (bfloat16), second moment "
+        f"{100 * gates['v_median_relative_error_bitsandbytes']:.1f} %. The paged step moves "
+        f"{paged['moved_bytes_a_step'] / 1e6:,.0f} MB in and out of its budget; the file is in the page cache.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -319,6 +384,7 @@ def main() -> None:
             "memory": peak_of_paging(sizes.dense, scratch),
             "machine": machine(),
         }
+    result["targets"] = targets(result)
     stem = "optimizers_quick" if options.quick else "optimizers"
     (RESULTS / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / f"{stem}.md").write_text(render(result))
