@@ -18,14 +18,13 @@ from longfit.optim.adamw import PagedAdamW
 layer = Linear4bit.from_linear(torch.nn.Linear(64, 64))
 x = torch.randn(2, 64, requires_grad=True)
 layer(x).sum().backward()
-PagedAdamW([x], state_bits=8).step()
 backends("cpu"), backends("cuda")
 print("triton" in sys.modules)
+PagedAdamW([x], state_bits=8).step()  # torch's base class of optimisers imports triton itself
 
 for module in pkgutil.walk_packages(longfit.__path__, "longfit."):
-    if not module.name.startswith(("longfit.kernels.triton_", "longfit.__main__")):
+    if not module.name.startswith(("longfit.kernels.triton_", "longfit.kernels._longfit", "longfit.__main__")):
         importlib.import_module(module.name)
-# PEFT and its friends may import triton by now; our kernels are still not there.
 print(sorted(name for name in sys.modules if name.startswith("longfit.kernels.triton_")), torch.cuda.is_initialized())
 """
 
