@@ -13,16 +13,29 @@ inline __m512 load16(const bf16* x, __mmask16 mask) {
 }
 inline __m512 load16(const fp16* x, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x)); }
 
-// Four halvings among the 15 thresholds; the last two look theirs up in a register.
+// Where the thresholds lie further apart than 1/15, as in NF4, [-1, 1] is cut into 31 buckets with at most one threshold each: the bucket
+// knows how many thresholds lie below it, and one comparison does the rest. Otherwise (FP4) four halvings find the rank. Both read their
+// tables from registers.
 class Quantizer {
   public:
     explicit Quantizer(const Ranking& ranking) {
-        alignas(64) float t[16];
-        alignas(64) int32_t code[16];
+        alignas(64) float t[16], edge[32];
+        alignas(64) int32_t code[16], below[32] = {};
+        for (float& e : edge) e = float_of(0x7f800000);
         for (int i = 0; i < 16; ++i) {
             t[i] = ranking.thresholds[i < 15 ? i : 14];
             code[i] = ranking.code_of_rank[i];
         }
+        for (int i = 0; i < 15; ++i) {
+            const bool inside = t[i] >= -1 && t[i] <= 1;
+            const int own = inside ? bucket_of(t[i]) : t[i] < 0 ? -16 : 16;
+            for (int bucket = own + 1; bucket < 16; ++bucket) ++below[bucket & 31];
+            if (!inside) continue;
+            in_buckets = in_buckets && edge[own & 31] > 1;
+            edge[own & 31] = t[i];
+        }
+        edge_low = _mm512_load_ps(edge), edge_high = _mm512_load_ps(edge + 16);
+        below_low = _mm512_load_si512(below), below_high = _mm512_load_si512(below + 16);
         first = _mm512_load_ps(t);
         second = _mm512_castsi512_ps(_mm512_permutexvar_epi32(  // second[i] = t[i + 1]
             _mm512_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 15), _mm512_castps_si512(first)));
@@ -31,16 +44,22 @@ class Quantizer {
     }
     // Values scaled by `factor` -> bytes of two codes; the lanes beyond an odd count read as 0.
     template <class T> void pack(const T* x, __m512 factor, int64_t count, uint8_t* out) const {
-        for (; count >= 16; count -= 16, x += 16, out += 8) _mm_storel_epi64(reinterpret_cast<__m128i*>(out), pairs(load16(x, 0xffff), factor));
-        if (count > 0) {
-            const __m128i tail = pairs(load16(x, static_cast<__mmask16>((1u << count) - 1)), factor);
-            _mm_mask_storeu_epi8(out, static_cast<__mmask16>((1u << ((count + 1) / 2)) - 1), tail);
-        }
+        if (in_buckets) pack_ranked<true>(x, factor, count, out);
+        else pack_ranked<false>(x, factor, count, out);
     }
 
   private:
-    __m128i pairs(__m512 x, __m512 factor) const {
-        const __m512 s = _mm512_mul_ps(x, factor);
+    // 15.25 x rounded to a whole number, which the last bits of the sum hold; a table of 32 looks at the last 5.
+    static constexpr float kBuckets = 15.25f, kRound = 12582912.0f;  // 1.5 * 2^23
+    static int bucket_of(float x) { return static_cast<int>(__builtin_fmaf(x, kBuckets, kRound) - kRound); }
+
+    __m512i bucketed_rank(__m512 s) const {
+        const __m512i bucket = _mm512_castps_si512(_mm512_fmadd_ps(s, _mm512_set1_ps(kBuckets), _mm512_set1_ps(kRound)));
+        const __mmask16 above = _mm512_cmp_ps_mask(s, _mm512_permutex2var_ps(edge_low, bucket, edge_high), _CMP_GT_OQ);
+        const __m512i rank = _mm512_permutex2var_epi32(below_low, bucket, below_high);
+        return _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(1));
+    }
+    __m512i halved_rank(__m512 s) const {
         const __mmask16 m8 = _mm512_cmp_ps_mask(s, t7, _CMP_GT_OQ);
         const __mmask16 m4 = _mm512_cmp_ps_mask(s, _mm512_mask_mov_ps(t3, m8, t11), _CMP_GT_OQ);
         __m512i rank = _mm512_maskz_set1_epi32(m8, 8);
@@ -48,13 +67,25 @@ class Quantizer {
         const __mmask16 m2 = _mm512_cmp_ps_mask(s, _mm512_permutexvar_ps(rank, second), _CMP_GT_OQ);
         rank = _mm512_mask_add_epi32(rank, m2, rank, _mm512_set1_epi32(2));
         const __mmask16 m1 = _mm512_cmp_ps_mask(s, _mm512_permutexvar_ps(rank, first), _CMP_GT_OQ);
-        rank = _mm512_mask_add_epi32(rank, m1, rank, _mm512_set1_epi32(1));
-        const __m512i code = _mm512_permutexvar_epi32(rank, codes);
+        return _mm512_mask_add_epi32(rank, m1, rank, _mm512_set1_epi32(1));
+    }
+    template <bool buckets> __m128i pairs(__m512 x, __m512 factor) const {
+        const __m512 s = _mm512_mul_ps(x, factor);
+        const __m512i code = _mm512_permutexvar_epi32(buckets ? bucketed_rank(s) : halved_rank(s), codes);
         return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32)));
     }
+    template <bool buckets, class T> void pack_ranked(const T* x, __m512 factor, int64_t count, uint8_t* out) const {
+        for (; count >= 16; count -= 16, x += 16, out += 8)
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(out), pairs<buckets>(load16(x, 0xffff), factor));
+        if (count > 0) {
+            const __m128i tail = pairs<buckets>(load16(x, static_cast<__mmask16>((1u << count) - 1)), factor);
+            _mm_mask_storeu_epi8(out, static_cast<__mmask16>((1u << ((count + 1) / 2)) - 1), tail);
+        }
+    }
 
-    __m512 first, second, t3, t7, t11;
-    __m512i codes;
+    bool in_buckets = true;
+    __m512 edge_low, edge_high, first, second, t3, t7, t11;
+    __m512i below_low, below_high, codes;
 };
 
 #else
