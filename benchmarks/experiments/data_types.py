@@ -19,6 +19,7 @@ spaced levels. Equally spaced types would profit from that. So everything is mea
 import argparse
 import math
 from collections.abc import Iterator
+from statistics import mean
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ SOURCES = ("tarfile", "doctest", "argparse", "turtle")
 DOCUMENTS = ("reference", *SOURCES)
 Q4_1_BLOCK, Q4_1_STEPS = 32, 15
 NAMES = ("nf4", "fp4", "int4", "quantile", "int8")
+FOUR_BITS = ("nf4", "fp4", "int4")
 OTHER_BLOCK_SIZES = (32, 128, 256)
+OTHER_SEEDS = (1, 2, 3)  # each dithers to another model of the same quality: the spread of one rounding
 
 
 def cells(tokens: int) -> Iterator[Settings]:
@@ -47,6 +50,10 @@ def cells(tokens: int) -> Iterator[Settings]:
     for name in NAMES:
         for double_quant in (True, False):
             yield _cell("normal", name, 64, double_quant, 0)
+    for seed in OTHER_SEEDS:
+        yield _cell("dithered", "none", 0, False, tokens, seed)
+        for name in FOUR_BITS:
+            yield _cell("dithered", name, 64, True, tokens, seed)
     for block_size in OTHER_BLOCK_SIZES:
         for name, double_quant in (("nf4", True), ("nf4", False), ("fp4", False), ("int4", False)):
             yield _cell("dithered", name, block_size, double_quant, tokens)
@@ -58,13 +65,14 @@ def quick_cells() -> Iterator[Settings]:
     yield _cell("normal", "nf4", 64, True, 0)
 
 
-def _cell(weights: str, name: str, block_size: int, double_quant: bool, tokens: int) -> Settings:
+def _cell(weights: str, name: str, block_size: int, double_quant: bool, tokens: int, seed: int = 0) -> Settings:
     return {
         "weights": weights,
         "data_type": name,
         "block_size": block_size,
         "double_quant": double_quant,
         "tokens": tokens,
+        "seed": seed,
     }
 
 
@@ -72,15 +80,15 @@ class Bench:
     """The model, dithered when the first cell asks for it, and the text; loaded when the first cell is measured."""
 
     def __init__(self) -> None:
-        self.loaded: tuple[str, Any, Any] | None = None
+        self.loaded: tuple[tuple[str, int], Any, Any] | None = None
 
-    def model(self, weights: str) -> tuple[Any, Any]:
+    def model(self, weights: str, seed: int) -> tuple[Any, Any]:
         """The model with these weights, and its tokenizer."""
-        if self.loaded is None or self.loaded[0] != weights:
+        if self.loaded is None or self.loaded[0] != (weights, seed):
             model, tokenizer = load(demo_model(), quant="none", device="cpu")
             if weights == "dithered":
-                dither(model, seed=0)
-            self.loaded = weights, model, tokenizer
+                dither(model, seed=seed)
+            self.loaded = (weights, seed), model, tokenizer
         return self.loaded[1:]
 
     def measure(self, settings: Settings) -> dict[str, Any]:
@@ -89,7 +97,7 @@ class Bench:
         if settings["weights"] == "normal":
             assert data_type is not None
             return normal_error(data_type)
-        model, tokenizer = self.model(settings["weights"])
+        model, tokenizer = self.model(settings["weights"], settings["seed"])
         tokens = settings["tokens"]
         documents = {
             "reference": reference(tokenizer)[:tokens],
@@ -97,13 +105,13 @@ class Bench:
         }
         with quantized_weights(model, data_type) as cost:
             found = held_out_losses(model, documents)
-        mean = sum(found.values()) / len(found)
+        average = mean(found.values())
         return {
             "bits_per_param": cost.bits_per_param,
             "relative_error": cost.relative_error,
             "mean_abs_error": cost.mean_abs_error,
-            "nll": mean,
-            "perplexity": math.exp(mean),
+            "nll": average,
+            "perplexity": math.exp(average),
             "nll_by_document": found,
         }
 
@@ -135,55 +143,58 @@ def label(settings: Settings) -> str:
     return settings["data_type"].upper() + (" + DQ" if settings["double_quant"] else "")
 
 
+def added(found: Cells, settings: Settings) -> dict[str, float]:
+    """Loss added by a data type to the same weights in 16 bits, document by document."""
+    base = found.select(weights=settings["weights"], seed=settings["seed"], data_type="none")[0]["result"]
+    result = found.find(settings)
+    assert result is not None
+    return {name: result["nll_by_document"][name] - base["nll_by_document"][name] for name in DOCUMENTS}
+
+
 def draw(found: Cells, path: Any) -> None:
-    """Perplexity over bits, dithered weights, and at block size 64 the loss added, document by document."""
+    """Loss added over bits on the left; on the right at block size 64, each document of each dithered model."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    base = found.select(weights="dithered", data_type="none")[0]["result"]
     colours = dict(zip(NAMES, ("C0", "C1", "C2", "C4", "C3"), strict=True))
-    for name in NAMES:
-        for double_quant, marker in ((False, "o"), (True, "*")):
-            rows = found.select(weights="dithered", data_type=name, double_quant=double_quant)
-            rows = [row for row in rows if row["result"]["bits_per_param"] < 6]
+    for name in FOUR_BITS:
+        for double_quant, style in ((False, "o-"), (True, "*--")):
+            rows = found.select(weights="dithered", seed=0, data_type=name, double_quant=double_quant)
             rows.sort(key=lambda row: row["result"]["bits_per_param"])
-            if rows:
-                left.plot(
-                    [row["result"]["bits_per_param"] for row in rows],
-                    [row["result"]["perplexity"] for row in rows],
-                    marker=marker,
-                    markersize=11 if double_quant else 6,
-                    color=colours[name],
-                    linestyle="--" if double_quant else "-",
-                    label=label(rows[0]["settings"]),
-                )
-    left.axhline(base["perplexity"], color="grey", linestyle=":", label="16 bits")
-    left.set(xlabel="bits per parameter", ylabel="perplexity", title="blocks of 256, 128, 64, 32 weights")
+            bits = [row["result"]["bits_per_param"] for row in rows]
+            losses = [mean(added(found, row["settings"]).values()) for row in rows]
+            title = label(rows[0]["settings"])
+            left.plot(bits, losses, style, markersize=9 if double_quant else 6, color=colours[name], label=title)
+    left.set(xlabel="bits per parameter", ylabel="loss added (nats a token)", title="blocks of 256, 128, 64, 32")
     left.legend(frameon=False)
-    rows = found.select(weights="dithered", block_size=64)
-    rows.sort(key=lambda row: row["result"]["nll"])
-    for place, row in enumerate(rows):
-        added = [row["result"]["nll_by_document"][name] - base["nll_by_document"][name] for name in DOCUMENTS]
-        colour = colours[row["settings"]["data_type"]]
-        right.plot(added, [place] * len(added), "o", color=colour, alpha=0.4)
-        right.plot(sum(added) / len(added), place, "|", color=colour, markersize=22, markeredgewidth=3)
-    right.set_yticks(range(len(rows)), [label(row["settings"]) for row in rows])
+    rows = found.select(weights="dithered", block_size=64, double_quant=True)
+    order = ("quantile", "fp4", "int4", "nf4", "int8")
+    for row in rows:
+        name, seed = row["settings"]["data_type"], row["settings"]["seed"]
+        values = list(added(found, row["settings"]).values())
+        place = order.index(name) - 0.15 * seed + 0.2
+        right.plot(values, [place] * len(values), "o", color=colours[name], alpha=0.35)
+        right.plot(mean(values), place, "|", color=colours[name], markersize=10, markeredgewidth=3)
+    right.set_yticks(range(len(order)), [f"{name.upper()} + DQ" for name in order])
     right.axvline(0, color="grey", linestyle=":")
-    right.set(xlabel="loss added (nats a token)", title="blocks of 64: each document, and their mean")
+    right.set(xlabel="loss added (nats a token)", title="blocks of 64: documents, mean; a line each dithered model")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
 def table(found: Cells) -> str:
     """Markdown rows, as in docs/explanation/data-types.md."""
-    lines = ["| weights | type | block | bits | relative error | perplexity |", "|---|---|---|---|---|---|"]
+    head = "| weights | seed | type | block | bits | relative error | perplexity | loss added |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
     for record in found.records:
         settings, result = record["settings"], record["result"]
-        value = f"{result['perplexity']:.3f}" if "perplexity" in result else "-"
+        measured = "- | -"
+        if "perplexity" in result:
+            measured = f"{result['perplexity']:.2f} | {mean(added(found, settings).values()):.3f}"
         lines.append(
-            f"| {settings['weights']} | {label(settings)} | {settings['block_size'] or '-'}"
-            f" | {result['bits_per_param']:.3f} | {result['relative_error']:.4f} | {value} |"
+            f"| {settings['weights']} | {settings['seed']} | {label(settings)} | {settings['block_size'] or '-'}"
+            f" | {result['bits_per_param']:.3f} | {result['relative_error']:.4f} | {measured} |"
         )
     return "\n".join(lines)
 

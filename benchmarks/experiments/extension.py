@@ -85,7 +85,7 @@ def retrieval(context: int, lengths: Sequence[int], depths: Sequence[float], tri
 
 def all_cells() -> Iterator[Settings]:
     yield from positions(2 * NATIVE, "tarfile")
-    yield from training(context=2 * NATIVE, window=2048, steps=16, document="tarfile")
+    yield from training(context=2 * NATIVE, window=2048, steps=12, document="tarfile")
     yield from retrieval(2 * NATIVE, (4096, 12_288), (0.0, 0.5, 1.0), 2)
     yield from positions(2 * NATIVE, "turtle")
     yield from positions(4 * NATIVE, "turtle")

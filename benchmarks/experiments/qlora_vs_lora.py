@@ -41,7 +41,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     losses: dict[str, dict[str, float]] = {}
 
     def look(step: int) -> None:
-        if step in (0, steps // 4, steps // 2, steps):
+        if step in (0, steps // 2, steps):
             losses[str(step)] = held_out_losses(model, held_out)
 
     look(0)
@@ -100,7 +100,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found = Cells(RESULTS / f"qlora_vs_lora{'_quick' * arguments.quick}.json")
     if not arguments.draw:
-        size = {"window": 128, "steps": 2} if arguments.quick else {"window": 1024, "steps": 40}
+        size = {"window": 128, "steps": 2} if arguments.quick else {"window": 1024, "steps": 24}
         found.run(cells(**size), measure)
     print(table(found))
     if not arguments.quick:
