@@ -50,6 +50,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON."
         print_lines(f"gpu {gpu['index']}      {gpu['name']}, {gib(gpu['total_bytes'])}, {gpu['capability']}, {bf16}")
     if not facts["gpus"]:
         print_lines("gpu        none: everything runs on the processor")
+    elif facts["allocator"]["advice"]:
+        print_lines(f"allocator  {facts['allocator']['advice']}")
     print_lines("", "kernels")
     for op, devices in facts["kernels"].items():
         for device, choice in devices.items():
@@ -80,9 +82,29 @@ def inspect_machine() -> dict[str, Any]:
         "memory": {"total_bytes": memory.total, "available_bytes": memory.available},
         "disk": {"path": str(Path.cwd()), "total_bytes": disk.total, "free_bytes": disk.free},
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "allocator": {"settings": _allocator_settings(), "advice": allocator_advice(_allocator_settings())},
         "kernels": _kernels(),
         "attention": [backend.name for backend in BACKENDS],
     }
+
+
+def _allocator_settings() -> str | None:
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF")  # the older name
+
+
+def allocator_advice(settings: str | None) -> str | None:
+    """Return what to set before a long run on a card, or None if it is set.
+
+    Growing segments leave no gaps where blocks of other sizes were: 5 to 15 % of a card's memory is reported. Torch
+    reads the setting when it first allocates, so it has to be in the environment.
+
+    Args:
+        settings: of torch's CUDA allocator, as in its environment variable.
+    """
+    if settings is not None and "expandable_segments:true" in settings.lower().replace(" ", ""):
+        return None
+    joined = ",".join([*([settings] if settings else []), "expandable_segments:True"])
+    return f"export PYTORCH_ALLOC_CONF={joined}  leaves fewer gaps in the card's memory"
 
 
 def package_version(package: str) -> str | None:
