@@ -39,6 +39,7 @@ class RunState:
     tokens_seen: int
     num_processes: int = 1
     run_id: str = ""  # the same in all checkpoints of a run, and in its file of paged optimiser state
+    loss_scale: float = 1.0  # of the next step
     format: int = FORMAT
 
 

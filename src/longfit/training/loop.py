@@ -35,7 +35,7 @@ from longfit.engine.loss import IGNORED, TrainingLoss, shifted_labels
 from longfit.errors import ConfigError, RunError
 from longfit.model.load import load_report
 from longfit.model.save import save_adapter
-from longfit.training import run_directory
+from longfit.training import loss_scale, run_directory
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
 from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, MetricsFile, OnEvent, peak_memory_bytes, read_metrics
@@ -201,7 +201,8 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
         process=accelerator.process_index if accelerator.num_processes > 1 else None,
     )
     metrics = MetricsFile(run_dir / "metrics.jsonl")
-    state, seconds = RunState(0, 0, 0, num_processes=accelerator.num_processes, run_id=run_id), 0.0
+    scale, seconds = loss_scale.first_scale(model.get_input_embeddings().weight.dtype), 0.0
+    state = RunState(0, 0, 0, num_processes=accelerator.num_processes, run_id=run_id, loss_scale=scale)
     if resume:
         checkpoint = run_directory.last_checkpoint(run_dir)
         _require_same_processes(read_state(checkpoint), accelerator.num_processes)
@@ -211,7 +212,8 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     accelerator.wait_for_everyone()  # every process has seen the directory as it was
     if not resume and accelerator.is_main_process:
         run_directory.create(run_dir, config, digest=digest, ledger=ledger)
-    for line in (*ledger.warnings, *report.warnings):
+    scaling = loss_scale.describe(state.loss_scale, on_card=config.model.dtype == "auto")
+    for line in (*ledger.warnings, *report.warnings, *([scaling] if scaling else [])):
         notify(Event("warning", line))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     steps = f"{config.train.steps:,} steps" if not state.step else f"steps {state.step + 1:,} to {config.train.steps:,}"
@@ -293,11 +295,7 @@ def _step(run: _Run, interruptible: Interruptible) -> None:
     num_trained = _over_processes(run, sum(_num_trained(batch) for batch in batches))
     num_tokens = int(_over_processes(run, sum(int(run.window_lengths[batch.indices].sum()) for batch in batches)))
 
-    differentiate = partial(_differentiate, run, batches, num_trained)
-    # Of several processes none may try again alone: the others wait for its gradients where they are.
-    loss = relieve(run.optimizer, differentiate) if accelerator.num_processes == 1 else differentiate()
-    loss = _over_processes(run, loss)
-    grad_norm = clip_gradients(run.parameters, train.max_grad_norm)
+    loss, grad_norm, scale = _scaled_gradients(run, batches, num_trained)
     _require_finite(run, "gradient norm", grad_norm, batches[-1])
 
     rate = learning_rate(
@@ -318,6 +316,7 @@ def _step(run: _Run, interruptible: Interruptible) -> None:
             tokens_seen=run.state.tokens_seen + num_tokens,
             num_processes=accelerator.num_processes,
             run_id=run.state.run_id,
+            loss_scale=loss_scale.after_step(scale, step + 1),
         )
         seconds = time.perf_counter() - began
         run.seconds += seconds
@@ -338,17 +337,36 @@ def _step(run: _Run, interruptible: Interruptible) -> None:
     run.tell(Event("step", f"{text}  {num_tokens / seconds:,.0f} tokens/s", record))
 
 
-def _differentiate(run: _Run, batches: list["_Batch"], num_trained: float) -> float:
+def _scaled_gradients(run: _Run, batches: list["_Batch"], num_trained: float) -> tuple[float, float, float]:
+    """Make and clip the gradients of a step, again with half the loss scale as long as they overflow float16.
+
+    Returns: the loss and the gradient norm over all processes, and the scale that they were made with.
+    """
+    scale = run.state.loss_scale
+    while True:
+        differentiate = partial(_differentiate, run, batches, num_trained, scale)
+        # Of several processes none may try again alone: the others wait for its gradients where they are.
+        alone = run.accelerator.num_processes == 1
+        loss = _over_processes(run, relieve(run.optimizer, differentiate) if alone else differentiate())
+        grad_norm = clip_gradients(run.parameters, run.config.train.max_grad_norm, scale=scale)
+        smaller = None if math.isfinite(grad_norm) else loss_scale.after_overflow(scale)
+        if smaller is None:
+            return loss, grad_norm, scale
+        run.tell(Event("phase", f"gradients overflow float16 at loss scale {scale:,.0f}: again at {smaller:,.0f}"))
+        scale = smaller
+
+
+def _differentiate(run: _Run, batches: list["_Batch"], num_trained: float, scale: float) -> float:
     """Put the gradients of a step's micro-batches in their place; return this process's part of the loss."""
     accelerator, loss = run.accelerator, 0.0
     run.optimizer.zero_grad(set_to_none=True)
     for number, batch in enumerate(batches):
         torch.manual_seed(_seed(run.config.train.seed, run.state.step, number, accelerator.process_index))
         with nullcontext() if number == len(batches) - 1 else accelerator.no_sync(run.loss_module):
-            part = run.loss_module(**batch.tensors, num_items=num_trained)
+            part = run.loss_module(**batch.tensors, num_items=num_trained / scale)
             # Data-parallel wrappers average gradients over processes, but these parts must add up.
             accelerator.backward(part * accelerator.num_processes)
-        loss += part.item()
+        loss += part.item() / scale
         _require_finite(run, "loss", loss, batch)
     return loss
 

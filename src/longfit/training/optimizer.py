@@ -1,5 +1,6 @@
 """The one place where a run's optimiser is made, and what happens to gradients just before it steps."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -90,9 +91,13 @@ class PagingMeter:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float, *, scale: float = 1.0) -> float:
     """Scale all gradients so that their global norm is at most ``max_norm``; sums in float32 whatever their dtype.
 
+    Args:
+        parameters: their ``.grad`` is changed in place, unless the norm is not finite.
+        max_norm: the largest norm.
+        scale: what the loss was multiplied by (`loss_scale.py`); it is taken out of the gradients and of the norm.
     Returns: the norm before clipping.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -100,6 +105,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
         return 0.0
     norms = [torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in gradients]
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])).item()
-    if total > max_norm:
-        torch._foreach_mul_(gradients, max_norm / total)
+    total /= scale
+    factor = min(1.0, max_norm / total if total else 1.0) / scale
+    if factor != 1.0 and math.isfinite(total):
+        torch._foreach_mul_(gradients, factor)
     return total
