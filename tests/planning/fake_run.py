@@ -22,7 +22,6 @@ from longfit.engine import sweep_probe
 from longfit.engine import walk as walk_module
 from longfit.engine.arena import MemoryArena
 from longfit.engine.attention import attention_key
-from longfit.engine.doors import base_model, decoder
 from longfit.engine.loss import training_loss
 from longfit.engine.replay import RandomState
 from longfit.engine.schedule import build_schedule, document_starts
@@ -32,7 +31,6 @@ from longfit.layers.linear4bit import Linear4bit
 from longfit.model.adapters import add_adapters
 from longfit.model.hf_quantizer import skipped_linears
 from longfit.numerics.row_format import RowFormat
-from longfit.planning import growing
 
 
 class LiveBytes(TorchDispatchMode):
@@ -210,7 +208,7 @@ def step_peaks(
         patch.setattr(walk_module, "build_schedule", build)
         patch.setattr(walk_module.Visible, "of", Visible_of)
         patch.setattr(loss_module, "_trained_rows", lambda labels, num_words: torch.arange(len(labels)))
-        patch.setattr(loss_module, "CPU_TILE_ELEMENTS", growing.LOSS_TILE_ELEMENTS["cuda"], raising=False)
+        patch.setattr(loss_module, "CPU_LOGITS", loss_module.DEVICE_LOGITS)  # fake tensors are on the CPU
         patch.setattr(RandomState, "same", lambda self, other: True)
         live = LiveBytes(trace)
         with live:

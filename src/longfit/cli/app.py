@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from longfit.cli import chat, data, demo, doctor, evaluate, runs, train
+from longfit.cli import chat, data, demo, doctor, evaluate, plan, runs, train
 from longfit.cli.output import print_error, print_note
 from longfit.errors import BackendError, LongfitError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)

@@ -12,6 +12,7 @@ from longfit.planning.shapes import Matrix, ModelShape
 ABSMAX_BLOCK_SIZE = 256
 PAGE_BYTES = 4 << 20  # of optim/checks.py
 SMALLEST_8BIT_NUMEL = 4096  # of optim/layout.py
+HELD_BYTES = 2 << 30  # of kernels/workspace.py
 MATMUL_TILE_BYTES = 4 << 20  # of kernels/cpu.py, one for each thread that multiplies
 
 
@@ -176,9 +177,11 @@ def gradients(parts: Trained, settings: PlanSettings) -> Gradients:
 
 
 def matmul_bytes(shape: ModelShape, settings: PlanSettings) -> int:
-    """Bytes of a de-quantised weight while it multiplies: a tile of it on a CPU, the largest whole one elsewhere."""
+    """Bytes of de-quantised weights while they multiply: a tile on a CPU, a layer elsewhere (kernels/workspace.py)."""
     if settings.quant == "none":
         return 0
     if settings.device == "cpu":
         return MATMUL_TILE_BYTES
-    return settings.element_bytes * max(matrix.numel for matrix in shape.layer_matrices)
+    e, largest = settings.element_bytes, max(matrix.numel for matrix in shape.layer_matrices)
+    layer = e * sum(matrix.numel * matrix.count for matrix in shape.layer_matrices)
+    return layer if layer <= HELD_BYTES else HELD_BYTES + e * largest

@@ -10,11 +10,13 @@ by tensor, at the two moments when it is largest.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from longfit.engine.sizes import CPU_KEPT_BYTES, CPU_LOGITS, DEVICE_LOGITS
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
-LOSS_TILE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 25}  # of engine/loss.py
-KEPT_BYTES = {"cpu": 512 << 20, "cuda": 0}  # attention outputs kept for backward: engine/kept.py
+LOGITS = {"cpu": CPU_LOGITS, "cuda": DEVICE_LOGITS}
+KEPT_BYTES = {"cpu": CPU_KEPT_BYTES, "cuda": 0}
+FLASH_KEY_BLOCK = 8192  # KEY_BLOCK of engine/attention_flash.py
 
 
 def window_tokens(context: int, tile: int, *, group_size: int | None = None, sliding_window: int | None = None) -> int:
@@ -87,10 +89,17 @@ def tile_bytes(shape: ModelShape, settings: PlanSettings, *, tokens: int) -> Til
     return TileBytes(tokens * forward, tokens * mlp, tokens * attention)
 
 
+def attention_kernel_bytes(shape: ModelShape, settings: PlanSettings) -> int:
+    """Bytes that a CUDA kernel's backward adds: gradients of a block of keys and values, once per query head."""
+    if settings.device == "cpu":
+        return 0
+    return min(FLASH_KEY_BLOCK, settings.context) * settings.batch_size * 2 * shape.query_width * settings.element_bytes
+
+
 def loss_bytes(shape: ModelShape, settings: PlanSettings, *, gradient: bool) -> int:
     """Bytes of a tile of logits and of its temporaries (``engine/loss.py``)."""
     e, words = settings.element_bytes, shape.vocab_size
-    elements = LOSS_TILE_ELEMENTS[settings.device]
+    elements = LOGITS[settings.device]
     tokens = max(128, min(1024, elements // words))
     words = min(words, elements // tokens)
     tokens = min(tokens, settings.context * settings.batch_size)
@@ -108,7 +117,8 @@ def kept_bytes(shape: ModelShape, settings: PlanSettings) -> int:
     """Bytes of attention outputs kept from forward to backward, as far as their budget goes (``engine/kept.py``)."""
     tokens = settings.context * settings.batch_size
     every = shape.num_layers * tokens * (settings.element_bytes * shape.query_width + 4 * shape.num_heads)
-    return min(KEPT_BYTES[settings.device], every)
+    allowed = KEPT_BYTES[settings.device] if settings.keep_attention is None else settings.keep_attention
+    return min(allowed, every)
 
 
 def bookkeeping_bytes(shape: ModelShape, settings: PlanSettings) -> int:

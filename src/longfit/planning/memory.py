@@ -123,12 +123,27 @@ def _weights(shape: ModelShape, settings: PlanSettings, device: str) -> list[Com
     largest = max(matrix.numel for matrix in (*shape.layer_matrices, *shape.tower))
     vocabulary = shape.vocab_size * shape.hidden_size
     arriving = settings.element_bytes * max(vocabulary, largest) + 4 * largest  # a tensor read, and quantised
-    return [
-        Component("4-bit layers" if settings.quant != "none" else "linear layers", device, _in(always, base.layers)),
-        Component("embedding and output matrix", device, _in(always, base.vocabulary)),
-        Component("norms and the rest", device, _in(always, base.rest)),
+    layers = "4-bit layers" if settings.quant != "none" else "linear layers"
+    transient = [
         Component("tensors being loaded", device, {"load": arriving}),
         Component("dense model being merged", "host", {"merge": 2 * shape.num_params + 4 * largest}),
+    ]
+    if settings.stream != "none":
+        outside = "disk" if settings.stream == "file" else "host"
+        frozen = base.layers + base.vocabulary
+        slots = min(2 * base.largest_unit, frozen)
+        return [
+            Component("slots for streamed weights", device, _in(TRAINING, slots)),
+            Component("streamed weights", outside, _in(TRAINING, frozen)),
+            Component("weights before they are streamed", device, {"load": frozen}),
+            Component("norms and the rest", device, _in(always, base.rest)),
+            *transient,
+        ]
+    return [
+        Component(layers, device, _in(always, base.layers)),
+        Component("embedding and output matrix", device, _in(always, base.vocabulary)),
+        Component("norms and the rest", device, _in(always, base.rest)),
+        *transient,
     ]
 
 
@@ -160,7 +175,7 @@ def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Co
     """What every token of the context costs."""
     tokens, e = settings.context * settings.batch_size, settings.element_bytes
     hidden = tokens * shape.hidden_size * e
-    place = {"device": device, "pinned": "host", "file": "disk"}[settings.arena]
+    place = {"device": device, "ram": "host", "pinned": "host", "file": "disk"}[settings.arena]
     inputs = shape.num_layers * hidden
     keys = max(growing.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
     several = settings.context > settings.tile_tokens(shape)
@@ -194,10 +209,10 @@ def _tiles(shape: ModelShape, settings: PlanSettings, device: str) -> list[Compo
     tile = settings.tile_tokens(shape)
     several = settings.context > tile
     bytes_of = growing.tile_bytes(shape, settings, tokens=tile * settings.batch_size)
-    backward = bytes_of.mlp
+    attention = bytes_of.attention + growing.attention_kernel_bytes(shape, settings)
     if not several:  # one tile: the gradients of keys and values are made when the MLP has been let go
-        keys = max(growing.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
-        backward = max(bytes_of.mlp, bytes_of.attention + 4 * keys)
+        attention += 4 * max(growing.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
+    backward = max(bytes_of.mlp, attention)
     tile_loss = growing.loss_bytes(shape, settings, gradient=True)
     evaluated = growing.loss_bytes(shape, settings, gradient=False)
     matmul = fixed.matmul_bytes(shape, settings)

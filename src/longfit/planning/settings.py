@@ -8,19 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from longfit.config import RunConfig
+from longfit.engine.sizes import tile_tokens
 from longfit.errors import ConfigError, ContextError
 from longfit.planning.shapes import ModelShape
-
-CPU_WORKSPACE_BYTES, DEVICE_WORKSPACE_BYTES = 128 << 20, 1 << 30
-SMALLEST_TILE, LARGEST_TILE = 256, 4096
-"""Those of ``engine/sweep.py``, which imports torch; a test holds them together."""
 
 CHOICES = {
     "device": ("cuda", "cpu"),
     "quant": ("nf4", "fp4", "int4", "none"),
     "attention": ("exact", "shifted"),
-    "arena": ("device", "pinned", "file"),
+    "arena": ("device", "ram", "pinned", "file"),
+    "stream": ("none", "ram", "file"),
     "optim": ("adamw", "adamw8bit"),
     "dtype": ("bfloat16", "float16", "float32"),
     "engine": ("sweep", "plain"),
@@ -38,7 +35,8 @@ class PlanSettings:
         group_size: of shifted attention; None is a quarter of the context.
         budget: bytes of optimiser state kept on the device; None keeps all there.
         file: whether what exceeds the budget goes to a file (always, on a CPU).
-        data_parallel: processes, each with a whole model.
+        keep_attention: bytes of attention outputs kept for backward; None is the engine's choice.
+        evaluates: whether there is validation text.
     """
 
     context: int
@@ -59,7 +57,9 @@ class PlanSettings:
     file: bool = False
     engine: str = "sweep"
     arena: str = "device"
+    stream: str = "none"
     tile: int | None = None
+    keep_attention: int | None = None
     keep_checkpoints: int = 2
     evaluates: bool = True
 
@@ -78,25 +78,14 @@ class PlanSettings:
             raise ContextError(f"group_size {self.group_size}: must be an even number of tokens, at least 2")
         if self.group_size is not None and self.attention != "shifted":
             raise ContextError(f"group_size {self.group_size}: exact attention has no groups; say attention 'shifted'")
+        if self.keep_attention is not None and self.keep_attention < 0:
+            raise ConfigError(f"keep_attention {self.keep_attention}: must be at least 0, which keeps nothing")
+        if self.engine == "plain":
+            raise ConfigError("engine 'plain': only swept training is planned; use engine sweep")
         if self.device == "cpu" and self.arena == "pinned":
-            raise ConfigError("arena 'pinned': pinned host memory is for accelerators; on a CPU use device or file")
-
-    @classmethod
-    def of(cls, config: RunConfig, *, device: str, native_context: int) -> "PlanSettings":
-        """Take what a plan needs from the settings of a run.
-
-        Args:
-            device: "cuda" or "cpu", where the run will be.
-            native_context: of the model, for a run without a context.
-        """
-        flat = {key.partition(".")[2]: value for key, value in config.flat().items()}
-        taken = {field.name: flat[field.name] for field in fields(cls) if field.name in flat}
-        taken["context"] = flat["context"] or native_context
-        taken["dtype"] = "bfloat16" if flat["dtype"] == "auto" else flat["dtype"]
-        taken["file"] = flat["file"] is not None
-        taken["evaluates"] = bool(flat["validation"] or flat["validation_fraction"])
-        taken["device"] = device
-        return cls(**taken)
+            raise ConfigError("arena 'pinned': pinned host memory is for accelerators; on a CPU use ram or file")
+        if self.device == "cpu" and self.stream == "ram":
+            raise ConfigError("stream 'ram': on a CPU the weights are in host memory already; use file or none")
 
     def changed(self, changes: Mapping[str, Any]) -> "PlanSettings":
         """Return a checked copy with some settings changed."""
@@ -121,14 +110,12 @@ class PlanSettings:
     @property
     def aliases(self) -> bool:
         """Whether the arena keeps the very tensors it is given, as it does on their own device."""
-        return self.arena == "device"
+        return self.arena == "device" or (self.arena == "ram" and self.device == "cpu")
 
     def tile_tokens(self, shape: ModelShape) -> int:
-        """Tokens of a tile in each row of the batch (``engine/sweep.py:choose_tile`` and ``Sweeper.tile_for``)."""
+        """Tokens of a tile in each row of the batch (``engine/sizes.py``, ``engine/sweep.py:Sweeper.tile_for``)."""
         if self.tile is not None:
             return min(self.tile, self.context)
-        width = max(2, self.element_bytes) * (18 * shape.hidden_size + 9 * shape.intermediate_size)
-        budget = CPU_WORKSPACE_BYTES if self.device == "cpu" else DEVICE_WORKSPACE_BYTES
-        fitting = 1 << (max(1, budget // width).bit_length() - 1)
-        chosen = max(SMALLEST_TILE, min(LARGEST_TILE, fitting))
+        width = max(2, self.element_bytes)
+        chosen = tile_tokens(shape.hidden_size, shape.intermediate_size, width, self.device)
         return min(self.context, max(1, min(chosen, max(chosen // self.batch_size, 64))))

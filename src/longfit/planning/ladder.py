@@ -1,0 +1,249 @@
+"""What to change when a run does not fit, cheapest first: what each change frees, what it costs, and how to say it.
+
+A ladder is climbed only as far as needed. Each rung is a change of settings on top of those below it, kept only if it
+relieves a place that holds too much. First come changes that leave every number of the run as it is (where things
+wait, how many tokens at once), then those that change rounding, then those that change what is learned.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from longfit.planning.memory import PLACES, MemoryPlan, memory_plan
+from longfit.planning.settings import PlanSettings
+from longfit.planning.shapes import ModelShape
+
+SMALLEST_TILE = 128
+PAGE_BUDGET_BYTES = 64 << 20
+CONTEXT_STEP = 1024
+
+KEYS = {
+    **{"tile": "engine.tile", "arena": "engine.arena", "stream": "engine.stream", "optim": "optim.optim"},
+    **{"keep_attention": "engine.keep_attention", "budget": "optim.budget", "file": "optim.file"},
+    **{"attention": "context.attention", "train_embeddings": "adapter.train_embeddings", "rank": "adapter.rank"},
+    **{
+        "quant": "model.quant",
+        "batch_size": "train.batch_size",
+        "gradient_accumulation": "train.gradient_accumulation",
+    },
+    **{"context": "context.context"},
+}
+"""A plan's settings under the names that a command or a config file knows."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One change.
+
+    Attributes:
+        name: for people.
+        changes: settings to change.
+        paste: the same as ``section.key=value`` words.
+        frees: bytes less at each place's peak (negative: more).
+        costs: what it costs.
+        exact: whether the run computes the same numbers.
+        fits: whether the run fits with this rung and those before it.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    paste: str
+    frees: Mapping[str, int]
+    costs: str
+    exact: bool
+    fits: bool
+
+
+@dataclass(frozen=True)
+class _Lever:
+    name: str
+    costs: str
+    exact: bool
+    options: Callable[[PlanSettings, ModelShape], Iterator[dict[str, Any]]]  # in the order in which to try them
+
+
+def _one(condition: Callable[[PlanSettings], bool], **changes: Any) -> Callable[..., Iterator[dict[str, Any]]]:
+    def options(settings: PlanSettings, shape: ModelShape) -> Iterator[dict[str, Any]]:
+        if condition(settings):
+            yield changes
+
+    return options
+
+
+def _tiles(settings: PlanSettings, shape: ModelShape) -> Iterator[dict[str, Any]]:
+    tile = settings.tile_tokens(shape)
+    while tile // 2 >= SMALLEST_TILE:
+        tile //= 2
+        yield {"tile": tile}
+
+
+def _ranks(settings: PlanSettings, shape: ModelShape) -> Iterator[dict[str, Any]]:
+    rank = settings.rank
+    while rank // 2 >= 8:
+        rank //= 2
+        yield {"rank": rank}
+
+
+def _batches(settings: PlanSettings, shape: ModelShape) -> Iterator[dict[str, Any]]:
+    if settings.batch_size > 1:
+        yield {"batch_size": 1, "gradient_accumulation": settings.gradient_accumulation * settings.batch_size}
+
+
+def _on_card(settings: PlanSettings) -> bool:
+    return settings.device == "cuda"
+
+
+LEVERS = (
+    _Lever(
+        "layer inputs wait in host memory",
+        "host memory; the copies hide behind computing above some thousand tokens",
+        True,
+        _one(lambda s: _on_card(s) and s.arena == "device", arena="ram"),
+    ),
+    _Lever("one window at a time, as many a step", "nothing but launches", True, _batches),
+    _Lever("smaller tiles", "some per cent of speed for each halving", True, _tiles),
+    _Lever(
+        "attention is computed again, not kept",
+        "a third forward pass of attention",
+        True,
+        lambda s, shape: iter([{"keep_attention": 0}] if s.keep_attention != 0 and s.device == "cpu" else []),
+    ),
+    _Lever(
+        "paged optimiser state",
+        "each step moves it once in and once out",
+        True,
+        lambda s, shape: iter([{"budget": PAGE_BUDGET_BYTES, "file": s.device == "cpu"}] if s.budget is None else []),
+    ),
+    _Lever(
+        "layer inputs wait in a file",
+        "the disk must take and give all of them every step",
+        True,
+        _one(lambda s: s.arena != "file", arena="file"),
+    ),
+    _Lever(
+        "weights are streamed from host memory",
+        "copies hide behind computing above some thousand tokens; no validation meanwhile",
+        True,
+        _one(lambda s: _on_card(s) and s.stream == "none", stream="ram"),
+    ),
+    _Lever(
+        "weights are streamed from a file",
+        "the disk must give all of them twice every step",
+        True,
+        _one(lambda s: s.stream != "file", stream="file"),
+    ),
+    _Lever(
+        "8-bit optimiser state",
+        "moments rounded block by block",
+        False,
+        _one(lambda s: s.optim == "adamw", optim="adamw8bit"),
+    ),
+    _Lever("4-bit base", "quantisation error of NF4 (QLoRA)", False, _one(lambda s: s.quant == "none", quant="nf4")),
+    _Lever(
+        "shifted attention",
+        "training attends within groups of a quarter of the context (LongLoRA); also quicker",
+        False,
+        _one(lambda s: s.attention == "exact", attention="shifted"),
+    ),
+    _Lever(
+        "frozen embeddings",
+        "LongLoRA's extra trainable part; perplexity at long contexts suffers",
+        False,
+        _one(lambda s: s.train_embeddings, train_embeddings=False),
+    ),
+    _Lever("smaller rank", "less capacity of the adapters", False, _ranks),
+)
+
+
+def excess(memory: MemoryPlan, limits: Mapping[str, int]) -> dict[str, int]:
+    """Bytes beyond the limit at each place that holds too much."""
+    over = {place: memory.peak(place) - limit for place, limit in limits.items()}
+    return {place: amount for place, amount in over.items() if amount > 0}
+
+
+def climb(
+    shape: ModelShape,
+    settings: PlanSettings,
+    limits: Mapping[str, int],
+    *,
+    fixed: frozenset[str] = frozenset(),
+    exact_only: bool = False,
+) -> tuple[list[Rung], PlanSettings]:
+    """Climb the ladder until the run fits or no rung is left.
+
+    Args:
+        limits: bytes at "accelerator", "host" and "disk"; a place that is missing is not limited.
+        fixed: settings that must stay.
+        exact_only: use only rungs that leave the run's numbers as they are.
+    Returns: the rungs, cheapest first, the last of which fits if any does; the settings with all of them.
+    """
+    rungs: list[Rung] = []
+    for lever in LEVERS:
+        if exact_only and not lever.exact:
+            continue
+        best: tuple[PlanSettings, dict[str, Any]] | None = None
+        for changes in lever.options(settings, shape):
+            over = excess(memory_plan(shape, settings), limits)
+            if not over:
+                return rungs, settings
+            if fixed & changes.keys():
+                break
+            before = memory_plan(shape, best[0] if best else settings)
+            after = memory_plan(shape, settings.changed(changes))
+            if not _relieves(before, after, over, limits):
+                continue
+            best = settings.changed(changes), changes
+            if not excess(after, limits):
+                break
+        if best is not None:
+            rungs.append(_rung(lever, best[1], shape, settings, best[0], limits))
+            settings = best[0]
+    return rungs, settings
+
+
+def _relieves(before: MemoryPlan, after: MemoryPlan, over: Mapping[str, int], limits: Mapping[str, int]) -> bool:
+    """Whether a place that holds too much holds at least 1 % less, and no place newly holds too much."""
+    relieved = any(after.peak(place) < 0.99 * before.peak(place) for place in over)
+    newly = excess(after, limits).keys() - over.keys()
+    return relieved and not newly
+
+
+def _rung(
+    lever: _Lever,
+    changes: Mapping[str, Any],
+    shape: ModelShape,
+    before: PlanSettings,
+    after: PlanSettings,
+    limits: Mapping[str, int],
+) -> Rung:
+    old, new = memory_plan(shape, before), memory_plan(shape, after)
+    frees = {place: old.peak(place) - new.peak(place) for place in PLACES if old.peak(place) != new.peak(place)}
+    return Rung(lever.name, changes, paste(changes), frees, lever.costs, lever.exact, not excess(new, limits))
+
+
+def paste(changes: Mapping[str, Any]) -> str:
+    """Say changed settings as a command takes them."""
+    words = []
+    for name, value in changes.items():
+        if name == "file":
+            if value:
+                words.append(f"{KEYS[name]}=optimizer.pages")
+        else:
+            words.append(f"{KEYS[name]}={str(value).lower() if isinstance(value, bool) else value}")
+    return " ".join(words)
+
+
+def longest_context(
+    shape: ModelShape, settings: PlanSettings, limits: Mapping[str, int], *, most: int = 1 << 24
+) -> int:
+    """The longest context that fits, in steps of 1,024 tokens; 0 if not even the first does.
+
+    Args:
+        most: tokens at which to stop looking.
+    """
+    low, high = 0, most // CONTEXT_STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        tried = memory_plan(shape, settings.changed({"context": middle * CONTEXT_STEP}))
+        low, high = (middle, high) if not excess(tried, limits) else (low, middle - 1)
+    return low * CONTEXT_STEP
