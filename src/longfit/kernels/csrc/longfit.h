@@ -42,7 +42,7 @@ struct longfit_weight4 {
 };
 
 // Calls work(context, begin, end) so that [0, count) is covered once, on at most `threads` threads, each part at least `grain` long
-// except the last. Returns when all parts are done. (runtime/parallel.cpp)
+// unless there is but one. Returns when all parts are done. (runtime/parallel.cpp)
 extern "C" void longfit_parallel(void (*work)(void*, int64_t, int64_t), void* context, int64_t count, int64_t grain, int threads);
 
 // At least num_bytes of this thread's working memory at a 64-byte boundary, valid until the thread asks again. (runtime/scratch.cpp)

@@ -29,17 +29,15 @@ struct Job {
     void (*work)(void*, int64_t, int64_t);
     void* context;
     int64_t count;
-    int64_t part;  // length of a part
+    int64_t parts;  // their lengths differ by one at most
     std::atomic<int64_t> next{0};
 };
 
 // Every thread takes the next part until none is left, so it does not matter how many threads really came.
 void take_parts(void* data) {
     Job& job = *static_cast<Job*>(data);
-    for (int64_t begin; (begin = job.next.fetch_add(job.part)) < job.count;) {
-        const int64_t end = begin + job.part < job.count ? begin + job.part : job.count;
-        job.work(job.context, begin, end);
-    }
+    for (int64_t part; (part = job.next.fetch_add(1)) < job.parts;)
+        job.work(job.context, part * job.count / job.parts, (part + 1) * job.count / job.parts);
 }
 
 }  // namespace
@@ -47,16 +45,14 @@ void take_parts(void* data) {
 extern "C" void longfit_parallel(void (*work)(void*, int64_t, int64_t), void* context, int64_t count, int64_t grain, int threads) {
     static const ForkJoin fork_join = find_fork_join();
     if (count <= 0) return;
-    const int64_t most = (count + grain - 1) / grain;
+    const int64_t most = count > grain ? count / grain : 1;
     if (threads > most) threads = static_cast<int>(most);
     if (threads <= 1 || forked) {
         work(context, 0, count);
         return;
     }
     // Four parts a thread let a thread that started late be helped out, and still cost few calls.
-    int64_t part = (count + 4 * threads - 1) / (4 * threads);
-    if (part < grain) part = grain;
-    Job job{work, context, count, part};
+    Job job{work, context, count, most < 4 * threads ? most : 4 * threads};
     if (fork_join) {
         fork_join(take_parts, &job, static_cast<unsigned>(threads), 0);
         return;
