@@ -258,6 +258,29 @@ def assert_product(ours: Tensor, a: Tensor, b: Tensor) -> None:
     assert ((ours.double() - exact).abs() <= bound).all()
 
 
+@pytest.mark.parametrize(("block_size", "shape"), [(64, (200, 1216)), (128, (77, 1153)), (32, (130, 640))])
+def test_many_rows(isa: str, block_size: int, shape: tuple[int, int]) -> None:
+    """More rows, columns and depth than the GEMM takes at once, each with a rest; rows of x with NaN in between."""
+    weight = weights(shape[0] * shape[1], torch.bfloat16).view(shape)
+    rows, constants, fmt = in_rows(weight, block_size=block_size)
+    dense = row_format.dequantize_rows(rows, constants, fmt, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    for call, features, factor in (
+        (cpu.linear_4bit, shape[1], dense.t()),
+        (cpu.linear_4bit_grad_input, shape[0], dense),
+    ):
+        wide = torch.full((1100, features + 3), float("nan"), dtype=torch.bfloat16)
+        x = wide[:, 1 : features + 1]
+        x.copy_(torch.randn(x.shape, generator=generator))
+        product = call(x, rows, constants, fmt)
+        assert_product(product, x, factor)
+        if isa == "avx512_bf16" and cpu.library().multiplies_bf16:
+            # A sum depends neither on the other rows nor on the number of threads.
+            torch.set_num_threads(3)
+            assert_same_bits(call(x, rows, constants, fmt), product)
+            assert_same_bits(call(x[500:533], rows, constants, fmt), product[500:533])
+
+
 @pytest.mark.parametrize("in_features", [32, 64, 72, 80, 96, 160, 2112])
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_rows_not_divisible_by_the_block(isa: str, in_features: int, block_size: int) -> None:

@@ -2,10 +2,14 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longfit.errors import BackendError
 from longfit.kernels import cpu, dispatch, triton_device
@@ -201,6 +205,35 @@ def test_compiles_without_a_graph_break(backend: str) -> None:
     expected = _everything(x, weight, book, rows, constants, fmt)
     compiled = torch.compile(_everything, fullgraph=True, backend=backend)(x, weight, book, rows, constants, fmt)
     assert all(torch.equal(a, b) for a, b in zip(compiled, expected, strict=True))
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes down the operators that reach torch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_watches_sees_the_operator() -> None:
+    """Tracers, modes, subclasses and autograd get the operator, not the kernel that runs behind torch's back."""
+    rows, constants, fmt = weight_in_rows()
+    x = torch.randn(2, 192)
+    expected = dispatch.linear_4bit(x, rows, constants, fmt)
+    with _Recorder() as seen:
+        watched = dispatch.linear_4bit(x, rows, constants, fmt)
+    assert torch.equal(watched, expected)
+    assert seen.names == ["longfit::linear_4bit"]
+    graph = make_fx(lambda x: dispatch.linear_4bit(x, rows, constants, fmt))(x)
+    assert torch.equal(graph(2 * x), dispatch.linear_4bit(2 * x, rows, constants, fmt))
+    traced = torch.jit.trace(lambda x: dispatch.linear_4bit(x, rows, constants, fmt), (x,))
+    assert torch.equal(traced(2 * x), dispatch.linear_4bit(2 * x, rows, constants, fmt))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert isinstance(dispatch.linear_4bit(mode.from_tensor(x), rows, constants, fmt), FakeTensor)
 
 
 def test_schemas_and_shapes_for_tracing() -> None:
