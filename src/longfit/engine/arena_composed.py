@@ -37,7 +37,7 @@ class _EightBitStay:
         self._inner.put(index, _to_eight_bits(tile, self._block))
 
     def settle(self, index: int) -> None:
-        pass  # what was put is a copy already
+        self._inner.settle(index)
 
     def prefetch(self, index: int) -> None:
         self._inner.prefetch(index)

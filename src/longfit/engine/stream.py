@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from longfit.engine.doors import base_model
+from longfit.engine.pinned import PinnedMemory
 from longfit.engine.sweep import Sweeper, sweeper_of
 from longfit.errors import ConfigError
 
@@ -108,7 +109,11 @@ class _HostStore:
     """One slab of host memory, pinned for a CUDA device."""
 
     def __init__(self, units: list[Unit], *, pin: bool) -> None:
-        storage = torch.empty(units[-1].end, dtype=torch.uint8, pin_memory=pin)
+        self._memory = PinnedMemory() if pin else None
+        if self._memory is not None:
+            storage = self._memory.slab(units[-1].end)
+        else:
+            storage = torch.empty(units[-1].end, dtype=torch.uint8)
         for unit in units:
             unit.waiting = unit.views(storage[unit.start : unit.end])
             for place, tensor in zip(unit.waiting, unit.tensors, strict=True):
@@ -157,6 +162,8 @@ class _Slots:
         self._ready: list[Any] = [None, None]  # events of the copy stream
         self._free: list[Any] = [None, None]  # events of the stream that computes
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:  # the memory may have been used by kernels that still run
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def fetch(self, unit: Unit, *, beside: Unit | None = None) -> int:
         """Begin to fill a slot with a unit, not the slot that holds ``beside``; returns the slot."""

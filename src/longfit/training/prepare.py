@@ -124,7 +124,7 @@ def make_arena(config: RunConfig, device: torch.device) -> Arena | None:
     if section.arena in ("ram", "pinned"):
         if device.type != "cuda":
             raise ConfigError(f"engine.arena={section.arena}: this run uses no CUDA device; use device, ram or file")
-        return PinnedArena()
+        return PinnedArena(device)
     try:
         return FileArena(section.arena_folder)
     except OSError as error:
