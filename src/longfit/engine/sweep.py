@@ -37,6 +37,7 @@ from longfit.engine.arena import Arena, MemoryArena
 from longfit.engine.attention import attention_key
 from longfit.engine.doors import base_model, decoder
 from longfit.engine.handover import Receiver, is_promised, promise, receiver_of
+from longfit.engine.heap import give_back
 from longfit.engine.kept import KeptAttention, KeptBudget
 from longfit.engine.layer_call import LayerCall, layer_call
 from longfit.engine.replay import Autocast, RandomState, random_state_kept
@@ -52,6 +53,7 @@ class _SweepLayer(Receiver, torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, call: LayerCall, plan: "Sweeper", *parameters: Tensor) -> Tensor:
+        give_back(hidden.device)
         ctx.receiver = receiver_of(hidden)
         ctx.save_for_backward(*parameters)
         ctx.autocast = Autocast.now(hidden.device)
@@ -73,6 +75,7 @@ class _SweepLayer(Receiver, torch.autograd.Function):
                 "backward ran twice through a swept layer, whose saved input is given back after the first; compute the"
                 " loss again, or call disable_sweep(model)"
             )
+        give_back(grad_out.device)
         stay, ctx.stay = ctx.stay, None
         parameters, needs_hidden = ctx.saved_tensors, ctx.needs_input_grad[0]
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed]
