@@ -1,5 +1,5 @@
 // Y = X dq(W)^T for a few rows of X, as in generation: W is read once, in 4 bits, and each piece of it lives in the first-level cache
-// for as long as the rows of X are multiplied with it. (For many rows, kernels/cpu.py hands larger tiles to a GEMM.)
+// for as long as the rows of X are multiplied with it. (More rows go to a GEMM; kernels/cpu.py decides.)
 #include "dot.h"
 #include "parallel.h"
 #include "weight4.h"

@@ -2,20 +2,21 @@
 //
 // A GEMM copies its operands into the layout of its registers in any case. Here that copy is where the weight is de-quantised, so a
 // product costs what it costs with a dense weight, and nothing of W but a piece in the second-level cache ever exists in 16 bits.
-// The loops are those of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008): a task computes kRows x width
-// of C and passes over K in runs of kDepth, so the order of a sum depends neither on the threads nor on the other rows.
+// The loops are those of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, 2008) with A left where it is: a task
+// computes up to 512 x 64 of C and passes over K in runs. A sum always goes up K one pair at a time, so its bits depend neither on the
+// threads nor on the other rows. Widths of 128 and 256 that share a copy of A were slower: with W's own lines they overflow the cache.
 #include "gemm_bf16.h"
 #include "parallel.h"
 #include "weight4.h"
 
 namespace {
 
-constexpr int64_t kWidth = 64;               // columns of B at once: what gemm() takes
-constexpr int64_t kDepth = 576;              // of K at once, at most: 72 KiB of B
-constexpr int64_t kRows = 512;               // of A at once, at most: 128 KiB of C
-constexpr int64_t kFillRows = 8;             // de-quantising a piece of W costs about as much as multiplying it with 8 rows
-constexpr int64_t kAhead = 16;               // rows of W from a prefetch to its use
-constexpr int64_t kTaskProducts = 1 << 20;   // some 10 us
+constexpr int64_t kWidth = 64;              // columns of B at once: what gemm() takes
+constexpr int64_t kDepth = 576;             // of K at once, at most: 72 KiB of B
+constexpr int64_t kRows = 512;              // of A at once, at most: 128 KiB of C
+constexpr int64_t kFillRows = 8;            // de-quantising a piece of W costs about as much as multiplying it with 8 rows
+constexpr int64_t kAhead = 16;              // rows of W from a prefetch to its use
+constexpr int64_t kTaskProducts = 1 << 20;  // some 10 us
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
@@ -51,7 +52,7 @@ inline Cut cut_of(const Product& p, int threads) {
 
 // Where a thread works.
 struct Room {
-    bf16 b[kDepth * kWidth];     // [pair of K][64][2]
+    bf16 b[kDepth * kWidth];  // [pair of K][64][2]
     float c[kRows * kWidth];
     bf16 runs[16 * kDepth];
 };
@@ -156,7 +157,8 @@ inline void task(const Product& p, bool plain, int64_t row, int64_t rows, int64_
 
 }  // namespace
 
-// a [rows, depth] with rows at any stride, each followed by one more 0 where depth is odd; c [rows, columns] dense. transposed: W is [columns, depth], else [depth, columns].
+// a [rows, depth] with rows at any stride, each followed by one more 0 where depth is odd; c [rows, columns] dense. W is [columns, depth]
+// if it is to be transposed, else [depth, columns].
 LONGFIT_EXPORT void longfit_matmul_4bit_avx512_bf16(const longfit_weight4* w, int transposed, int64_t rows, int64_t columns, int64_t depth,
                                                     const void* a, int64_t a_stride, void* c, int threads) {
     if (rows == 0) return;
