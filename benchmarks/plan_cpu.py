@@ -1,13 +1,13 @@
 """Planned against measured memory of training steps of SmolLM2-135M on a CPU.
 
-Every cell is a process of its own: it imports, notes its resident memory, loads the model into NF4, takes a short step
-(which makes the optimiser's state) and then a step at the cell's context; the kernel's high-water mark of resident
-memory, set back before each phase, is read after it. What the plan calls Python and its libraries is there before the
-model and is not part of the growth. Memory only: cells may run beside other work.
+Every cell is a process of its own: it loads the model into NF4, notes its resident memory, takes a short step (which
+makes the optimiser's state) and then a step at the cell's context; the kernel's high-water mark of resident memory, set
+back before that step, is read after it. Growth counts from a process that has everything but the weights: Python, its
+libraries, the tokenizer. Memory only: cells may run beside other work.
 
 A long cell whose layer inputs are in memory stops its backward pass after three layers: every layer that is through
 gives back its input, ``context x 1,152`` bytes, and adds gradients of some hundred kilobytes, so that no later layer
-can hold more. Cells with a file run to their end.
+can hold more. Cells with a file, and all short ones, run to their end.
 
     python benchmarks/plan_cpu.py            every cell; finished cells of the JSON are not run again
     python benchmarks/plan_cpu.py --quick    the shortest cells, a minute
@@ -17,6 +17,7 @@ Results: benchmarks/results/plan_cpu.json, .md. Aim: within 5 % or 50 MB; all ce
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -67,20 +68,21 @@ CELLS = (
     Cell(2048),
     Cell(2048, rank=64, optim="adamw8bit"),
     Cell(2048, rank=64, train_embeddings=True, arena="file"),
+    Cell(2048, optim="adamw8bit", train_embeddings=True),
     Cell(4096, rank=64, arena="file"),
-    Cell(4096, "shifted", rank=8, optim="adamw8bit", train_embeddings=True),
+    Cell(4096, "shifted", optim="adamw8bit", train_embeddings=True),
     Cell(8192),
-    Cell(8192, rank=64, optim="adamw8bit", arena="file"),
-    Cell(8192, "shifted", rank=64, train_embeddings=True),
-    Cell(16_384, "shifted", arena="file"),
-    Cell(16_384, "shifted", rank=64, optim="adamw8bit", train_embeddings=True),
+    Cell(8192, "shifted", rank=64, train_embeddings=True, arena="file"),
     Cell(32_768, "shifted", rank=64),
     Cell(65_536, "shifted", optim="adamw8bit"),
-    Cell(16_384, arena="device"),
-    Cell(32_768, "shifted", optim="adamw8bit", train_embeddings=True, arena="file"),
+    Cell(16_384, "shifted", optim="adamw8bit", arena="file"),
+    Cell(16_384, rank=64),
     Cell(65_536, "shifted", rank=64, train_embeddings=True),
+    Cell(32_768, "shifted", optim="adamw8bit", train_embeddings=True, arena="file"),
     Cell(65_536, "shifted", arena="file"),
 )
+"""The telling ones first, the long ones last: a run may be broken off and gone on with."""
+
 QUICK_CELLS = CELLS[:3]
 
 
@@ -140,21 +142,25 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     from longfit.engine.arena import FileArena, MemoryArena
     from longfit.engine.attention import attention_key
     from longfit.engine.doors import base_model
+    from longfit.engine.heap import give_back
     from longfit.engine.loss import training_loss
     from longfit.engine.sweep import enable_sweep
     from longfit.planning.fixed import trained, uses_torch_adamw
 
     torch.manual_seed(0)
-    torch.zeros(64, 64) @ torch.zeros(64, 64)
     path = model_path()
-    longfit.load, longfit.add_adapters, longfit.PagedAdamW  # noqa: B018  (imported before the memory is noted)
-    before = resident("VmRSS")
-    found: dict[str, Any] = {"base_bytes": before}
-
+    start = resident("VmRSS")
     reset_peak()
-    model, tokenizer = longfit.load(str(path))
-    found["load_peak_bytes"] = resident("VmHWM") - before
-    found["loaded_bytes"] = resident("VmRSS") - before
+    model, _ = longfit.load(str(path))
+    gc.collect()
+    give_back(torch.device("cpu"))
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    before = resident("VmRSS") - sum(weights.values())
+    found: dict[str, Any] = {
+        "base_bytes": before,
+        "weights_bytes": sum(weights.values()),
+        "load_peak_bytes": resident("VmHWM") - start,
+    }
     whole = cell.train_embeddings
     model = longfit.add_adapters(model, rank=cell.rank, alpha=2 * cell.rank, train_embeddings=whole, train_norms=whole)
     group = cell.settings.effective_group_size
@@ -183,17 +189,18 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     if cell.stops_early:
         arena.closed = -(10**6)
     step(ids[:, :512])
-    found["short_step_peak_bytes"] = resident("VmHWM") - before
+    gc.collect()
+    give_back(torch.device("cpu"))
     found["resident_before_bytes"] = resident("VmRSS") - before
     reset_peak()
-    start = time.perf_counter()
+    began = time.perf_counter()
     if cell.stops_early:
         arena.closed = 0
     try:
         step(ids)
     except PeakPassedError:
         assert cell.stops_early
-    found["step_s"] = time.perf_counter() - start
+    found["step_s"] = time.perf_counter() - began
     found["step_peak_bytes"] = resident("VmHWM") - before
     found["resident_after_bytes"] = resident("VmRSS") - before
     found["threads"] = torch.get_num_threads()
