@@ -34,7 +34,8 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
-	for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/gpu%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
+	$(if $(shell command -v nvidia-smi),$(BIN)/python benchmarks/gpu.py)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

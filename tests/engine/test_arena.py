@@ -173,7 +173,7 @@ def test_pinned_memory_keeps_every_byte_without_waiting():
             stay.prefetch(max(index - 1, 0))
             assert checksum(stay.get(index)) == expected[index]
         stay.close()
-    assert len(arena._free[9 * 2 * 500 * 1024 * 2]) == 1  # one slab, of exactly this size, used twenty times
+    assert len(arena._free[2 * 500 * 1024 * 2]) == 9  # a slab of exactly this size for each tile, used twenty times
 
 
 @pytest.mark.gpu

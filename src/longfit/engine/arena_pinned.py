@@ -18,7 +18,7 @@ NUM_BUFFERS = 4
 
 
 class PinnedArena:
-    """Keeps tiles in pinned slabs, one per layer."""
+    """Keeps tiles in pinned slabs, one per tile, so that layers and contexts of any length share them."""
 
     aliases = False
 
@@ -33,7 +33,7 @@ class PinnedArena:
         return _PinnedStay(self, num_tiles)
 
     def take(self, num_bytes: int) -> Tensor:
-        """Take a pinned uint8 slab of exactly this size."""
+        """Take a pinned uint8 slab of exactly this size: one that was given back, or a new one."""
         return self._free[num_bytes].pop() if self._free[num_bytes] else self._memory.slab(num_bytes)
 
     def give(self, slab: Tensor) -> None:
@@ -67,20 +67,18 @@ class _Buffer:
 
 class _PinnedStay:
     def __init__(self, arena: PinnedArena, num_tiles: int) -> None:
-        self._arena, self._num_tiles = arena, num_tiles
-        self._slab: Tensor | None = None
-        self._slot_bytes = 0
-        self._places: dict[int, Tensor] = {}  # views of the slab, in the tile's shape
+        self._arena = arena
+        self._slab_bytes = 0
+        self._slabs: list[Tensor] = []
+        self._places: dict[int, Tensor] = {}  # views of the slabs, in the tiles' shapes
         self._leaving: dict[int, tuple[Tensor, torch.cuda.Event]] = {}  # tiles that are being copied, not yet settled
         self._coming: dict[int, tuple[_Buffer, torch.cuda.Event]] = {}  # in the order in which they were asked for
         self._in_use: _Buffer | None = None
 
     def put(self, index: int, tile: Tensor) -> None:
-        if self._slab is None:  # the first tile is the largest
-            self._slot_bytes = tile.numel() * tile.element_size()
-            self._slab = self._arena.take(self._slot_bytes * self._num_tiles)
-        offset, size = index * self._slot_bytes, tile.numel() * tile.element_size()
-        place = self._slab[offset : offset + size].view(tile.dtype).view(tile.shape)
+        self._slab_bytes = self._slab_bytes or tile.nbytes  # the first tile is the largest
+        self._slabs.append(self._arena.take(self._slab_bytes))
+        place = self._slabs[-1][: tile.nbytes].view(tile.dtype).view(tile.shape)
         stream = self._arena.stream
         stream.wait_stream(torch.cuda.current_stream(tile.device))
         with torch.cuda.stream(stream):
@@ -110,7 +108,7 @@ class _PinnedStay:
 
     def _fetch(self, index: int) -> bool:
         """Begin to bring a tile back; False if every buffer holds another."""
-        buffer = self._arena.free_buffer(self._slot_bytes)
+        buffer = self._arena.free_buffer(self._slab_bytes)
         if buffer is None:
             return False
         place, stream = self._places[index], self._arena.stream  # copies of one stream keep their order: put is over
@@ -137,9 +135,8 @@ class _PinnedStay:
         self._finish_use()
         for index in list(self._coming):
             self._drop(index)
-        if self._slab is not None:
-            self._arena.give(self._slab)
-        self._slab = None
+        while self._slabs:
+            self._arena.give(self._slabs.pop())
         self._places.clear()
 
     def __del__(self) -> None:
