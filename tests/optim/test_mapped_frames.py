@@ -1,7 +1,9 @@
 """Frames in the file: what a page finds when it enters, what a budget costs, and what is not touched."""
 
+import errno
 import fcntl
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,9 @@ from longfit.optim.paging import PageCache
 
 PAGE_BYTES = 65_536
 
-pytestmark = pytest.mark.skipif(not can_map(), reason="the system cannot put pages of a mapping into a process")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux puts pages of a mapping into a process on demand"
+)
 
 
 @pytest.fixture
@@ -118,3 +122,13 @@ def test_a_file_that_was_cut_raises_an_error_and_no_signal(file: PageFile) -> No
     os.truncate(file.path, 3 * PAGE_BYTES)
     with pytest.raises(PagingError, match=r"could not bring in page 2: .*cut.*; resume from the last checkpoint"):
         frames.enter(2)
+
+
+def test_a_file_system_that_cannot_map_is_noticed(file: PageFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert can_map(file)
+
+    def refuse(begin: int, end: int) -> None:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    monkeypatch.setattr(file, "mapping", refuse)
+    assert not can_map(file)

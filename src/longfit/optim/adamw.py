@@ -330,7 +330,7 @@ class PagedAdamW(torch.optim.Optimizer):
         capacity = _capacity(self.budget_bytes, page_bytes)
         if device.type != "cpu":
             below: PageFile | PageCache | None = self._host_cache(pinned=device.type == "cuda")
-        elif self._file is not None and can_map():
+        elif self._file is not None and can_map(self._file):
             return PageCache(MappedFrames(self._file), capacity=capacity)
         else:
             below = self._file

@@ -18,10 +18,10 @@ Not for accelerators, whose copies want pinned memory, and only where the system
 """
 
 import ctypes
-import errno
 import mmap
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -47,8 +47,7 @@ class MappedFrames:
         self._parts: list[Tensor] = []  # the mapped file, uint8; a part for each time it has grown
         self._mapped_bytes = 0
         self._frames: dict[int, Tensor] = {}  # offset in the file -> uint8 [page_bytes]
-        self._madvise = ctypes.CDLL(None, use_errno=True).madvise  # mmap's own holds the interpreter's lock
-        self._madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        self._madvise = _madvise()
 
     def enter(self, page: int) -> tuple[Tensor, bool]:
         """Return the page's place in the file, and whether it had contents: a new page starts with zeros."""
@@ -90,14 +89,24 @@ class MappedFrames:
 
     def _map_until(self, end: int) -> None:
         if end > self._mapped_bytes:
-            part = self._file.mapping(self._mapped_bytes)
+            part = self._file.mapping(self._mapped_bytes, self._file.num_bytes)
             self._parts.append(torch.frombuffer(part, dtype=torch.uint8))
             self._mapped_bytes += len(part)
 
 
-def can_map() -> bool:
-    """Whether the system can put pages of a mapped file into a process and say what went wrong."""
+def can_map(file: PageFile) -> bool:
+    """Whether this system and the file's file system can put pages of it into a process, tried on its header."""
     if sys.platform != "linux":
         return False
-    nothing = ctypes.CDLL(None, use_errno=True).madvise(None, 0, _POPULATE_WRITE)
-    return nothing == 0 or ctypes.get_errno() != errno.EINVAL
+    try:
+        header = torch.frombuffer(file.mapping(0, mmap.PAGESIZE), dtype=torch.uint8)
+    except OSError:
+        return False
+    return _madvise()(header.data_ptr(), mmap.PAGESIZE, _POPULATE_WRITE) == 0
+
+
+def _madvise() -> Callable[[int, int, int], int]:
+    """Return the C library's function: that of Python's mmap holds the interpreter's lock while the disk is read."""
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return madvise

@@ -83,6 +83,11 @@ class PageFile:
         """Pages that have a place in the file."""
         return len(self._newest)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file, up to the end of its last page."""
+        return self._offset(self.num_pages, 0)
+
     def grow(self, num_pages: int) -> None:
         """Make room for pages up to ``num_pages`` and reserve their space on the disk.
 
@@ -152,9 +157,9 @@ class PageFile:
             return self._offset(page, self._free_slot(page)), held
         return self._offset(page, slot), True
 
-    def mapping(self, begin: int) -> mmap.mmap:
-        """Map the file from an offset to the end of its last page."""
-        return mmap.mmap(self._file, self._offset(self.num_pages, 0) - begin, offset=begin)
+    def mapping(self, begin: int, end: int) -> mmap.mmap:
+        """Map a part of the file for reading and writing. Raises: OSError: the file system cannot."""
+        return mmap.mmap(self._file, end - begin, offset=begin)
 
     def commit(self, record: dict[str, Any]) -> None:
         """Make what was written the state that a killed run comes back to.
