@@ -35,7 +35,7 @@ from longfit.evaluation.perplexity import perplexity
 NATIVE, BUCKET = 8192, 2048
 ROPES = ("none", "yarn", "linear", "ntk", "theta")
 COLOURS = dict(zip(ROPES, ("black", "C0", "C1", "C2", "C4"), strict=True))
-LOOKED_AT, LOOK_TOKENS = ("tarfile", "argparse"), 2048  # held-out text on the way through a training
+LOOKED_AT, LOOK_TOKENS = ("tarfile", "argparse"), 1024  # held-out text on the way through a training
 PEAK = 5e-4  # the demo's: few steps must suffice
 PARTS = ("positions", "training", "passkey")
 
@@ -85,7 +85,7 @@ def retrieval(context: int, lengths: Sequence[int], depths: Sequence[float], tri
 
 def all_cells() -> Iterator[Settings]:
     yield from positions(2 * NATIVE, "tarfile")
-    yield from training(context=2 * NATIVE, window=2048, steps=12, document="tarfile")
+    yield from training(context=2 * NATIVE, window=2048, steps=8, document="tarfile")
     yield from retrieval(2 * NATIVE, (4096, 12_288), (0.0, 0.5, 1.0), 2)
     yield from positions(2 * NATIVE, "turtle")
     yield from positions(4 * NATIVE, "turtle")
@@ -143,7 +143,7 @@ def measure_training(settings: Settings) -> dict[str, Any]:
     looks: list[dict[str, Any]] = []
 
     def look(step: int) -> None:
-        if step % max(1, steps // 4) == 0:
+        if step % max(1, steps // 2) == 0:
             losses = {
                 name: perplexity(model, ids, window=len(ids), stride=len(ids)).nll for name, ids in held_out.items()
             }

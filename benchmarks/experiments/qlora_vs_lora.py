@@ -20,8 +20,6 @@ from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings
 from benchmarks.experiments.texts import held_out_documents, held_out_losses, training_windows
 from benchmarks.experiments.training import Recipe, train, trainable
 
-from longfit.model.load import load_report
-
 DOCUMENTS = ("tarfile", "doctest", "argparse", "turtle")
 COLOURS = {"none": "black", "nf4": "C0", "fp4": "C1", "int4": "C2"}
 NAMES = {"none": "LoRA, 16-bit base", "nf4": "QLoRA, NF4 + DQ", "fp4": "FP4 + DQ", "int4": "INT4 + DQ"}
@@ -47,7 +45,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     look(0)
     windows = training_windows(tokenizer, window=window, number=steps, seed=settings["seed"])
     record = train(model, windows, recipe, after_step=look)
-    return {**record, "held_out": losses, "base_bytes": load_report(model).total_bytes}
+    return {**record, "held_out": losses}
 
 
 def held_out_mean(result: dict[str, Any], step: int) -> float:
@@ -73,22 +71,29 @@ def table(found: Cells) -> str:
 
 
 def draw(found: Cells, path: Any) -> None:
-    """Loss curves on the left, held-out loss on the right."""
+    """Training loss, its difference step by step, and held-out loss."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    figure = Figure(figsize=(14, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     for record in found.records:
         settings, result = record["settings"], record["result"]
-        quant, first = settings["quant"], settings["seed"] == 0
-        style = {"color": COLOURS[quant], "linestyle": "-" if first else "--"}
-        name = NAMES[quant] + ("" if first else f", seed {settings['seed']}")
-        left.plot(range(1, len(result["loss"]) + 1), result["loss"], label=name, linewidth=1.2, **style)
-        steps = [int(step) for step in result["held_out"]]
-        right.plot(steps, [held_out_mean(result, step) for step in steps], marker="o", label=name, **style)
+        quant, seed = settings["quant"], settings["seed"]
+        style = {"color": COLOURS[quant], "linestyle": "--" if seed else "-"}
+        name = NAMES[quant] + (f", seed {seed}" if seed else "")
+        steps = range(1, len(result["loss"]) + 1)
+        left.plot(steps, result["loss"], label=name, linewidth=1.2, **style)
+        for base in found.select(quant="none", seed=seed) if quant != "none" else ():
+            differences = [ours - its for ours, its in zip(result["loss"], base["result"]["loss"], strict=True)]
+            middle.plot(steps, differences, label=name, **style)
+        looks = [int(step) for step in result["held_out"]]
+        right.plot(looks, [held_out_mean(result, step) for step in looks], marker="o", label=name, **style)
     left.set(xlabel="step", ylabel="loss (nats a token)", title="training, the same windows in the same order")
+    middle.set(xlabel="step", ylabel="loss (nats a token)", title="training loss over that on the 16-bit base")
+    middle.set_ylim(bottom=0)
     right.set(xlabel="step", ylabel="loss (nats a token)", title="held-out documents")
-    right.legend(frameon=False)
+    for axes in (left, middle, right):
+        axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
