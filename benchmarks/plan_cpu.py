@@ -17,6 +17,7 @@ Results: benchmarks/results/plan_cpu.json, .md. Aim: within 5 % or 50 MB; all ce
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -108,6 +109,12 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
+def trim() -> None:
+    """Give what is freed back to the system, so that what loading left behind is not taken for the step's."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakPassedError(Exception):
     """No later layer can hold more."""
 
@@ -142,7 +149,6 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     from longfit.engine.arena import FileArena, MemoryArena
     from longfit.engine.attention import attention_key
     from longfit.engine.doors import base_model
-    from longfit.engine.heap import give_back
     from longfit.engine.loss import training_loss
     from longfit.engine.sweep import enable_sweep
     from longfit.planning.fixed import trained, uses_torch_adamw
@@ -152,8 +158,7 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     start = resident("VmRSS")
     reset_peak()
     model, _ = longfit.load(str(path))
-    gc.collect()
-    give_back(torch.device("cpu"))
+    trim()
     weights = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     before = resident("VmRSS") - sum(weights.values())
     found: dict[str, Any] = {
@@ -189,8 +194,7 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     if cell.stops_early:
         arena.closed = -(10**6)
     step(ids[:, :512])
-    gc.collect()
-    give_back(torch.device("cpu"))
+    trim()
     found["resident_before_bytes"] = resident("VmRSS") - before
     reset_peak()
     began = time.perf_counter()
@@ -249,9 +253,9 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# Planned and measured memory, SmolLM2-135M on a CPU",
         "",
-        f"{results['machine']}, torch {results['torch']}, {results['threads']} thread(s). Growth of resident memory over"
-        " that of the imports, in a training",
-        "step, in MB (10^6 bytes). `benchmarks/plan_cpu.py` says how.",
+        f"{results['machine']}, torch {results['torch']}, {results['threads']} thread(s).",
+        "Growth of resident memory in a training step over a process that has everything but the weights, in MB (10^6",
+        "bytes). `benchmarks/plan_cpu.py` says how.",
         "",
         "| context | attention | rank | state | embeddings, norms | layer inputs | planned | measured | off | within |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -261,11 +265,13 @@ def table(results: dict[str, Any]) -> str:
         plan, got = planned(cell)["peak_bytes"], found["step_peak_bytes"]
         off = plan - got
         within = abs(off) <= 50e6 or abs(off) <= 0.05 * got
-        lines.append(
-            f"| {cell.context:,} | {cell.attention} | {cell.rank} | {'8-bit' if cell.optim == 'adamw8bit' else '32-bit'} |"
-            f" {'trained' if cell.train_embeddings else 'frozen'} | {'file' if cell.arena == 'file' else 'memory'} |"
-            f" {plan / 1e6:,.0f} | {got / 1e6:,.0f} | {off / 1e6:+,.0f} ({off / got:+.1%}) | {'yes' if within else '**no**'} |"
+        columns = (
+            *(f"{cell.context:,}", cell.attention, str(cell.rank), "8-bit" if cell.optim == "adamw8bit" else "32-bit"),
+            *("trained" if cell.train_embeddings else "frozen", "file" if cell.arena == "file" else "memory"),
+            *(f"{plan / 1e6:,.0f}", f"{got / 1e6:,.0f}", f"{off / 1e6:+,.0f} ({off / got:+.1%})"),
+            "yes" if within else "**no**",
         )
+        lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -116,7 +116,7 @@ def _print_plan(
     name: str, shape: "ModelShape", settings: "PlanSettings", limits: Mapping[str, int], *, as_json: bool
 ) -> None:
     from longfit.planning.machines import read_rates
-    from longfit.planning.plan import plan_shape
+    from longfit.planning.plan import ladder_lines, plan_shape
 
     found = plan_shape(shape, settings, limits, name=name, rates=read_rates(settings.device))
     if as_json:
@@ -177,30 +177,6 @@ def _print_components(found: "Plan") -> None:
         if rows:
             print_lines("")
             print_table(("", place, "bytes at the peak"), rows)
-
-
-def ladder_lines(found: "Plan") -> list[str]:
-    """What to change, as text that can be pasted."""
-    if found.fits:
-        return []
-    lines = ["what would make it fit, cheapest first:"] if found.rungs else []
-    for number, rung in enumerate(found.rungs, 1):
-        frees = ", ".join(
-            f"{'frees' if size > 0 else 'takes'} {gib(abs(size))} of {place}" for place, size in rung.frees.items()
-        )
-        kind = "" if rung.exact else "; changes the numbers of the run"
-        lines.append(f"  {number}. {rung.paste:<44} {rung.name}: {frees}; costs {rung.costs}{kind}")
-    words = " ".join(rung.paste for rung in found.rungs)
-    if found.rungs and found.rungs[-1].fits:
-        lines += ["paste:", f"  longfit train {found.model} DATA --context {found.settings.context} {words}"]
-    elif found.context_that_fits:
-        lines += [
-            f"even so {found.settings.context:,} tokens do not fit; {found.context_that_fits:,} do:",
-            f"  longfit train {found.model} DATA --context {found.context_that_fits} {words}",
-        ]
-    else:
-        lines.append("no change makes it fit: this model needs a larger machine")
-    return lines
 
 
 # ------------------------------------------------------------------------------------------------ the other way round

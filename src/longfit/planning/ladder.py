@@ -60,6 +60,7 @@ class _Lever:
     costs: str
     exact: bool
     options: Callable[[PlanSettings, ModelShape], Iterator[dict[str, Any]]]  # in the order in which to try them
+    silent: bool = False  # a run may take it without asking: same numbers, no disk, and it can be taken in mid-run
 
 
 def _one(condition: Callable[[PlanSettings], bool], **changes: Any) -> Callable[..., Iterator[dict[str, Any]]]:
@@ -99,14 +100,16 @@ LEVERS = (
         "host memory; the copies hide behind computing above some thousand tokens",
         True,
         _one(lambda s: _on_card(s) and s.arena == "device", arena="ram"),
+        silent=True,
     ),
     _Lever("one window at a time, as many a step", "nothing but launches", True, _batches),
-    _Lever("smaller tiles", "some per cent of speed for each halving", True, _tiles),
+    _Lever("smaller tiles", "some per cent of speed for each halving", True, _tiles, silent=True),
     _Lever(
         "attention is computed again, not kept",
         "a third forward pass of attention",
         True,
         lambda s, shape: iter([{"keep_attention": 0}] if s.keep_attention != 0 and s.device == "cpu" else []),
+        silent=True,
     ),
     _Lever(
         "paged optimiser state",
@@ -167,19 +170,19 @@ def climb(
     limits: Mapping[str, int],
     *,
     fixed: frozenset[str] = frozenset(),
-    exact_only: bool = False,
+    silent: bool = False,
 ) -> tuple[list[Rung], PlanSettings]:
     """Climb the ladder until the run fits or no rung is left.
 
     Args:
         limits: bytes at "accelerator", "host" and "disk"; a place that is missing is not limited.
         fixed: settings that must stay.
-        exact_only: use only rungs that leave the run's numbers as they are.
+        silent: use only rungs that nobody needs to be asked about.
     Returns: the rungs, cheapest first, the last of which fits if any does; the settings with all of them.
     """
     rungs: list[Rung] = []
     for lever in LEVERS:
-        if exact_only and not lever.exact:
+        if silent and not lever.silent:
             continue
         best: tuple[PlanSettings, dict[str, Any]] | None = None
         for changes in lever.options(settings, shape):
@@ -199,6 +202,18 @@ def climb(
             rungs.append(_rung(lever, best[1], shape, settings, best[0], limits))
             settings = best[0]
     return rungs, settings
+
+
+def step_down(shape: ModelShape, settings: PlanSettings, place: str) -> Rung | None:
+    """Return the first silent rung that relieves a place, as after running out of memory there; None if none does."""
+    before = memory_plan(shape, settings)
+    limits = {place: before.peak(place) - 1}
+    for lever in LEVERS:
+        for changes in lever.options(settings, shape) if lever.silent else ():
+            after = settings.changed(changes)
+            if _relieves(before, memory_plan(shape, after), limits, limits):
+                return _rung(lever, changes, shape, settings, after, limits)
+    return None
 
 
 def _relieves(before: MemoryPlan, after: MemoryPlan, over: Mapping[str, int], limits: Mapping[str, int]) -> bool:

@@ -42,6 +42,16 @@ class Plan:
         """Most bytes at each place."""
         return {place: self.memory.peak(place) for place in PLACES}
 
+    @property
+    def device_place(self) -> str:
+        """The place where the model is."""
+        return "accelerator" if self.settings.device == "cuda" else "host"
+
+    @property
+    def device_peak(self) -> int:
+        """Most bytes there."""
+        return self.peaks[self.device_place]
+
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
         phases = ("load", *self.memory.phases, "merge")
@@ -123,3 +133,31 @@ def plan_shape(
             shorter = longest_context(shape, changed, limits, most=settings.context)
     seconds = step_seconds(shape, settings, rates) if rates is not None else None
     return Plan(name, settings, memory, dict(limits), fits, tuple(rungs), shorter, seconds)
+
+
+def ladder_lines(found: Plan) -> list[str]:
+    """What to change, as text that can be pasted."""
+    if found.fits:
+        return []
+    lines = ["what would make it fit, cheapest first:"] if found.rungs else []
+    for number, rung in enumerate(found.rungs, 1):
+        frees = ", ".join(
+            f"{'frees' if size > 0 else 'takes'} {_gib(abs(size))} of {place}" for place, size in rung.frees.items()
+        )
+        kind = "" if rung.exact else "; changes the numbers of the run"
+        lines.append(f"  {number}. {rung.paste:<44} {rung.name}: {frees}; costs {rung.costs}{kind}")
+    words = " ".join(rung.paste for rung in found.rungs)
+    if found.rungs and found.rungs[-1].fits:
+        lines += ["paste:", f"  longfit train {found.model} DATA --context {found.settings.context} {words}"]
+    elif found.context_that_fits:
+        lines += [
+            f"even so {found.settings.context:,} tokens do not fit; {found.context_that_fits:,} do:",
+            f"  longfit train {found.model} DATA --context {found.context_that_fits} {words}",
+        ]
+    else:
+        lines.append("no change makes it fit: this model needs a larger machine")
+    return lines
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

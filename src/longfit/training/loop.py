@@ -32,10 +32,12 @@ from longfit.config import RunConfig
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset
 from longfit.engine.loss import IGNORED, TrainingLoss, shifted_labels
-from longfit.errors import ConfigError, RunError
+from longfit.engine.sweep import swept_evaluation
+from longfit.errors import ConfigError, PlanError, RunError
 from longfit.model.load import load_report
 from longfit.model.save import save_adapter
-from longfit.training import loss_scale, run_directory
+from longfit.planning.plan import Plan
+from longfit.training import fit, loss_scale, run_directory
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
 from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, MetricsFile, OnEvent, peak_memory_bytes, read_metrics
@@ -55,8 +57,11 @@ from longfit.training.prepare import (
     pack_documents,
     read_data,
     stream_frozen,
+    sweep,
 )
 from longfit.training.schedule import learning_rate
+
+PROBE_MARGIN = 1.05  # a window that is longer than those of the first step by more than this is tried before it
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None, resume: bool = 
         on_event: called for everything worth showing, in this process only.
         resume: continue the run in ``output.run_dir`` from its newest checkpoint.
     Raises:
+        PlanError: the run cannot fit this machine, or ran out of memory twice; then its state is saved.
         RunError: the run directory exists (or, resuming, does not); data or settings changed; the loss is not finite;
             the disk is full.
         ConfigError, DataError, ModelError: before anything is written.
@@ -134,6 +140,8 @@ class _Run:
     validation: PackedDataset | None
     metrics: MetricsFile
     paging: PagingMeter
+    plan: Plan | None
+    room: fit.Room
     state: RunState
     seconds: float = 0.0
 
@@ -173,6 +181,7 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     if resume:
         run_directory.require_same_data(run_dir, digest)
 
+    config, plan = fit.plan_run(config, run_dir, device=accelerator.device, on_event=notify)
     notify(Event("phase", f"loading {config.model.name}"))
     model, tokenizer = load_base(config, accelerator.device)
     for line in str(load_report(model)).splitlines():
@@ -212,6 +221,8 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     accelerator.wait_for_everyone()  # every process has seen the directory as it was
     if not resume and accelerator.is_main_process:
         run_directory.create(run_dir, config, digest=digest, ledger=ledger)
+    if plan is not None and accelerator.is_main_process:
+        run_directory.write_text(run_dir / "plan.json", fit.plan_json(plan))
     scaling = loss_scale.describe(state.loss_scale, on_card=config.model.dtype == "auto")
     for line in (*ledger.warnings, *report.warnings, *([scaling] if scaling else [])):
         notify(Event("warning", line))
@@ -219,9 +230,14 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     steps = f"{config.train.steps:,} steps" if not state.step else f"steps {state.step + 1:,} to {config.train.steps:,}"
     text = f"training {trainable:,} parameters for {steps} on {len(windows):,} windows of {windows.context:,} tokens"
     notify(Event("phase", text, {"total_steps": config.train.steps, "step": state.step, "run_dir": str(run_dir)}))
+    room = fit.Room(
+        plan,
+        lambda rung: sweep(model, config.replace(fit.keys_of(rung), origin="out of memory"), on_event=notify),
+        notify,
+    )
     return _Run(
         config, run_dir, notify, accelerator, loss_module, model, tokenizer, optimizer, windows, validation, metrics,
-        PagingMeter(optimizer), state, seconds,
+        PagingMeter(optimizer), plan, room, state, seconds,
     )  # fmt: skip
 
 
@@ -263,6 +279,8 @@ def _loop(run: _Run) -> TrainResult:
     train, finished = run.config.train, False
     with Interruptible() as interruptible:
         try:
+            if run.state.step < run.total_steps:
+                _probe(run)
             while run.state.step < run.total_steps:
                 _step(run, interruptible)
                 done, last = run.state.step, run.state.step == run.total_steps
@@ -279,12 +297,31 @@ def _loop(run: _Run) -> TrainResult:
         except KeyboardInterrupt:
             with interruptible.held():
                 _save(run)
+        except PlanError as error:
+            with interruptible.held():
+                _save(run)
+            checkpoint = run_directory.last_checkpoint(run.run_dir)
+            raise PlanError(f"step {run.state.step + 1}: {error}. The state before it is in {checkpoint}") from None
         except _NotFiniteError as error:
             with interruptible.held():
                 _save(run)
             checkpoint = run_directory.last_checkpoint(run.run_dir)
             raise RunError(f"{error}. Nothing of it was learned; the state before it is in {checkpoint}") from None
     return _result(run, finished=finished)
+
+
+def _probe(run: _Run) -> None:
+    """Run the longest window once, if the first step has none as long: what does not fit shows now, not in an hour."""
+    size, lengths = run.config.train.batch_size, run.window_lengths
+    first = max(int(lengths[index]) for indices in _window_indices(run) for index in indices)
+    longest = [int(index) for index in np.argsort(-lengths, kind="stable")[:size]]
+    if int(lengths[longest[0]]) <= PROBE_MARGIN * first:
+        return
+    run.tell(Event("phase", f"trying the longest window, {int(lengths[longest[0]]):,} tokens"))
+    batch = _batch(run, longest)
+    num_trained = _over_processes(run, _num_trained(batch))
+    run.room.run(partial(_differentiate, run, [batch], max(num_trained, 1), run.state.loss_scale))
+    run.optimizer.zero_grad(set_to_none=True)
 
 
 def _step(run: _Run, interruptible: Interruptible) -> None:
@@ -330,6 +367,7 @@ def _step(run: _Run, interruptible: Interruptible) -> None:
             "tokens_per_s": num_tokens / seconds,
             "step_s": seconds,
             "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+            **({} if run.plan is None else {"planned_peak_bytes": run.plan.device_peak}),
             **run.paging.read(),
         }
         run.record(record)
@@ -347,7 +385,8 @@ def _scaled_gradients(run: _Run, batches: list["_Batch"], num_trained: float) ->
         differentiate = partial(_differentiate, run, batches, num_trained, scale)
         # Of several processes none may try again alone: the others wait for its gradients where they are.
         alone = run.accelerator.num_processes == 1
-        loss = _over_processes(run, relieve(run.optimizer, differentiate) if alone else differentiate())
+        loss = run.room.run(partial(relieve, run.optimizer, differentiate)) if alone else differentiate()
+        loss = _over_processes(run, loss)
         grad_norm = clip_gradients(run.parameters, run.config.train.max_grad_norm, scale=scale)
         smaller = None if math.isfinite(grad_norm) else loss_scale.after_overflow(scale)
         if smaller is None:
@@ -434,14 +473,11 @@ def _evaluate(run: _Run, validation: PackedDataset) -> None:
     accelerator = run.accelerator
     num_windows = min(len(validation), run.config.data.validation_windows)
     total, count = 0.0, 0
-    run.loss_module.eval()
-    try:
+    with swept_evaluation(run.model):
         for index in range(accelerator.process_index, num_windows, accelerator.num_processes):
             batch = _batch(run, [index], windows=validation)
             total += run.loss_module(**batch.tensors, num_items=1).item()  # a sum
             count += _num_trained(batch)
-    finally:
-        run.loss_module.train()
     loss = _over_processes(run, total) / _over_processes(run, count)
     record = {"step": run.state.step, "eval_loss": loss, "eval_windows": num_windows}
     run.record(record)
@@ -468,6 +504,10 @@ def _save_result(run: _Run) -> None:
 
 
 def _result(run: _Run, *, finished: bool) -> TrainResult:
+    peak = peak_memory_bytes(run.accelerator.device)
+    if run.plan is not None and run.is_main:
+        run_directory.write_text(run.run_dir / "plan.json", fit.plan_json(run.plan, measured_bytes=peak))
+        run.tell(Event("phase", fit.compare(run.plan, peak)))
     records = read_metrics(run.metrics.path)
     losses = [float(str(record["loss"])) for record in records if "loss" in record]
     eval_losses = [float(str(record["eval_loss"])) for record in records if "eval_loss" in record]
@@ -481,7 +521,7 @@ def _result(run: _Run, *, finished: bool) -> TrainResult:
         eval_loss=eval_losses[-1] if eval_losses else None,
         tokens=run.state.tokens_seen,
         seconds=run.seconds,
-        peak_memory_bytes=peak_memory_bytes(run.accelerator.device),
+        peak_memory_bytes=peak,
         checkpoint=run_directory.last_checkpoint(run.run_dir),
     )
 

@@ -103,14 +103,19 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
         train_norms=adapter.train_norms,
     )
     if config.engine.engine == "sweep":
-        engine = config.engine
-        arena = make_arena(config, model.device)
-        report = enable_sweep(model, tile=engine.tile, arena=arena, kept_bytes=engine.keep_attention)
-        text = f"sweeping {len(report.layers)} layers, {report.tile:,} tokens at a time"
-        on_event(Event("phase", text, {"tile": report.tile, "fallback": report.fallback}))
+        sweep(model, config, on_event=on_event)
     else:
         base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def sweep(model: Any, config: RunConfig, *, on_event: OnEvent) -> None:
+    """Sweep the layers from now on, as ``engine`` says; again with other settings in the middle of a run."""
+    engine = config.engine
+    arena = make_arena(config, model.device)
+    report = enable_sweep(model, tile=engine.tile, arena=arena, kept_bytes=engine.keep_attention)
+    text = f"sweeping {len(report.layers)} layers, {report.tile:,} tokens at a time"
+    on_event(Event("phase", text, {"tile": report.tile, "fallback": report.fallback}))
 
 
 def make_arena(config: RunConfig, device: torch.device) -> Arena | None:

@@ -4,6 +4,7 @@
         config.yaml         every setting, resolved
         data.json           a digest of each source of documents
         ledger.json         what became of every token
+        plan.json           the memory plan, and the measured peak at the end
         metrics.jsonl       one line a step
         checkpoints/        the newest few
         adapter/            the result: PEFT's files, tokenizer, configuration with the extended positions
