@@ -113,8 +113,9 @@ def test_a_run_from_the_command_line(
     assert measured[0]["perplexity"] != measured[1]["perplexity"]  # the run's adapter acts
     assert main(["eval", str(tmp_path / "run"), "ppl", "--data", text, "--max-tokens", "20"]) == 0
     assert "over 19 tokens (convention document, window 400" in capsys.readouterr().out  # the context of the run
-    assert "--window x: must be a number of tokens" in refused(["eval", "m", "--data", text, "--window", "x"], capsys)
-    assert "one of ppl" in refused(["eval", "m", "passkey"], capsys)
+    told = refused(["eval", "m", "ppl", "--data", text, "--window", "x"], capsys)
+    assert "--window x: must be a number of tokens" in told
+    assert "one of report, ppl, passkey, quant" in refused(["eval", "m", "speed"], capsys)
 
     assert main(["runs", str(tmp_path), "--json"]) == 0
     assert [run["step"] for run in json.loads(capsys.readouterr().out)] == [2]

@@ -7,11 +7,13 @@ import torch
 from tests.model_folders import byte_tokenizer, llama
 
 from longfit.errors import ConfigError, DataError
+from longfit.evaluation import hay as prompts
 from longfit.evaluation import passkey as module
-from longfit.evaluation.passkey import Hay, passkey, wilson
+from longfit.evaluation.hay import Hay, Needle
+from longfit.evaluation.passkey import passkey, wilson
 
-# bytes: introduction, needle and question alone take 268 tokens
-LENGTHS = (300, 420)
+# bytes: introduction, needle and question alone take 268 tokens, 475 with three keys together
+LENGTHS = {False: (300, 420), True: (520, 600)}
 
 
 @pytest.fixture(scope="module")
@@ -58,42 +60,59 @@ def watch_prompts(monkeypatch: pytest.MonkeyPatch) -> list:
 DOCUMENTS = ["A first line of a document.\n\nAnother line, " + "which is long. " * 40, "x" * 700 + " end"]
 
 
-@pytest.mark.parametrize("documents", [None, DOCUMENTS])
-def test_trials_are_those_of_brute_force(model, tokenizer, documents, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, calls = watch_prompts(monkeypatch), []
-    settings = {"lengths": LENGTHS, "depths": (0, 0.4, 1), "trials": 2, "documents": documents}
+@pytest.mark.parametrize(("documents", "together"), [(None, False), (DOCUMENTS, False), (None, True)])
+def test_trials_are_those_of_brute_force(
+    model, tokenizer, documents, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, calls, read = watch_prompts(monkeypatch), [], []
+    hook = model.model.embed_tokens.register_forward_pre_hook(lambda layer, args: read.append(args[0].shape[1]))
+    settings = {"lengths": LENGTHS[together], "depths": (0, 0.4, 1), "trials": 2, "documents": documents}
+    settings["together"] = together
     result = passkey(model, tokenizer, **settings, on_progress=lambda *call: calls.append(call))
+    hook.remove()
     assert calls == [(done, 12) for done in range(1, 13)]
-    assert [prompt.needle_at for prompt in seen] == sorted((prompt.needle_at for prompt in seen), reverse=True)
+    # together, each of the four texts is read once, and its question and answer, at most 80 bytes, for each key
+    assert sum(read) < (
+        sum(2 * length for length in LENGTHS[True]) + 12 * 80 if together else sum(p.length for p in seen)
+    )
     texts = {(p.length, p.depth, p.key): tokenizer.decode(p.token_ids) for p in seen}
-    assert [(cell.length, cell.depth) for cell in result.cells] == [(n, d) for n in LENGTHS for d in (0, 0.4, 1)]
+    assert [(cell.length, cell.depth) for cell in result.cells] == [
+        (n, d) for n in settings["lengths"] for d in (0, 0.4, 1)
+    ]
     for trial in result.trials:
         text = texts[trial.length, trial.depth, trial.key]
         assert len(tokenizer(text).input_ids) == trial.num_tokens <= trial.length
-        assert text.startswith(module.INTRODUCTION)
-        assert text.endswith(module.QUESTION)
+        assert text.startswith(prompts.INTRODUCTION)
         assert text.count(trial.key) == 2
+        thing = re.search(rf"The (pass key[a-z ]*) is {trial.key}. Remember it. {trial.key} is the \1", text)[1]
+        assert text.endswith(f"What is the {thing}? The {thing} is")
+        assert text.count("Remember it.") == (3 if together else 1)
         answer, key_nll = by_brute_force(model, tokenizer, text, trial.key)
         assert trial.answer == answer
         assert trial.key_nll == pytest.approx(key_nll, rel=1e-9)  # float64 in other orders
         assert trial.correct == (re.findall(r"\d+", answer)[:1] == [trial.key])
     assert len({trial.key for trial in result.trials}) == 12
-    assert result.hay == ("filler" if documents is None else "documents")
-    # the same cell alone has the same keys, and the same numbers
-    alone = passkey(model, tokenizer, **{**settings, "lengths": (420,), "depths": (0.4,)})
-    kept = [trial for trial in result.trials if (trial.length, trial.depth) == (420, 0.4)]
-    assert [trial.key for trial in alone.trials] == [trial.key for trial in kept]
-    assert [trial.key_nll for trial in alone.trials] == pytest.approx([t.key_nll for t in kept], rel=1e-9)
+    assert (result.hay, result.together) == ("filler" if documents is None else "documents", together)
+    if not together:  # the same cell alone has the same keys, and the same numbers
+        alone = passkey(model, tokenizer, **{**settings, "lengths": (420,), "depths": (0.4,)})
+        kept = [trial for trial in result.trials if (trial.length, trial.depth) == (420, 0.4)]
+        assert [trial.key for trial in alone.trials] == [trial.key for trial in kept]
+        assert [trial.key_nll for trial in alone.trials] == pytest.approx([t.key_nll for t in kept], rel=1e-9)
+
+
+def prompt_of(tokenizer, length: int, depth: float, key: str = "48213"):
+    hay, needle = Hay.filler(1000), Needle(key, None, depth)
+    most = prompts._most_units(tokenizer, hay, length, [needle])
+    return prompts._prompt(tokenizer, hay, most, length, 0, [needle], needle)
 
 
 def test_the_needle_lies_at_its_depth(tokenizer) -> None:
-    hay = Hay.filler(1000)
-    most = module._most_units(tokenizer, hay, 2000)
-    room = 2000 - len(module.INTRODUCTION + module.NEEDLE.format(key="12345") + module.QUESTION)
+    needle = Needle("48213", None, 0.5)
+    room = 2000 - len(prompts.INTRODUCTION + needle.put_into(prompts.NEEDLE) + needle.put_into(prompts.QUESTION))
     for depth in (0.0, 0.3, 0.77, 1.0):
-        prompt = module._prompt(tokenizer, hay, most, 2000, depth, "12345")
+        prompt = prompt_of(tokenizer, 2000, depth)
         # half a sentence of 23 bytes, of hay that may leave most of one unused
-        assert abs(prompt.needle_at - depth * room) < 12 + 23
+        assert abs(prompt.shared - depth * room) < 12 + 23
         assert 2000 - 23 < len(prompt.token_ids) <= 2000
 
 
@@ -102,7 +121,7 @@ class Parrot:
 
     def __init__(self, tokenizer, continuation: str) -> None:
         self.tokenizer, self.continuation = tokenizer, tokenizer(continuation).input_ids
-        self.question = tokenizer(module.QUESTION).input_ids
+        self.question = tokenizer("The pass key is").input_ids
 
     def read(self, token_ids: torch.Tensor, *, keep: int = 1) -> torch.Tensor:
         ids = token_ids.tolist()
@@ -129,8 +148,7 @@ class Parrot:
     ],
 )
 def test_digits_are_judged_not_tokens(tokenizer, continuation: str, answer: str, correct: bool) -> None:
-    hay = Hay.filler(100)
-    prompt = module._prompt(tokenizer, hay, 5, 500, 0.5, "48213")
+    prompt = prompt_of(tokenizer, 500, 0.5)
     trial = module.run_trial(Parrot(tokenizer, continuation), tokenizer, prompt)
     assert (trial.answer, trial.correct) == (answer, correct)
 
@@ -152,6 +170,7 @@ def test_wilson_is_the_published_interval() -> None:
         ({"confidence": 95}, ConfigError, "try 0.95"),
         ({"lengths": [200]}, ConfigError, r"length 200: the shortest prompt has \d+ tokens"),
         ({"lengths": [0]}, ConfigError, "length 0"),
+        ({"depths": [i / 30 for i in range(30)], "together": True}, ConfigError, "at most 22 keys"),
         ({"documents": ["short"]}, DataError, r"all the hay makes a prompt of \d+ tokens"),
         ({"documents": ["", "\n"]}, DataError, "2 documents without text"),
         ({"documents": ["Hide it: THE PASS KEY IS 5."]}, DataError, "the hay itself says"),

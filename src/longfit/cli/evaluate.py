@@ -1,6 +1,10 @@
-"""``longfit eval RUN|MODEL ppl --data PATH``: measure a run or a base model on held-out text."""
+"""``longfit eval RUN``: base against tuned, as a report; or one measure alone, of a run or of a base model."""
 
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,30 +13,121 @@ from longfit.cli.output import print_json, print_lines, print_note, print_table,
 from longfit.cli.values import read_tokens
 from longfit.errors import ConfigError
 
-MEASURES = ("ppl",)
+MEASURES = ("report", "ppl", "passkey", "quant")
+TEXT, PASSKEY, DATA_TYPES = "Text (report, ppl, quant)", "Passkey (report, passkey)", "Data types (quant)"
 
 
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory, or a base model.")],
-    measure: Annotated[str, typer.Argument(metavar="[ppl]", help="What to measure: ppl, perplexity.")] = "ppl",
-    data: Annotated[str | None, typer.Option(help="Held-out text: a file or folder.")] = None,
-    window: Annotated[str | None, typer.Option(help="Tokens read at once; default: what the model takes.")] = None,
-    stride: Annotated[str | None, typer.Option(help="Tokens between windows; default: the window.")] = None,
-    convention: Annotated[str, typer.Option(help="document or longlora: which tokens are scored.")] = "document",
-    max_tokens: Annotated[str | None, typer.Option(help="Use only the first tokens of the text.")] = None,
+    measure: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[report|ppl|passkey|quant]",
+            help="report: base against tuned (default for a run). ppl: perplexity by position. passkey: retrieval."
+            " quant: what each data type costs a model.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Held-out text, or the hay of passkeys: a path.", rich_help_panel=TEXT)
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="Tokens read at once; default: what the model takes.", rich_help_panel=TEXT)
+    ] = None,
+    stride: Annotated[
+        str | None, typer.Option(help="Tokens between windows; default: the window.", rich_help_panel=TEXT)
+    ] = None,
+    convention: Annotated[
+        str, typer.Option(help="document or longlora: which tokens are scored.", rich_help_panel=TEXT)
+    ] = "document",
+    max_tokens: Annotated[
+        str | None, typer.Option(help="Use only the first tokens of the text.", rich_help_panel=TEXT)
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="As 4k,8k,16k; default: parts of the context.", rich_help_panel=PASSKEY)
+    ] = None,
+    depths: Annotated[str, typer.Option(help="Of the key, 0 to 1.", rich_help_panel=PASSKEY)] = "0,0.25,0.5,0.75,1",
+    trials: Annotated[int | None, typer.Option(help="In each cell; default: 5.", rich_help_panel=PASSKEY)] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="Hide the keys of all depths in one text.", rich_help_panel=PASSKEY)
+    ] = False,
+    no_passkey: Annotated[
+        bool, typer.Option("--no-passkey", help="Leave it out of the report.", rich_help_panel=PASSKEY)
+    ] = False,
+    types: Annotated[
+        str | None, typer.Option(help="Of int8,int4,fp4,nf4,quantile.", rich_help_panel=DATA_TYPES)
+    ] = None,
+    block_sizes: Annotated[str, typer.Option(help="As 32,64,128.", rich_help_panel=DATA_TYPES)] = "64",
+    effort: Annotated[float, typer.Option(help="Of the report: 4 reads four times as much.")] = 1.0,
     quant: Annotated[str, typer.Option(help="For a base model: nf4, fp4, int4 or none.")] = "nf4",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure perplexity, over all and by position in the window.
+    """Measure whether a model reads further.
 
-    A run directory is enough: base model, context and adapter are read from it.
+    A run directory is enough: base model, context and adapter are read from it. Attention is always exact.
     """
+    is_run = (Path(target) / "config.yaml").is_file()
+    if measure is None and not is_run:
+        raise ConfigError(f"{target}: not a run; say what to measure of a base model: {', '.join(MEASURES[1:])}")
+    measure = measure or "report"
     if measure not in MEASURES:
         raise ConfigError(f"{measure!r}: cannot be measured; one of {', '.join(MEASURES)}")
-    if data is None:
-        raise ConfigError("no text given: longfit eval RUN|MODEL ppl --data PATH")
     sizes = {"--window": window, "--stride": stride, "--max-tokens": max_tokens}
     tokens = {flag: read_tokens(flag, value) for flag, value in sizes.items() if value is not None}
+    cells = [read_tokens("--lengths", part) for part in lengths.split(",")] if lengths else None
+    shares = _read_depths(depths)
+    if measure == "report":
+        _report(target, data, tokens.get("--window"), trials, effort, with_passkey=not no_passkey, as_json=as_json)
+    elif measure == "ppl":
+        _perplexity(target, data, tokens, convention, quant, as_json=as_json)
+    elif measure == "passkey":
+        _passkey(target, data, cells, shares, trials or 5, quant, together=together, as_json=as_json)
+    else:
+        blocks = [read_tokens("--block-sizes", part) for part in block_sizes.split(",")]
+        _quant_error(target, data, tokens, convention, types.split(",") if types else None, blocks, as_json=as_json)
+
+
+def _report(
+    target: str,
+    data: str | None,
+    window: int | None,
+    trials: int | None,
+    effort: float,
+    *,
+    with_passkey: bool,
+    as_json: bool,
+) -> None:
+    from longfit.evaluation.compare import compare
+    from longfit.evaluation.report import perplexity_table, summary, write_report
+
+    comparison = compare(
+        target, data=data, window=window, with_passkey=with_passkey, trials=trials, effort=effort, progress=_progress
+    )
+    options = {"--data": data, "--window": window, "--trials": trials, "--effort": None if effort == 1 else effort}
+    words = [str(word) for flag, value in options.items() if value is not None for word in (flag, value)]
+    command = shlex.join(["longfit", "eval", target, *words, *(["--no-passkey"] if not with_passkey else [])])
+    page = write_report(comparison, command=command)
+    if as_json:
+        print_json(asdict(comparison) | {"report": str(page)})
+        return
+    head, *rows = perplexity_table(comparison)
+    print_lines("perplexity by position, exact attention, on " + comparison.text, "")
+    print_table(head, rows)
+    print_lines("", *summary(comparison), "", f"Report: {page}")
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    print_note(name)
+    with show_count("parts") as on_progress:
+        yield on_progress
+
+
+def _perplexity(
+    target: str, data: str | None, tokens: dict[str, int], convention: str, quant: str, *, as_json: bool
+) -> None:
+    if data is None:
+        raise ConfigError("no text given: longfit eval RUN|MODEL ppl --data PATH")
 
     from longfit.evaluation.perplexity import perplexity
     from longfit.training.prepare import native_context, open_target, read_token_ids
@@ -59,8 +154,115 @@ def evaluate(
         f"perplexity {result.perplexity:.4f} over {result.num_tokens:,} tokens "
         f"(convention {result.convention}, window {result.window:,}, stride {result.stride:,})"
     )
+    if result.unread_tokens:
+        print_note(f"{result.unread_tokens:,} tokens are in no window: documents or their ends are too short")
     rows = [
         (f"{bucket.start:,} to {bucket.stop:,}", f"{bucket.num_tokens:,}", f"{bucket.perplexity:.4f}")
         for bucket in result.by_position
     ]
     print_table(("position in the window", "tokens", "perplexity"), rows)
+
+
+def _passkey(
+    target: str,
+    data: str | None,
+    lengths: list[int] | None,
+    depths: list[float],
+    trials: int,
+    quant: str,
+    *,
+    together: bool,
+    as_json: bool,
+) -> None:
+    from longfit.data.sources import read_documents
+    from longfit.evaluation.passkey import passkey
+    from longfit.training.prepare import native_context, open_target
+
+    documents = None
+    if data is not None:
+        documents = [document.text for document in read_documents(data) if document.text is not None]
+    print_note(f"loading {target}")
+    model, tokenizer = open_target(target, quant=quant)
+    context = native_context(model.config)
+    lengths = lengths or [context // 4, context // 2, context]
+    with show_count("trials") as on_progress:
+        result = passkey(
+            model,
+            tokenizer,
+            lengths=lengths,
+            depths=depths,
+            trials=trials,
+            documents=documents,
+            together=together,
+            on_progress=on_progress,
+        )
+    if as_json:
+        print_json(asdict(result))
+        return
+    print_lines(
+        f"{sum(trial.correct for trial in result.trials)} of {len(result.trials)} pass keys found:"
+        f" {result.accuracy:.0%}, {result.low:.0%} to {result.high:.0%} (hay: {result.hay})"
+    )
+    rows = [
+        (
+            f"{cell.length:,}",
+            f"{cell.depth:.0%}",
+            f"{cell.num_correct}/{cell.num_trials}",
+            f"{cell.low:.0%} to {cell.high:.0%}",
+            f"{cell.key_nll:.2f}",
+        )
+        for cell in result.cells
+    ]
+    print_table(("length", "depth", "found", "95 % interval", "loss of the key"), rows)
+
+
+def _quant_error(
+    target: str,
+    data: str | None,
+    tokens: dict[str, int],
+    convention: str,
+    names: list[str] | None,
+    block_sizes: list[int],
+    *,
+    as_json: bool,
+) -> None:
+    if (Path(target) / "config.yaml").is_file():
+        raise ConfigError(f"{target}: is a run, whose base is quantised already; give its base model")
+
+    from longfit.evaluation.quant_error import NAMES, data_types, quant_error
+    from longfit.training.prepare import open_target, read_token_ids
+
+    chosen = data_types(names=names or NAMES, block_sizes=block_sizes)
+    print_note(f"loading {target}")
+    model, tokenizer = open_target(target, quant="none")
+    token_ids = read_token_ids(data, tokenizer, max_tokens=tokens.get("--max-tokens")) if data is not None else None
+    with show_count("data types") as on_progress:
+        rows = quant_error(
+            model,
+            token_ids,
+            types=chosen,
+            window=tokens.get("--window", 2048),
+            stride=tokens.get("--stride"),
+            convention=convention,
+            on_progress=on_progress,
+        )
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    lines = [
+        (
+            "as loaded" if row.data_type is None else str(row.data_type),
+            f"{row.bits_per_param:.3f}",
+            f"{row.relative_error:.4f}",
+            "-" if row.perplexity is None else f"{row.perplexity:.4f}",
+        )
+        for row in rows
+    ]
+    print_table(("data type", "bits a parameter", "relative error", "perplexity"), lines)
+
+
+def _read_depths(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--depths {text}: must be numbers from 0 to 1, as 0,0.5,1") from None

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from longfit.engine.doors import base_model
 from longfit.errors import ConfigError, ContextError
-from longfit.evaluation.passkey import decode, encode
 from longfit.evaluation.reader import Reader
+from longfit.evaluation.tokens import decode, encode
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what decoders write for bytes that are not yet a character
 
