@@ -83,6 +83,21 @@ def test_the_calls_add_up_to_the_reference(small_blocks: ModuleType, kind: str, 
                 torch.testing.assert_close(got.double(), want, rtol=0, atol=1.2e-4)
 
 
+def test_ranges_that_stand_still_after_sliding(small_blocks: ModuleType) -> None:
+    """Or jump: sequences then share keys, and cannot lie end to end in one call; no schedule of ours does that."""
+    token = torch.arange(TOKENS)
+    sliding = torch.minimum(torch.randint(0, 2, (2, TOKENS)).cumsum(-1), token)  # [B, T]
+    jumping = torch.where(token < 50, 0, 20).expand(2, -1)
+    first_key = torch.stack([sliding, jumping]).int()
+    schedule = Schedule(first_key, (0, 4, 9))
+    tensors = random_tensors(9, 3, TOKENS, torch.float32)
+    expected = by_tiles(attention_reference, [x.double() for x in tensors], schedule, tile=TOKENS)
+    with StandIns():
+        results = by_tiles(small_blocks, tensors, schedule, tile=40)
+    for got, want in zip(results, expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1.2e-4)  # as above
+
+
 def heads_of_calls(kind: str, tensors: list[Tensor], **documents: Tensor) -> list[int]:
     q, k, v, _ = tensors
     starts = document_starts(q.shape[0], q.shape[2], **documents)
