@@ -1,12 +1,13 @@
 """Experiment 3: what shifted attention costs and brings (LongLoRA, section 3.2, and its tables 2 and 6).
 
-Brings: a step's time against exact attention, at several window lengths, groups of a quarter of the window. Costs:
-held-out loss, always measured with exact attention, after equal numbers of tokens and after equal time. The trainings
-are those of experiment 2, with linear interpolation, where there is most to learn. Each figure says how far shifted
-attention carries information at all: (L + 1) G / 2 tokens through L layers with groups of G.
+Brings: time, against exact attention, at several window lengths, groups of a quarter of the window. All 30 layers are
+alike, so two of them are timed, and the loss once: a step is 30 layers and the loss. Costs: held-out loss, always with
+exact attention, after equal numbers of tokens and after equal time. The trainings are those of experiment 2, with
+linear interpolation, where there is most to learn. The figure says how far shifted attention carries information at
+all: (L + 1) G / 2 tokens through L layers with groups of G.
 
 Times are processor time of all threads together, exact and shifted in turn, so that they mean something on a machine
-that others use; the median of several turns. The same step on the same window has the same work, whatever its text.
+that others use. The same step has the same work whatever its text.
 
     python -m benchmarks.experiments.shifted_attention            shifted_attention.json, and the figure
     python -m benchmarks.experiments.shifted_attention --quick    small windows: a smoke test
@@ -14,7 +15,7 @@ that others use; the median of several turns. The same step on the same window h
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import mean, median
 from typing import Any
 
@@ -26,61 +27,75 @@ from benchmarks.experiments.training import Recipe, trainable
 from torch import Tensor
 
 from longfit.engine.attention import attention_key
-from longfit.engine.doors import base_model
+from longfit.engine.doors import base_model, decoder, hidden_states
 from longfit.engine.loss import training_loss
 from longfit.numerics.shifted_attention import receptive_field
 
-LAYERS = 30
-WINDOWS = (2048, 4096, 8192, 16_384)
+LAYERS, TIMED_LAYERS = 30, 2
+WINDOWS = (2048, 4096, 8192, 16_384, 32_768)
 
 
 def cells(windows: tuple[int, ...], turns: int) -> Iterator[Settings]:
+    yield {"part": "loss", "window": windows[0], "turns": turns}
     for window in windows:
-        yield {"part": "time", "window": window, "group_size": window // 4, "turns": turns}
+        yield {"part": "layers", "window": window, "group_size": window // 4, "turns": turns}
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """Exact and shifted steps in turn on one model; the first of each is not counted where there are several."""
-    window, turns = settings["window"], settings["turns"]
-    model, tokenizer = trainable(Recipe(context=2 * NATIVE))
-    ids = reference(tokenizer)[:window]
+    """Processor time of a layer with exact and with shifted attention, or of the loss, in each turn."""
+    model, tokenizer = trainable(Recipe(context=max(NATIVE, settings["window"])))
+    decoder(model).layers = decoder(model).layers[:TIMED_LAYERS]
+    base_model(model).enable_input_require_grads()  # as the layers above the first one do for it
+    ids = reference(tokenizer)[: settings["window"]]
+    if settings["part"] == "loss":
+        turns = [
+            cpu_s(lambda: training_loss(model, ids[None])) - layers_cpu_s(model, ids) for _ in range(settings["turns"])
+        ]
+        return {"cpu_s": turns}
     times: dict[str, list[float]] = {"exact": [], "shifted": []}
-    for turn in range(turns + (turns > 1)):
+    for _ in range(settings["turns"]):
         for attention, seconds in times.items():
             group_size = settings["group_size"] if attention == "shifted" else None
             base_model(model).set_attn_implementation(attention_key(attention, group_size))
-            measured = step_cpu_s(model, ids)
-            if turn or turns == 1:
-                seconds.append(measured)
-    return {
-        "cpu_s": times,
-        "ratio": median(times["exact"]) / median(times["shifted"]),
-        "reach": receptive_field(LAYERS, settings["group_size"]),
-    }
+            seconds.append(layers_cpu_s(model, ids) / TIMED_LAYERS)
+    return {"layer_cpu_s": times, "reach": receptive_field(LAYERS, settings["group_size"])}
 
 
-def step_cpu_s(model: Any, ids: Tensor) -> float:
-    """Processor time of forward and backward."""
+def layers_cpu_s(model: Any, ids: Tensor) -> float:
+    """Processor time of the layers alone, forward and backward."""
+    return cpu_s(lambda: hidden_states(model, input_ids=ids[None], use_cache=False)[0].float().square().mean())
+
+
+def cpu_s(forward: Callable[[], Tensor]) -> float:
+    """Processor time of a scalar and its gradients."""
     began = time.process_time()
-    training_loss(model, ids[None]).backward()
-    seconds = time.process_time() - began
-    model.zero_grad(set_to_none=True)
-    return seconds
+    forward().backward()
+    return time.process_time() - began
+
+
+def step_cpu_s(found: Cells, settings: Settings, attention: str) -> float | None:
+    """Processor time of a whole training step; None if the loss was not timed yet."""
+    layers, loss = found.find(settings), found.select(part="loss")
+    if layers is None or not loss:
+        return None
+    loss_s = median(loss[0]["result"]["cpu_s"]) * settings["window"] / loss[0]["settings"]["window"]
+    return LAYERS * median(layers["layer_cpu_s"][attention]) + loss_s
 
 
 def table(found: Cells) -> str:
     """Markdown rows, as in docs/explanation/shifted-attention.md."""
-    lines = [
-        "| window | group | reach | exact, cpu s | shifted, cpu s | exact / shifted |",
-        "|---|---|---|---|---|---|",
-    ]
-    for record in found.select(part="time"):
+    head = "| window | group | reach | exact, cpu s | shifted, cpu s | layer, exact / shifted | step, exact / shifted |"
+    lines = [head, "|---|---|---|---|---|---|---|"]
+    for record in found.select(part="layers"):
         settings, result = record["settings"], record["result"]
-        exact, shifted = (median(result["cpu_s"][name]) for name in ("exact", "shifted"))
-        lines.append(
-            f"| {settings['window']:,} | {settings['group_size']:,} | {result['reach']:,} | {exact:.1f}"
-            f" | {shifted:.1f} | {result['ratio']:.2f} |"
+        exact, shifted = (step_cpu_s(found, settings, name) for name in ("exact", "shifted"))
+        layer = median(result["layer_cpu_s"]["exact"]) / median(result["layer_cpu_s"]["shifted"])
+        step = (
+            f"{exact:.0f} | {shifted:.0f} | {layer:.2f} | {exact / shifted:.2f}"
+            if exact and shifted
+            else "- | - | - | -"
         )
+        lines.append(f"| {settings['window']:,} | {settings['group_size']:,} | {result['reach']:,} | {step} |")
     return "\n".join(lines)
 
 
@@ -105,14 +120,15 @@ def draw(found: Cells, extension: Cells, path: Any) -> None:
 
     figure = Figure(figsize=(14, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    rows = found.select(part="time")
-    windows = [row["settings"]["window"] for row in rows]
+    rows = [row["settings"] for row in found.select(part="layers")]
+    windows = [row["window"] for row in rows]
     for attention, colour in (("exact", "C0"), ("shifted", "C3")):
-        seconds = [median(row["result"]["cpu_s"][attention]) for row in rows]
-        per_token = [1000 * s / window for s, window in zip(seconds, windows, strict=True)]
-        left.plot(windows, per_token, marker="o", color=colour, label=attention)
+        seconds = [step_cpu_s(found, row, attention) for row in rows]
+        per_token = [1000 * s / window for s, window in zip(seconds, windows, strict=True) if s is not None]
+        left.plot(windows[: len(per_token)], per_token, marker="o", color=colour, label=attention)
     left.set(xlabel="window (tokens)", ylabel="processor time (ms a token)", title="one training step", ylim=(0, None))
-    left.set_xticks(windows)
+    left.set(xscale="log", xticks=windows, xticklabels=[f"{window // 1024}k" for window in windows])
+    left.minorticks_off()
     left.legend(frameon=False)
     for record in trainings(extension):
         settings, result = record["settings"], record["result"]
