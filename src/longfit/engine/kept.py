@@ -13,6 +13,8 @@ from weakref import WeakSet
 
 from torch import Tensor
 
+from longfit.engine import mapping
+
 
 class KeptAttention:
     """Output ``[B, H, t, D]`` and log-sum-exp ``[B, H, t]`` of some tiles of one layer; gone with the graph."""
@@ -27,7 +29,7 @@ class KeptAttention:
         """Keep the attention of a tile if the budget allows."""
         num_bytes = _storage_bytes(out, lse)
         if num_bytes <= self._budget.left:
-            self._tiles[index] = out, lse
+            self._tiles[index] = mapping.copy_of(out), mapping.copy_of(lse)
             self.num_bytes += num_bytes
 
     def take(self, index: int) -> tuple[Tensor, Tensor] | None:

@@ -26,18 +26,19 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longfit.engine import mapping
 from longfit.engine.arena import Arena, MemoryArena
 from longfit.engine.attention import attention_key
 from longfit.engine.doors import base_model, decoder
 from longfit.engine.handover import Receiver, is_promised, promise, receiver_of
-from longfit.engine.heap import give_back
 from longfit.engine.kept import KeptAttention, KeptBudget
 from longfit.engine.layer_call import LayerCall, layer_call
 from longfit.engine.replay import Autocast, RandomState, random_state_kept
@@ -53,7 +54,6 @@ class _SweepLayer(Receiver, torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, call: LayerCall, plan: "Sweeper", *parameters: Tensor) -> Tensor:
-        give_back(hidden.device)
         ctx.receiver = receiver_of(hidden)
         ctx.save_for_backward(*parameters)
         ctx.autocast = Autocast.now(hidden.device)
@@ -75,11 +75,10 @@ class _SweepLayer(Receiver, torch.autograd.Function):
                 "backward ran twice through a swept layer, whose saved input is given back after the first; compute the"
                 " loss again, or call disable_sweep(model)"
             )
-        give_back(grad_out.device)
         stay, ctx.stay = ctx.stay, None
         parameters, needs_hidden = ctx.saved_tensors, ctx.needs_input_grad[0]
         wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed]
-        sums = _Sums(wanted, len(ctx.random))
+        sums = _Sums(wanted)
         grad_hidden = None
         present = ctx.plan.present(ctx.call.layer, backward=True)
         with present, weights_held(grad_out.device), random_state_kept(grad_out.device), ctx.autocast.again():
@@ -128,7 +127,7 @@ def _forward(
         random.append(None if before.same(RandomState.now(hidden.device)) else before)
         if result is None:
             fits = may_overwrite and out.dtype == hidden.dtype and out.shape == part.shape and hidden.is_contiguous()
-            result = hidden if fits else out.new_empty(hidden.shape[0], hidden.shape[1], *out.shape[2:])
+            result = hidden if fits else mapping.empty(out, (*hidden.shape[:2], *out.shape[2:]))
         if stay is not None:
             stay.settle(index)
         result[:, start:end] = out
@@ -160,7 +159,7 @@ def _over(grad_out: Tensor, hidden: Tensor, ours: bool) -> Tensor:
     """Where dx goes: over dy if that is ours and dx looks the same."""
     if ours and grad_out.dtype == hidden.dtype and grad_out.shape[2:] == hidden.shape[2:]:
         return grad_out
-    return hidden.new_empty(*grad_out.shape[:2], *hidden.shape[2:])
+    return mapping.empty(hidden, (*grad_out.shape[:2], *hidden.shape[2:]))
 
 
 def _is_watched(layer: nn.Module) -> bool:
@@ -169,11 +168,18 @@ def _is_watched(layer: nn.Module) -> bool:
 
 
 class _Sums:
-    """Parameter gradients of all tiles, added in float32 unless there is only one tile; None where none ever came."""
+    """Parameter gradients of all tiles, added in float32 (float64 for float64); None where none ever came.
 
-    def __init__(self, parameters: list[Tensor], num_tiles: int) -> None:
-        self._parameters, self._num_tiles = parameters, num_tiles
+    They lie in one piece a layer, as they stay until the optimiser steps: a small block in the heap would spoil the
+    place of a large one.
+    """
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self._parameters = parameters
         self._sums: list[Tensor | None] = [None] * len(parameters)
+        self._dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+        self._ends = list(accumulate(p.numel() for p in parameters))
+        self._all = mapping.empty(parameters[0].detach(), (self._ends[-1],), self._dtype) if parameters else None
 
     def add(self, gradients: tuple[Tensor | None, ...]) -> None:
         for number, gradient in enumerate(gradients):
@@ -182,11 +188,10 @@ class _Sums:
                 continue
             if total is not None:
                 total += gradient
-            elif self._num_tiles > 1:  # own storage: autograd may share what it returns
-                dtype = torch.promote_types(gradient.dtype, torch.float32)
-                self._sums[number] = gradient.to(dtype, copy=True)
-            else:
-                self._sums[number] = gradient
+                continue
+            assert self._all is not None, "gradients of nothing"
+            end = self._ends[number]
+            self._sums[number] = self._all[end - gradient.numel() : end].view(gradient.shape).copy_(gradient)
 
     def totals(self) -> list[Tensor | None]:
         return [

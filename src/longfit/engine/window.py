@@ -8,15 +8,15 @@ them: then keys and values no longer cost anything per token of context.
 import torch
 from torch import Tensor
 
+from longfit.engine import mapping
+
 
 class Window:
     """Two contiguous ``[B, K, capacity, D]`` tensors, of which the tokens ``[low, high)`` are valid."""
 
     def __init__(self, key: Tensor, value: Tensor, *, capacity: int, dtype: torch.dtype | None = None) -> None:
         """Make room for ``capacity`` tokens like those of ``key`` and ``value``, in their dtype or another."""
-        self._data = tuple(
-            x.new_empty(*x.shape[:2], capacity, x.shape[3], dtype=dtype or x.dtype) for x in (key, value)
-        )
+        self._data = tuple(mapping.empty(x, (*x.shape[:2], capacity, x.shape[3]), dtype) for x in (key, value))
         self._capacity = capacity
         self._origin = 0
         self.low = self.high = 0

@@ -1,0 +1,53 @@
+"""Memory of its own for what outlives a tile: any shape, dtype and order of axes, and gone when nobody holds it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from longfit.engine import mapping
+
+MANY = (3, mapping.SMALLEST_BYTES // 4, 2)
+
+
+def mapped_bytes():
+    """Of this process, all mappings together."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [MANY, (2, 5), (0, 4), ()])
+def test_an_empty_tensor_can_be_written(shape, dtype):
+    like = torch.zeros(1, dtype=torch.float32)
+    made = mapping.empty(like, shape, dtype)
+    assert made.shape == shape
+    assert made.dtype == dtype
+    assert made.is_contiguous()
+    assert made.fill_(1).sum() == made.numel()
+    assert mapping.empty(like, shape).dtype == torch.float32
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
+def test_a_copy_has_the_same_numbers_in_the_same_order_of_axes(axes):
+    x = torch.randn(MANY).permute(axes)
+    copy = mapping.copy_of(x)
+    assert torch.equal(copy, x)
+    assert copy.stride() == x.stride()
+    assert copy.data_ptr() != x.data_ptr()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the bytes of the process from /proc")
+def test_a_mapping_goes_back_to_the_system_as_a_whole():
+    like = torch.zeros(1)
+    made = [mapping.empty(like, (1 << 20,)).zero_() for _ in range(16)]
+    with_all = mapped_bytes()
+    del made[::2]
+    assert with_all - mapped_bytes() >= 8 * (4 << 20)
+    assert all(part.sum() == 0 for part in made)
+
+
+def test_tensors_without_memory_stay_so():
+    with FakeTensorMode():
+        assert mapping.empty(torch.zeros(1), MANY).fake_mode is not None
+    assert mapping.empty(torch.zeros(1, device="meta"), MANY).device.type == "meta"
