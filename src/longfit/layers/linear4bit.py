@@ -106,7 +106,7 @@ class Linear4bit(nn.Linear):
         """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x`` (or of autocast, where it is on)."""
         x = autocast_input(x)
         y = FrozenMatmul.apply(x, self.weight, self.constants, self.row_format)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if self.bias is None else y.add_(self.bias.to(y.dtype))  # y is nobody else's
 
     def extra_repr(self) -> str:
         f = self.row_format

@@ -97,7 +97,7 @@ class QLoRALinear(LoraLinear):
             base.row_format,
             self.scaling[name],
         )
-        return y if base.bias is None else y + base.bias.to(y.dtype)
+        return y if base.bias is None else y.add_(base.bias.to(y.dtype))  # y is nobody else's
 
     def _single_plain_adapter(self) -> str | None:
         """The name of the one active adapter, if it is plain LoRA without a bias of its own."""
