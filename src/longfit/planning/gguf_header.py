@@ -60,7 +60,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
             for _ in range(num_tensors):
                 name = _string(file)
                 tensors[name] = tuple(_scalar(file, "<Q") for _ in range(_scalar(file, "<I")))
-                file.seek(12, 1)  # type and offset
+                _scalar(file, "<I"), _scalar(file, "<Q")  # type and offset
             return keys, tensors
     except (struct.error, KeyError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise ModelError(f"{path}: the GGUF header is cut short or damaged ({error}); fetch the file again") from error

@@ -205,15 +205,15 @@ def climb(
 
 
 def step_down(shape: ModelShape, settings: PlanSettings, place: str) -> Rung | None:
-    """Return the first silent rung that relieves a place, as after running out of memory there; None if none does."""
-    before = memory_plan(shape, settings)
-    limits = {place: before.peak(place) - 1}
+    """Return the silent change that frees most of a place, as after running out of memory there; None if none does."""
+    before = memory_plan(shape, settings).peak(place)
+    rungs = []
     for lever in LEVERS:
-        for changes in lever.options(settings, shape) if lever.silent else ():
+        changes = next(lever.options(settings, shape), None) if lever.silent else None
+        if changes is not None:
             after = settings.changed(changes)
-            if _relieves(before, memory_plan(shape, after), limits, limits):
-                return _rung(lever, changes, shape, settings, after, limits)
-    return None
+            rungs.append(_rung(lever, changes, shape, settings, after, {place: before - 1}))
+    return max((rung for rung in rungs if rung.fits), key=lambda rung: rung.frees[place], default=None)
 
 
 def _relieves(before: MemoryPlan, after: MemoryPlan, over: Mapping[str, int], limits: Mapping[str, int]) -> bool:

@@ -1,0 +1,88 @@
+"""``longfit plan``: an answer without torch, tables that add up, nonsense refused."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.planning.configs import FOLDER
+
+import longfit
+from longfit.cli.app import main
+
+LLAMA, SMOL = (str(FOLDER / f"{name}.json") for name in ("Llama-3.1-8B", "SmolLM2-135M"))
+
+
+def told(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["plan", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_plan_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from longfit.cli.app import main; code = main(sys.argv[1:]);"
+        "print(sorted({'torch', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules))); sys.exit(code)"
+    )
+    words = ["plan", LLAMA, "--context", "100k", "--vram", "24GiB", "--ram", "64GiB"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(longfit.__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_what_does_not_fit_comes_with_a_ladder(capsys: pytest.CaptureFixture[str]) -> None:
+    out = told([LLAMA, "--context", "100k", "--vram", "12GiB", "--ram", "64GiB", "--rank", "32"], capsys)
+    assert "does not fit: accelerator needs" in out
+    assert "layer inputs" in out
+    assert "longfit train" in out
+    assert "engine.arena=ram" in out
+
+
+def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(told([SMOL, "--context", "8k", "--cpu", "--ram", "8GiB", "--json"], capsys))
+    assert found["fits"] is True
+    for phase, places in found["phases"].items():
+        total = sum(c["by_phase"].get(phase, 0) for c in found["components"] if c["place"] == "host")
+        assert places["host"] == total
+    assert found["peaks"]["host"] == max(
+        places["host"] for phase, places in found["phases"].items() if phase != "merge"
+    )
+    assert found["seconds_per_step"] is None or len(found["seconds_per_step"]) == 2
+
+
+def test_the_longest_context_and_a_row_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads(told([LLAMA, "--max-context", "--vram", "24GiB", "--ram", "256GiB", "--json"], capsys))
+    contexts = [row["context"] for row in rows]
+    assert 0 < contexts[0] < contexts[1] < contexts[2]
+    cards = json.loads(told([LLAMA, "--context", "64k", "--gpus", "t4,h100", "--json"], capsys))
+    assert [(row["gpu"], row["fits"]) for row in cards] == [("t4", "no"), ("h100", "yes")]
+    assert "t4" in told([LLAMA, "--max-context", "--gpus", "t4"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([LLAMA], "--max-context"),
+        ([LLAMA, "--context", "4k", "--max-context"], "not both"),
+        ([LLAMA, "--context", "lots", "--cpu"], "--context lots"),
+        ([LLAMA, "--context", "4k", "--vram", "24"], "did you mean 24GiB"),
+        ([LLAMA, "--context", "4k", "--vram", "-24GiB"], "--vram -24GiB"),
+        ([LLAMA, "--context", "4k", "--gpus", "gtx1"], "unknown"),
+        ([LLAMA, "--context", "4k", "--cpu", "--vram", "24GiB"], "--cpu"),
+        ([LLAMA, "--context", "4k", "--gpus", "t4", "--vram", "24GiB"], "--gpus"),
+        ([LLAMA, "--context", "4k", "--cpu", "--rank", "0"], "rank 0"),
+    ],
+)
+def test_nonsense_is_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_an_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 768}))
+    assert main(["plan", str(tmp_path), "--context", "4k", "--cpu"]) == 2
+    assert "decoders only" in capsys.readouterr().err
