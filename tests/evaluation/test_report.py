@@ -58,7 +58,9 @@ def test_the_page_needs_nothing_but_a_browser(made: tuple[Comparison, Path]) -> 
     page.feed(text)
     assert page.open == []
     assert text.count("<svg") == 3  # perplexity, passkeys, training
-    assert len(page.ids) == len(set(page.ids))  # pictures share no names, or one would draw with another's parts
+    # pictures share no names, or one would draw with another's parts
+    assert {name.partition("-")[0] for name in page.ids} == {"perplexity", "passkey", "training"}
+    assert {link[1:] for link in page.links} <= set(page.ids)
     assert all(link.startswith("#") for link in page.links)
     assert "<script" not in text
     assert "@import" not in text
