@@ -22,6 +22,7 @@ _HOME = {
     "use_backend": "longfit.kernels.dispatch",
     "QuantState": "longfit.numerics.quant_state",
     "Linear4bit": "longfit.layers.linear4bit",
+    "plan": "longfit.planning.plan",
     "train": "longfit.training.loop",
     "RunConfig": "longfit.config",
     "perplexity": "longfit.evaluation.perplexity",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from longfit.model.save import load_adapter, save_adapter
     from longfit.numerics.quant_state import QuantState
     from longfit.optim.adamw import PagedAdamW
+    from longfit.planning.plan import plan
     from longfit.training.loop import train
 
 

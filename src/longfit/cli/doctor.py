@@ -29,8 +29,16 @@ ISA_FLAGS = (
 )
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine's rates, for the time of a plan.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
     """Show versions, processor, memory, GPUs, which kernels run and why, and disk space."""
+    if measure:
+        _print_rates(as_json=as_json)
+        return
     facts = inspect_machine()
     if as_json:
         print_json(facts)
@@ -105,6 +113,31 @@ def allocator_advice(settings: str | None) -> str | None:
         return None
     joined = ",".join([*([settings] if settings else []), "expandable_segments:True"])
     return f"export PYTORCH_ALLOC_CONF={joined}  leaves fewer gaps in the card's memory"
+
+
+def _print_rates(*, as_json: bool) -> None:
+    """Measure the device that a run would use, keep its rates and show them."""
+    import torch
+
+    from longfit.evaluation.rates import measure_rates
+    from longfit.planning.machines import save_rates
+
+    on_card = torch.cuda.is_available()
+    device = torch.device("cuda" if on_card else "cpu")
+    name = torch.cuda.get_device_name(device) if on_card else _cpu_model()
+    rates = measure_rates(device, name=name, folder=Path.cwd())
+    path = save_rates(rates)
+    if as_json:
+        print_json(rates)
+        return
+    print_lines(
+        f"{rates.name} ({rates.device})",
+        f"matrix products  {rates.matmul_flops / 1e12:.3f} TFLOP/s, bfloat16",
+        f"attention        {rates.attention_flops / 1e12:.3f} TFLOP/s, forward and backward",
+        f"copies           {rates.copy_bytes / 1e9:.1f} GB/s",
+        f"disk             {rates.disk_bytes / 1e9:.2f} GB/s written, at {Path.cwd()}",
+        f"kept in {path}; longfit plan uses them",
+    )
 
 
 def package_version(package: str) -> str | None:

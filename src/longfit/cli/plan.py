@@ -73,7 +73,7 @@ def plan(
         file=optim_budget is not None and on_cpu,
         **{"rank": rank, "attention": attention, "quant": quant, "optim": optim, "arena": arena, "stream": stream},
         **{"batch_size": batch_size, "gradient_accumulation": gradient_accumulation},
-        **{"train_embeddings": train_embeddings, "train_norms": train_norms, "evaluates": stream == "none"},
+        **{"train_embeddings": train_embeddings, "train_norms": train_norms},
     )
     if gpus is not None:
         _print_gpus(shape, settings, limits, gpus, max_context=max_context, as_json=as_json)
@@ -197,14 +197,13 @@ def longest_rows(
     options: list[tuple[str, dict[str, Any]]] = [("these settings", {})]
     if settings.device == "cuda":
         options.append(("layer inputs in host memory", {"arena": "ram"}))
-        options.append(("and weights streamed from there", {"arena": "ram", "stream": "ram", "evaluates": False}))
-        options.append(("everything in files", {"arena": "file", "stream": "file", "evaluates": False}))
+        options.append(("and weights streamed from there", {"arena": "ram", "stream": "ram"}))
+        options.append(("everything in files", {"arena": "file", "stream": "file"}))
     else:
         options.append(("layer inputs in a file", {"arena": "file", "keep_attention": 0}))
     rows = []
     for name, changes in options:
-        words = paste({key: value for key, value in changes.items() if key != "evaluates"})
-        rows.append((name, longest_context(shape, settings.changed(changes), limits), words))
+        rows.append((name, longest_context(shape, settings.changed(changes), limits), paste(changes)))
     return rows
 
 

@@ -61,7 +61,7 @@ class PlanSettings:
     tile: int | None = None
     keep_attention: int | None = None
     keep_checkpoints: int = 2
-    evaluates: bool = True
+    evaluates: bool = False
 
     def __post_init__(self) -> None:
         for name in ("context", "rank", "batch_size", "gradient_accumulation", "block_size", "keep_checkpoints"):
