@@ -22,9 +22,10 @@ backends("cpu"), backends("cuda")
 print("triton" in sys.modules)
 PagedAdamW([x], state_bits=8).step()  # torch's base class of optimisers imports triton itself
 
-for module in pkgutil.walk_packages(longfit.__path__, "longfit."):
-    if not module.name.startswith(("longfit.kernels.triton_", "longfit.kernels._longfit", "longfit.__main__")):
-        importlib.import_module(module.name)
+for room in ("kernels", "layers", "optim", "engine"):
+    for module in pkgutil.iter_modules([f"{longfit.__path__[0]}/{room}"], f"longfit.{room}."):
+        if not module.name.startswith(("longfit.kernels.triton_", "longfit.kernels._longfit")):
+            importlib.import_module(module.name)
 print(sorted(name for name in sys.modules if name.startswith("longfit.kernels.triton_")), torch.cuda.is_initialized())
 """
 
