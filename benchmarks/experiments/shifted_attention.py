@@ -1,4 +1,4 @@
-"""Experiment 3: what shifted attention costs and brings (LongLoRA, section 3.2, and its tables 2 and 6).
+"""Experiment 3: what shifted attention costs and brings (LongLoRA, section 3.2).
 
 Brings: time, against exact attention, at several window lengths, groups of a quarter of the window. All 30 layers are
 alike, so two of them are timed, and the loss once: a step is 30 layers and the loss. Costs: held-out loss, always with
