@@ -50,9 +50,9 @@ LONG_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 19}
 35 s (65 s of processor time, more than half of it attention): three states, the pass keys and the short windows of the
 demo's run stay below five minutes. An accelerator reads 50 times as many in the time."""
 
-SHORT_TOKENS = {"cpu": 1 << 13, "cuda": 1 << 18}
+SHORT_TOKENS = {"cpu": 1 << 12, "cuda": 1 << 18}
 PASSKEY_TOKENS = {"cpu": 3 << 13, "cuda": 1 << 20}
-SHORT_WINDOW = 1024  # many windows give a spread; long enough to be more than the begin of a text
+SHORT_WINDOW = 512  # many windows give a spread; long enough to be more than the begin of a text
 MOST_TRIALS = 5
 PASSKEY_GRIDS = (  # parts of the window, depths; the richest first
     ((4, 2, 1), (0.0, 0.25, 0.5, 0.75, 1.0)),

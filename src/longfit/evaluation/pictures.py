@@ -86,7 +86,9 @@ def draw_passkey(results: Mapping[str, PasskeyResult]) -> Any:
         ):
             place = {(cell.length, cell.depth): cell for cell in result.cells}
             grid = [[place[length, depth].accuracy for length in lengths] for depth in depths]
-            axes.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto")
+            edges = [[index - 0.5 for index in range(len(side) + 1)] for side in (lengths, depths)]
+            axes.pcolormesh(*edges, grid, cmap=colours, vmin=0, vmax=1, edgecolors="white", linewidth=3)
+            axes.invert_yaxis()
             for row, depth in enumerate(depths):
                 for column, length in enumerate(lengths):
                     cell = place[length, depth]
@@ -95,10 +97,7 @@ def draw_passkey(results: Mapping[str, PasskeyResult]) -> Any:
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
             axes.set(xlabel="length (tokens)", ylabel="depth of the key", title=name)
-            axes.set_xticks([index - 0.5 for index in range(1, len(lengths))], minor=True)
-            axes.set_yticks([index - 0.5 for index in range(1, len(depths))], minor=True)
-            axes.grid(which="minor", color="white", linewidth=3)
-            axes.tick_params(which="both", length=0)
+            axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
         return figure
 
