@@ -30,7 +30,8 @@ CUDA_CONTEXT_BYTES = 750 << 20
 """CUDA context, libraries and the workspaces of matrix products; derived, not measured by this project."""
 
 HOST_BASE_BYTES = 640 << 20
-"""Python with torch, transformers and PEFT imported, before a model is loaded: resident set, measured on Linux."""
+"""Python with torch, transformers and PEFT, the tokenizer, and what loads when first used: 566 MB were resident in one
+script on Linux (``benchmarks/plan_cpu.py``); a run imports a little more, so this is an estimate on the safe side."""
 
 FRAGMENTS = {"cuda": 0.03, "cpu": 0.0}
 """Share of what is allocated that the allocator adds: torch's CUDA allocator rounds and leaves gaps."""
