@@ -51,3 +51,25 @@ def test_tensors_without_memory_stay_so():
     with FakeTensorMode():
         assert mapping.empty(torch.zeros(1), MANY).fake_mode is not None
     assert mapping.empty(torch.zeros(1, device="meta"), MANY).device.type == "meta"
+
+
+class Doubled(torch.autograd.Function):
+    """As a swept layer: its output is a mapping, or what it is given, written over."""
+
+    @staticmethod
+    def forward(ctx, x, over):
+        out = x if over else mapping.empty(x, tuple(x.shape))
+        torch.mul(x, 2, out=out)
+        if over:
+            ctx.mark_dirty(x)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad, None
+
+
+def test_a_layer_may_write_over_the_output_of_the_one_before():
+    x = torch.ones(MANY, requires_grad=True)
+    Doubled.apply(Doubled.apply(x, False), True).sum().backward()
+    assert torch.equal(x.grad, torch.full(MANY, 4.0))

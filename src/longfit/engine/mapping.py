@@ -26,7 +26,9 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
     num_bytes = math.prod(shape) * dtype.itemsize
     if like.device.type != "cpu" or type(like) is not Tensor or num_bytes < SMALLEST_BYTES:
         return like.new_empty(shape, dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype).view(shape)
+    memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)
+    # No view of it: autograd would refuse the next layer, which writes over a layer's output.
+    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape)
 
 
 def copy_of(x: Tensor) -> Tensor:
