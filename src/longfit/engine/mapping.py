@@ -28,7 +28,7 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
         return like.new_empty(shape, dtype=dtype)
     memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)
     # No view of it: autograd would refuse the next layer, which writes over a layer's output.
-    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape)
+    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape, memory.view(shape).stride())
 
 
 def copy_of(x: Tensor) -> Tensor:
