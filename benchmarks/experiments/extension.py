@@ -46,6 +46,12 @@ def positions(context: int, document: str) -> Iterator[Settings]:
         yield {"part": "positions", "rope": rope, "context": context, "document": document}
 
 
+def short_context(context: int, document: str) -> Iterator[Settings]:
+    """What a scaling costs where none is needed, without reading farther."""
+    for rope in ROPES:
+        yield {"part": "positions", "rope": rope, "context": context, "document": document, "tokens": BUCKET}
+
+
 def training(*, context: int, window: int, steps: int, document: str) -> Iterator[Settings]:
     """Ingredients of a training, the most telling first."""
     size = {"context": context, "window": window, "steps": steps, "document": document}
@@ -84,6 +90,8 @@ def retrieval(context: int, lengths: Sequence[int], depths: Sequence[float], tri
 
 
 def all_cells() -> Iterator[Settings]:
+    yield from short_context(2 * NATIVE, "tarfile")
+    yield from short_context(4 * NATIVE, "tarfile")
     yield from positions(2 * NATIVE, "tarfile")
     yield from training(context=2 * NATIVE, window=2048, steps=8, document="tarfile")
     yield from retrieval(2 * NATIVE, (4096, 12_288), (0.0, 0.5, 1.0), 2)
@@ -218,7 +226,8 @@ def draw_positions(found: Cells, path: Any) -> None:
     for axes, (context, name) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for rope in ROPES:
             for record in found.select(part="positions", context=context, document=name, rope=rope):
-                curve(axes, record["result"]["by_position"], color=COLOURS[rope], label=rope)
+                if "tokens" not in record["settings"]:
+                    curve(axes, record["result"]["by_position"], color=COLOURS[rope], label=rope)
         axes.axvline(NATIVE, color="grey", linestyle=":", label="native context")
         axes.set(yscale="log", xlabel="position (tokens)", ylabel="perplexity", title=f"{name}, scaled for {context:,}")
         axes.legend(frameon=False)

@@ -82,12 +82,17 @@ def step_cpu_s(found: Cells, settings: Settings, attention: str) -> float | None
     return LAYERS * median(layers["layer_cpu_s"][attention]) + loss_s
 
 
+def by_window(found: Cells) -> list[Settings]:
+    return sorted((row["settings"] for row in found.select(part="layers")), key=lambda row: row["window"])
+
+
 def table(found: Cells) -> str:
     """Markdown rows, as in docs/explanation/shifted-attention.md."""
     head = "| window | group | reach | exact, cpu s | shifted, cpu s | layer, exact / shifted | step, exact / shifted |"
     lines = [head, "|---|---|---|---|---|---|---|"]
-    for record in found.select(part="layers"):
-        settings, result = record["settings"], record["result"]
+    for settings in by_window(found):
+        result = found.find(settings)
+        assert result is not None
         exact, shifted = (step_cpu_s(found, settings, name) for name in ("exact", "shifted"))
         layer = median(result["layer_cpu_s"]["exact"]) / median(result["layer_cpu_s"]["shifted"])
         step = (
@@ -115,21 +120,44 @@ def curves(extension: Cells) -> str:
 
 
 def draw(found: Cells, extension: Cells, path: Any) -> None:
-    """Time of a step on the left; held-out loss over tokens and over time on the right."""
+    """Time of a step, and the gain with the reach; then, once there are trainings, loss over tokens and over time."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    rows = [row["settings"] for row in found.select(part="layers")]
+    trained = bool(trainings(extension))
+    figure = Figure(figsize=(18 if trained else 10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 4 if trained else 2)
+    draw_times(found, panels[0], panels[1])
+    if trained:
+        draw_losses(extension, panels[2], panels[3])
+    save(figure, path)
+
+
+def draw_times(found: Cells, left: Any, right: Any) -> None:
+    rows = by_window(found)
     windows = [row["window"] for row in rows]
+    seconds = {name: [step_cpu_s(found, row, name) or 0.0 for row in rows] for name in ("exact", "shifted")}
     for attention, colour in (("exact", "C0"), ("shifted", "C3")):
-        seconds = [step_cpu_s(found, row, attention) for row in rows]
-        per_token = [1000 * s / window for s, window in zip(seconds, windows, strict=True) if s is not None]
-        left.plot(windows[: len(per_token)], per_token, marker="o", color=colour, label=attention)
-    left.set(xlabel="window (tokens)", ylabel="processor time (ms a token)", title="one training step", ylim=(0, None))
-    left.set(xscale="log", xticks=windows, xticklabels=[f"{window // 1024}k" for window in windows])
-    left.minorticks_off()
+        per_token = [1000 * s / window for s, window in zip(seconds[attention], windows, strict=True)]
+        left.plot(windows, per_token, marker="o", color=colour, label=attention)
+    left.set(ylabel="processor time (ms a token)", title="one training step", ylim=(0, None))
     left.legend(frameon=False)
+    gains = [exact / shifted for exact, shifted in zip(seconds["exact"], seconds["shifted"], strict=True) if shifted]
+    right.plot(windows[: len(gains)], gains, marker="o", color="black")
+    for row, gain in zip(rows, gains, strict=False):
+        text = f"reach {receptive_field(LAYERS, row['group_size']):,}"
+        right.annotate(text, (row["window"], gain), xytext=(-6, 8), textcoords="offset points", ha="right", fontsize=8)
+    right.set(
+        ylabel="exact / shifted",
+        title="gain, groups of a quarter, and their reach",
+        ylim=(1, 1.08 * max(gains, default=2)),
+    )
+    for axes in (left, right):
+        axes.set(xscale="log", xlabel="window (tokens)", xlim=(1100, None))
+        axes.set_xticks(windows, [f"{window // 1024}k" for window in windows])
+        axes.minorticks_off()
+
+
+def draw_losses(extension: Cells, left: Any, right: Any) -> None:
     for record in trainings(extension):
         settings, result = record["settings"], record["result"]
         steps = [look["step"] for look in result["looks"]]
@@ -142,14 +170,13 @@ def draw(found: Cells, extension: Cells, path: Any) -> None:
             "markersize": 4,
         }
         name = settings["attention"] + (f", seed {settings['seed']}" if settings["seed"] else "")
-        middle.plot([step * settings["window"] for step in steps], losses, label=name, **style)
+        left.plot([step * settings["window"] for step in steps], losses, label=name, **style)
         right.plot(spent, losses, **style)
         reach = receptive_field(LAYERS, settings["window"] // 4)
-        title = f"windows of {settings['window']:,}: reach {reach:,} tokens"
-        middle.set(xlabel="tokens trained on", ylabel="held-out loss, exact attention", title=title)
+        left.set(title=f"windows of {settings['window']:,}: reach {reach:,} tokens")
+    left.set(xlabel="tokens trained on", ylabel="held-out loss, exact attention")
     right.set(xlabel="processor time (s)", title="the same over time")
-    middle.legend(frameon=False)
-    save(figure, path)
+    left.legend(frameon=False)
 
 
 def main() -> None:
