@@ -107,7 +107,7 @@ def test_buckets_are_joined_by_their_tokens() -> None:
 def test_every_cell_of_every_table_is_different() -> None:
     for cells in (
         list(data_types.cells(1024)),
-        list(qlora_vs_lora.cells(window=1024, steps=40)),
+        list(qlora_vs_lora.cells(window=1024, steps=24)),
         list(extension.all_cells()),
         list(shifted_attention.cells(shifted_attention.WINDOWS, 2)),
     ):
