@@ -73,3 +73,8 @@ def test_a_layer_may_write_over_the_output_of_the_one_before():
     x = torch.ones(MANY, requires_grad=True)
     Doubled.apply(Doubled.apply(x, False), True).sum().backward()
     assert torch.equal(x.grad, torch.full(MANY, 4.0))
+
+
+def test_no_memory_is_told_as_such():
+    with pytest.raises(MemoryError, match=r"bytes for .* in torch\.float32: "):
+        mapping.empty(torch.zeros(1), (1 << 44,))

@@ -21,12 +21,18 @@ SMALLEST_BYTES = 64 << 10
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Make an uninitialised tensor beside ``like``: its device, and its dtype unless another is given."""
+    """Make an uninitialised tensor beside ``like``: its device, and its dtype unless another is given.
+
+    Raises: MemoryError: the system has no such memory.
+    """
     dtype = dtype or like.dtype
     num_bytes = math.prod(shape) * dtype.itemsize
     if like.device.type != "cpu" or type(like) is not Tensor or num_bytes < SMALLEST_BYTES:
         return like.new_empty(shape, dtype=dtype)
-    memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)
+    try:
+        memory = torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=dtype)
+    except OSError as error:
+        raise MemoryError(f"{num_bytes:,} bytes for {list(shape)} in {dtype}: {error.strerror}") from error
     # No view of it: autograd would refuse the next layer, which writes over a layer's output.
     return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape, memory.view(shape).stride())
 
