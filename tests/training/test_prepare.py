@@ -25,7 +25,7 @@ def test_ram_is_where_a_cpu_has_layer_inputs_anyway(make_config: MakeConfig, tmp
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine__arena": "pinned"}, "arena .pinned.: pinned host memory is for accelerators; on a CPU use ram or file"),
+        ({"engine__arena": "pinned"}, "arena .pinned.: pinned host memory is for accelerators; on a CPU use"),
         ({"engine__stream": "ram"}, "stream .ram.: on a CPU the weights are in host memory already; use file or none"),
         ({"engine__stream": "file", "engine__stream_folder": "/not/there"}, "/not/there: No such file or directory"),
     ],
