@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longfit.engine.loss import (
+    GRADIENT_ROWS,
     TrainingLoss,
     linear_cross_entropy,
     output_head,
@@ -82,6 +83,14 @@ def test_value_and_every_gradient_equal_the_definition(tiles, logits, overwrite_
     expected = gradients(whole_logits_loss, *case, **logits)
     got = gradients(linear_cross_entropy, *case, **logits, **tiles, overwrite_hidden=overwrite_hidden)
     assert max(relative(g, e) for g, e in zip(got, expected, strict=True)) < EXACT
+
+
+@pytest.mark.parametrize("num_words", [GRADIENT_ROWS, 2 * GRADIENT_ROWS + 1])
+def test_the_gradient_of_many_words_is_added_in_parts(num_words):
+    hidden, weight, bias, labels = problem(num_tokens=9, num_words=num_words, size=4, ignored=(2,))
+    got = gradients(linear_cross_entropy, hidden, weight, bias, labels, token_tile=4)
+    expected = gradients(whole_logits_loss, hidden, weight, bias, labels)
+    assert max(map(relative, got, expected)) < EXACT
 
 
 def test_token_losses_are_the_terms_of_the_sum():
