@@ -57,10 +57,15 @@ class Cell:
 
 CELLS = (
     *(Cell(tool, context) for context in (2048, 4096, 8192, 16384) for tool in ("peer", "longfit")),
-    Cell("longfit", 16384, "exact", "file"),
-    *(Cell("longfit", context, "shifted", arena) for context in (16384, 65536, 131072) for arena in ("ram", "file")),
+    *(Cell("longfit", 16384, "shifted", arena) for arena in ("ram", "file")),
+    Cell("longfit", 65536, "shifted", "ram"),
+    Cell("longfit", 131072, "shifted", "file"),
+    Cell("longfit", 65536, "shifted", "file"),
 )
-LONG_EXACT_CELLS = tuple(Cell("longfit", 65536, "exact", arena) for arena in ("ram", "file"))
+MORE_CELLS = (
+    Cell("longfit", 131072, "shifted", "ram"),
+    *(Cell("longfit", context, "exact", arena) for context in (16384, 65536) for arena in ("file", "ram")),
+)
 QUICK_CELLS = (Cell("peer", 1024), Cell("longfit", 1024), Cell("longfit", 2048, "shifted", "file"))
 
 
@@ -131,7 +136,7 @@ def measure(cell: Cell, folder: Path, scratch: Path) -> dict[str, Any]:
     ids = token_ids(tokenizer, cell.context)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     seconds, losses = [], []
-    for _ in range(3 if cell.context <= 8192 else 1):
+    for _ in range(3 if cell.context <= 2048 else 2 if cell.context <= 8192 else 1):
         start = time.perf_counter()
         loss = loss_of(model, ids)
         loss.backward()
@@ -297,6 +302,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         contexts, peaks = zip(*sorted(points), strict=True)
         axes.plot(contexts, peaks, marker="o", linestyle="--" if name.startswith("PEFT") else "-", label=name)
     axes.set_xscale("log", base=2)
+    ticks = sorted({context for points in curves.values() for context, _ in points})
+    axes.set_xticks(ticks, [f"{context // 1024}k" for context in ticks])
     axes.set_xlabel("context, tokens")
     axes.set_ylabel("peak memory of the process, GB")
     axes.set_ylim(bottom=0)
@@ -354,7 +361,8 @@ def agree(cells: dict[str, Any], context: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="short contexts only, into engine_cpu_quick.json")
-    parser.add_argument("--exact-64k", action="store_true", help="also exact attention at 65,536 tokens")
+    parser.add_argument("--all", action="store_true", help="also exact attention at 65,536 tokens, another hour")
+    parser.add_argument("--up-to", type=int, default=1 << 20, help="leave out longer contexts")
     parser.add_argument("--fresh", action="store_true", help="forget finished cells")
     parser.add_argument("--render", action="store_true", help="table and plot only")
     parser.add_argument("--scratch", type=Path, help="folder for the model and layer inputs; default: the system's")
@@ -370,7 +378,8 @@ def main() -> None:
         return
     path = RESULTS / ("engine_cpu_quick.json" if arguments.quick else "engine_cpu.json")
     if not arguments.render:
-        cells = QUICK_CELLS if arguments.quick else CELLS + (LONG_EXACT_CELLS if arguments.exact_64k else ())
+        cells = QUICK_CELLS if arguments.quick else CELLS + (MORE_CELLS if arguments.all else ())
+        cells = tuple(cell for cell in cells if cell.context <= arguments.up_to)
         results = run(cells, path, fresh=arguments.fresh, scratch=arguments.scratch)
     else:
         results = json.loads(path.read_text())
