@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longfit.engine.loss import (
-    GRADIENT_ROWS,
     TrainingLoss,
     linear_cross_entropy,
     output_head,
@@ -19,6 +18,7 @@ from longfit.engine.loss import (
     token_losses,
     training_loss,
 )
+from longfit.engine.sizes import GRADIENT_ROWS
 from longfit.errors import DataError, ModelError
 
 # float64, sums of at most a few thousand terms of order one in another order: 1e3 x 2.2e-16, with a margin of five.

@@ -30,16 +30,12 @@ from torch import Tensor, nn
 from longfit.engine.doors import base_model, hidden_states, output_head
 from longfit.engine.handover import promise, receiver_of
 from longfit.engine.schedule import document_starts
-from longfit.engine.sizes import CPU_LOGITS, DEVICE_LOGITS
+from longfit.engine.sizes import CPU_LOGITS, DEVICE_LOGITS, GRADIENT_ROWS
 from longfit.engine.sweep import sweeper_of
 from longfit.errors import DataError
 
 IGNORED = -100
 """The label of a token that is not trained on (the convention of torch and transformers)."""
-
-GRADIENT_ROWS = 4096
-"""Rows of the output matrix whose gradient is added at once: torch adds a bf16 product to a float32 sum through a
-float32 copy of the product, 107 MB for all rows of SmolLM2."""
 
 
 # ------------------------------------------------------------------------------------------------ the tiled loss

@@ -20,6 +20,10 @@ For SmolLM2's 49,152 words a sixth faster than twice as many, which leave the ca
 DEVICE_LOGITS = 1 << 25
 """And on an accelerator, where fewer tokens would not pay for reading the output matrix."""
 
+GRADIENT_ROWS = 4096
+"""Rows of the output matrix whose gradient is added at once: torch adds a bf16 product to a float32 sum through a
+float32 copy of the product, 107 MB for all rows of SmolLM2."""
+
 CPU_KEPT_BYTES = 512 << 20
 """Attention outputs kept for backward on a CPU: those of SmolLM2-135M at 14,000 tokens. On an accelerator, none."""
 

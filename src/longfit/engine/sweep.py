@@ -33,6 +33,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from longfit.engine import mapping
 from longfit.engine.arena import Arena, MemoryArena
@@ -236,6 +237,7 @@ class Sweeper:
     kept: KeptBudget
     swept: set[nn.Module] = field(default_factory=set)
     weights: Weights | None = None
+    evaluating: bool = False
 
     def present(self, module: nn.Module, *, backward: bool = False) -> AbstractContextManager[None]:
         """Have a module's weights at hand, wherever they wait."""
@@ -258,7 +260,7 @@ class Sweeper:
             )
             return checkpoint(function, *args, use_reentrant=False)
         parameters = [p for p in call.layer.parameters() if p.requires_grad]
-        if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
+        if torch.is_grad_enabled() and not self.evaluating and (hidden.requires_grad or parameters):
             return _SweepLayer.apply(hidden, call, self, *parameters)
         with torch.no_grad(), self.present(call.layer), weights_held(hidden.device):
             return _forward(hidden, call, self.tile_for(hidden), None, None, False)[0]
@@ -325,21 +327,36 @@ def disable_sweep(model: nn.Module) -> None:
 def swept_evaluation(model: nn.Module) -> Iterator[None]:
     """Evaluate a swept model tile by tile: no layer holds activations of the whole sequence.
 
-    Layers come to the checkpointing door only in training mode, so the layers themselves, not what is in them, are put
-    into it: dropout stays off, and shifted attention stays exact. Nothing is recorded for backward.
+    Layers come to the checkpointing door only in training mode and, in some versions of transformers, with gradients
+    on. So the layers themselves, not what is in them, are put into that mode, and gradients are on from the call of a
+    layer to its door: dropout stays off, and shifted attention stays exact. Nothing is recorded for backward.
     """
     sweeper = sweeper_of(model)
     layers = [] if sweeper is None else list(sweeper.swept)
     modes = [(module, module.training) for module in model.modules()]
+    hooks: list[RemovableHandle] = []
     try:
         model.eval()
+        if sweeper is not None:
+            sweeper.evaluating = True
         for layer in layers:
             layer.training = True
+            hooks.append(layer.register_forward_pre_hook(lambda *_: _gradients(True)))
+            hooks.append(layer.register_forward_hook(lambda *_: _gradients(False), always_call=True))
         with torch.no_grad():
             yield
     finally:
+        for hook in hooks:
+            hook.remove()
+        if sweeper is not None:
+            sweeper.evaluating = False
         for module, mode in modes:
             module.training = mode
+
+
+def _gradients(on: bool) -> None:
+    """Turn gradients on or off; as a hook it returns nothing that would replace what passes it."""
+    torch.set_grad_enabled(on)
 
 
 def sweeper_of(model: nn.Module) -> Sweeper | None:

@@ -42,7 +42,8 @@ def probe_layers(base: Any, inner: Any, device: torch.device) -> dict[nn.Module,
     def door(function: Any, *args: Any) -> Any:
         if not isinstance(function, partial) or not function.args or not isinstance(function.args[0], nn.Module):
             return function(*args)
-        out, reasons[function.args[0]] = _try(*layer_call(function, args))
+        with torch.no_grad():
+            out, reasons[function.args[0]] = _try(*layer_call(function, args))
         return out
 
     base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=door)
@@ -51,7 +52,7 @@ def probe_layers(base: Any, inner: Any, device: torch.device) -> dict[nn.Module,
     try:
         for layer in layers:
             layer.training = True  # the layer alone: its dropout modules stay in their mode
-        with torch.no_grad(), random_state_kept(device):
+        with torch.enable_grad(), random_state_kept(device):  # without gradients some versions pass the door by
             inner(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     finally:
         for layer, mode in zip(layers, modes, strict=True):

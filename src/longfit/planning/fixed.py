@@ -6,6 +6,7 @@ state in the precision that learning needs. Each function follows the file that 
 
 from dataclasses import dataclass
 
+from longfit.engine.sizes import GRADIENT_ROWS
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import Matrix, ModelShape
 
@@ -150,7 +151,8 @@ class Gradients:
     """Bytes of gradients at three moments.
 
     Attributes:
-        loss: in the loss, that of an output matrix which is the trained embedding: a float32 sum and a narrow share.
+        loss: in the loss, that of an output matrix which is the trained embedding: a float32 sum, and what is added to
+            it or becomes of it.
         tiles: while layers are differentiated: adapters, norms, and the output matrix' share waiting.
         whole: when backward ends: the embedding's own share has come, before the two are one.
         kept: ``.grad`` of everything, until the next step begins.
@@ -162,14 +164,19 @@ class Gradients:
     kept: int
 
 
-def gradients(parts: Trained, settings: PlanSettings) -> Gradients:
-    """Count gradients: adapters in float32, the rest in the dtype of the base."""
+def gradients(shape: ModelShape, parts: Trained, settings: PlanSettings, *, loss_tile: int) -> Gradients:
+    """Count gradients: adapters in float32, the rest in the dtype of the base.
+
+    Args:
+        loss_tile: bytes of a tile of logits, which are gone when the output matrix' float32 sum becomes narrow.
+    """
     e = settings.element_bytes
+    product = min(GRADIENT_ROWS, shape.vocab_size) * shape.hidden_size * (e + (4 if settings.device == "cpu" else 0))
     steady = 4 * parts.adapter_params + e * sum(parts.norm_sizes)
     share = e * parts.vocabulary
     waiting = share if parts.head else 0
     return Gradients(
-        loss=(4 * parts.vocabulary + share) if parts.head else 0,
+        loss=(4 * parts.vocabulary + max(product, share - loss_tile)) if parts.head else 0,
         tiles=steady + waiting,
         whole=steady + waiting + share,
         kept=steady + share,

@@ -149,7 +149,8 @@ def _weights(shape: ModelShape, settings: PlanSettings, device: str) -> list[Com
 
 
 def _learning(shape: ModelShape, settings: PlanSettings, parts: fixed.Trained, device: str) -> list[Component]:
-    grads = fixed.gradients(parts, settings)
+    loss_tile = growing.loss_bytes(shape, settings, gradient=True)
+    grads = fixed.gradients(shape, parts, settings, loss_tile=loss_tile)
     early = grads.kept if settings.gradient_accumulation > 1 else 0
     made = {
         **{"forward": early, "loss": early + grads.loss, "backward": early + grads.tiles},
