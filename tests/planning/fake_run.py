@@ -5,17 +5,15 @@ longfit. Attention is replaced by what a fused kernel allocates (output, log-sum
 sum), because a fake tensor has no values to attend with.
 """
 
-import weakref
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
 import torch
 import transformers
+from tests.fake_tensors import HostArena, LiveBytes, tile_backward, tile_forward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from longfit.engine import loss as loss_module
 from longfit.engine import sweep_probe
@@ -31,75 +29,6 @@ from longfit.layers.linear4bit import Linear4bit
 from longfit.model.adapters import add_adapters
 from longfit.model.hf_quantizer import skipped_linears
 from longfit.numerics.row_format import RowFormat
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that are made under it and still alive."""
-
-    def __init__(self, trace=False):
-        super().__init__()
-        self.now = self.peak = 0
-        self.sizes = {}
-        self.trace = trace
-        self.at_peak = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.sizes:
-                storage = leaf.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                self.sizes[key] = (size, str(func), tuple(leaf.shape), leaf.dtype) if self.trace else (size,)
-                self.now += size
-                if self.now > self.peak:
-                    self.peak = self.now
-                    if self.trace:
-                        self.at_peak = list(self.sizes.values())
-                weakref.finalize(storage, self._gone, key)
-        return result
-
-    def _gone(self, key):
-        self.now -= self.sizes.pop(key, (0,))[0]
-
-
-class HostArena:
-    """What the accelerator sees of layer inputs that wait elsewhere: one tile at a time."""
-
-    aliases = False
-
-    def open(self, num_tiles):
-        return HostStay()
-
-
-class HostStay:
-    def __init__(self):
-        self.likes = {}
-
-    def put(self, index, tile):
-        self.likes[index] = (tile.shape, tile.dtype)
-
-    def settle(self, index):
-        pass
-
-    def prefetch(self, index):
-        pass
-
-    def get(self, index):
-        shape, dtype = self.likes[index]
-        return torch.empty(shape, dtype=dtype)
-
-    def close(self):
-        pass
-
-
-def tile_forward(q, k, v, schedule, **options):
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def tile_backward(grad_out, q, k, v, out, lse, schedule, *, grad_k, grad_v, **options):
-    torch.empty(q.shape, dtype=torch.float32)
-    return torch.empty_like(q)
 
 
 def quantized(model, *, quant):
@@ -172,9 +101,7 @@ class Peaks:
     after: int
 
 
-def step_peaks(
-    config, *, num_tokens, tile, layers=2, arena="host", group_size=None, trace=False, windows=(None,), **settings
-):
+def step_peaks(config, *, num_tokens, tile, layers=2, arena="host", group_size=None, windows=(None,), **settings):
     """Most live bytes in forward and in backward of one step; weights and adapters are counted apart."""
     attention = "shifted" if group_size else "exact"
     model = meta_model(config, layers=layers, attention=attention, group_size=group_size, **settings)
@@ -210,7 +137,7 @@ def step_peaks(
         patch.setattr(loss_module, "_trained_rows", lambda labels, num_words: torch.arange(len(labels)))
         patch.setattr(loss_module, "CPU_LOGITS", loss_module.DEVICE_LOGITS)  # fake tensors are on the CPU
         patch.setattr(RandomState, "same", lambda self, other: True)
-        live = LiveBytes(trace)
+        live = LiveBytes()
         with live:
             fill(model)
         weights, live.peak = live.now, 0
@@ -220,7 +147,6 @@ def step_peaks(
         with live:
             loss = training_loss(model, ids, num_items=num_tokens)
             forward, live.peak = live.peak, live.now
-            forward_list = live.at_peak
             loss.backward()
         peaks = Peaks(weights, forward - weights, live.peak - weights, live.now - weights)
-        return (peaks, forward_list, live.at_peak) if trace else peaks
+        return peaks
