@@ -5,7 +5,7 @@ tokens. Perplexity by position of held-out documents, always with exact attentio
 positions are the short-context check. Passkey retrieval on a few cells. What is compared:
 
     positions    none, linear interpolation, NTK, YaRN, larger theta; without any training
-    training     adapters alone, or adapters with norms and embeddings
+    training     adapters alone, with norms, or with norms and embeddings
     attention    while training: exact, shifted with groups of a quarter window, shifted with an exact last quarter
 
 Training windows of the full context would take two cores days. Windows are shorter than the context here, and positions
@@ -37,6 +37,8 @@ ROPES = ("none", "yarn", "linear", "ntk", "theta")
 COLOURS = dict(zip(ROPES, ("black", "C0", "C1", "C2", "C4"), strict=True))
 LOOKED_AT, LOOK_TOKENS = ("tarfile", "argparse"), 1024  # held-out text on the way through a training
 PEAK = 5e-4  # the demo's: few steps must suffice
+LORA, NORMS, EMBEDDINGS = "LoRA", "LoRA + norms", "LoRA + norms + embeddings"  # what is trained
+FINISHED = "shifted, then exact"  # the last quarter of the steps
 PARTS = ("positions", "training", "passkey")
 
 
@@ -55,62 +57,61 @@ def short_context(context: int, document: str) -> Iterator[Settings]:
 def training(*, context: int, window: int, steps: int, document: str) -> Iterator[Settings]:
     """Ingredients of a training, the most telling first."""
     size = {"context": context, "window": window, "steps": steps, "document": document}
-    for rope, extra, attention, seed in (
-        ("linear", False, "exact", 0),
-        ("linear", False, "shifted", 0),
-        ("linear", True, "exact", 0),
-        ("linear", True, "shifted", 0),
-        ("yarn", False, "exact", 0),
-        ("linear", False, "exact", 1),
-        ("linear", False, "shifted", 1),
-        ("linear", False, "shifted, then exact", 0),
-        ("yarn", False, "shifted", 0),
+    for rope, trained, attention, seed in (
+        ("linear", LORA, "exact", 0),
+        ("linear", LORA, "shifted", 0),
+        ("linear", NORMS, "exact", 0),
+        ("linear", EMBEDDINGS, "exact", 0),
+        ("yarn", LORA, "exact", 0),
+        ("linear", LORA, "exact", 1),
+        ("linear", LORA, "shifted", 1),
+        ("linear", LORA, FINISHED, 0),
+        ("yarn", LORA, "shifted", 0),
+        ("linear", NORMS, "exact", 1),
+        ("linear", EMBEDDINGS, "exact", 1),
+        ("linear", EMBEDDINGS, "shifted", 0),
+        ("yarn", NORMS, "exact", 0),
+        ("yarn", EMBEDDINGS, "exact", 0),
+        ("linear", LORA, FINISHED, 1),
     ):
-        yield {
-            "part": "training",
-            "rope": rope,
-            "norms_and_embeddings": extra,
-            "attention": attention,
-            "seed": seed,
-            **size,
-        }
+        yield {"part": "training", "rope": rope, "trained": trained, "attention": attention, "seed": seed, **size}
 
 
-def retrieval(context: int, lengths: Sequence[int], depths: Sequence[float], trials: int) -> Iterator[Settings]:
-    for rope in ("yarn", "none", "linear"):
-        for length in lengths:
-            yield {
-                "part": "passkey",
-                "rope": rope,
-                "context": context,
-                "length": length,
-                "depths": list(depths),
-                "trials": trials,
-            }
+def retrieval(rope: str, context: int, length: int, depths: Sequence[float], trials: int) -> Settings:
+    return {
+        "part": "passkey",
+        "rope": rope,
+        "context": context,
+        "length": length,
+        "depths": list(depths),
+        "trials": trials,
+    }
 
 
 def all_cells() -> Iterator[Settings]:
-    yield from short_context(2 * NATIVE, "tarfile")
-    yield from short_context(4 * NATIVE, "tarfile")
-    yield from positions(2 * NATIVE, "tarfile")
-    yield from training(context=2 * NATIVE, window=2048, steps=8, document="tarfile")
-    yield from retrieval(2 * NATIVE, (4096, 12_288), (0.0, 0.5, 1.0), 2)
-    yield from positions(2 * NATIVE, "turtle")
-    yield from positions(4 * NATIVE, "turtle")
+    """All of it, the most telling first: a run may be broken off at any time."""
+    near, far = 2 * NATIVE, 4 * NATIVE
+    trainings = list(training(context=near, window=2048, steps=8, document="tarfile"))
+    depths = (0.0, 0.5, 1.0)
+    yield from short_context(near, "tarfile")
+    yield from short_context(far, "tarfile")
+    yield from trainings[:4]
+    yield from positions(near, "tarfile")
+    yield from trainings[4:8]
+    yield from (retrieval(rope, near, 12_288, depths, 2) for rope in ("yarn", "none"))
+    yield from (retrieval(rope, near, 4096, depths, 2) for rope in ("yarn", "none", "linear"))
+    yield from trainings[8:]
+    yield from positions(far, "turtle")
+    yield from positions(near, "turtle")
+    yield retrieval("linear", near, 12_288, depths, 2)
 
 
 def quick_cells() -> Iterator[Settings]:
     yield {"part": "positions", "rope": "yarn", "context": 2 * NATIVE, "document": "tarfile", "tokens": 512}
     size = {"context": 2 * NATIVE, "window": 256, "steps": 2, "document": "tarfile", "tokens": 512}
-    yield {
-        "part": "training",
-        "rope": "linear",
-        "norms_and_embeddings": True,
-        "attention": "shifted, then exact",
-        "seed": 0,
-        **size,
-    }
-    yield from retrieval(2 * NATIVE, (256,), (0.5,), 1)
+    recipe = {"rope": "linear", "trained": EMBEDDINGS, "attention": FINISHED, "seed": 0}
+    yield {"part": "training", **recipe, **size}
+    yield retrieval("yarn", 2 * NATIVE, 256, (0.5,), 1)
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -139,9 +140,9 @@ def measure_training(settings: Settings) -> dict[str, Any]:
         rope=settings["rope"],
         attention="exact" if attention == "exact" else "shifted",
         group_size=None if attention == "exact" else window // 4,
-        exact_from=steps * 3 // 4 if attention == "shifted, then exact" else None,
-        train_norms=settings["norms_and_embeddings"],
-        train_embeddings=settings["norms_and_embeddings"],
+        exact_from=steps * 3 // 4 if attention == FINISHED else None,
+        train_norms=settings["trained"] in (NORMS, EMBEDDINGS),
+        train_embeddings=settings["trained"] == EMBEDDINGS,
         peak=PEAK,
         schedule="constant",
         seed=settings["seed"],
@@ -188,9 +189,8 @@ def mean_perplexity(buckets: Sequence[dict[str, float]], start: int, stop: float
 
 # ------------------------------------------------------------------------------------------------ showing
 def describe_training(settings: Settings) -> str:
-    extra = " + norms + embeddings" if settings["norms_and_embeddings"] else ""
     seed = f", seed {settings['seed']}" if settings["seed"] else ""
-    return f"{settings['rope']}, LoRA{extra}, {settings['attention']}{seed}"
+    return f"{settings['rope']}, {settings['trained']}, {settings['attention']}{seed}"
 
 
 def tables(found: Cells) -> str:
@@ -250,7 +250,7 @@ def draw_training(found: Cells, path: Any) -> None:
                 axes,
                 record["result"]["by_position"],
                 color={"exact": "C0", "shifted": "C3"}.get(settings["attention"], "C2"),
-                linestyle=("--" if settings["norms_and_embeddings"] else "-") if not settings["seed"] else ":",
+                linestyle=("--" if settings["trained"] != LORA else "-") if not settings["seed"] else ":",
                 label=describe_training(settings).partition(", ")[2],
             )
         axes.axvline(NATIVE, color="grey", linestyle=":")

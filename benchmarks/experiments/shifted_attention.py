@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings
-from benchmarks.experiments.extension import NATIVE, save
+from benchmarks.experiments.extension import LORA, NATIVE, save
 from benchmarks.experiments.texts import reference
 from benchmarks.experiments.training import Recipe, trainable
 from torch import Tensor
@@ -105,7 +105,7 @@ def table(found: Cells) -> str:
 
 
 def trainings(extension: Cells) -> list[dict[str, Any]]:
-    return extension.select(part="training", rope="linear", norms_and_embeddings=False)
+    return extension.select(part="training", rope="linear", trained=LORA)
 
 
 def curves(extension: Cells) -> str:
