@@ -1,10 +1,11 @@
 """Planned against measured memory of training steps of SmolLM2-135M on a CPU.
 
-Every cell is a process of its own: it loads the model into NF4, notes its resident memory, takes a short step (which
-makes the optimiser's state) and then a step at the cell's context; the kernel's high-water mark of resident memory, set
-back before that step, is read after it. Growth counts from a process that has everything but the weights: Python, its
-libraries, the tokenizer. Libraries that load when first used come in the short step and are in no plan, so the table
-also shows the long step alone: its peak over what was resident before it. Memory only: cells may run beside other work.
+Every cell is a process of its own. It takes a step with a model of a megabyte, so that every library is there which
+loads when first used; loads the model into NF4, notes its resident memory, takes a short step (which makes the
+optimiser's state) and then a step at the cell's context; the kernel's high-water mark of resident memory, set back
+before that step, is read after it. Growth counts from a process that has everything but the weights: Python, its
+libraries, the tokenizer. The table also shows the long step alone: its peak over what was resident before it. Memory
+only: cells may run beside other work.
 
 A long cell whose layer inputs are in memory stops its backward pass after three layers: every layer that is through
 gives back its input, ``context x 1,152`` bytes, and adds gradients of some hundred kilobytes, so that no later layer
@@ -121,6 +122,30 @@ def trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def load_libraries(scratch: Path) -> None:
+    """Take a step with a tiny model of the kind of the demo model, with both optimisers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import longfit
+    from longfit.engine.arena import FileArena
+    from longfit.engine.loss import training_loss
+    from longfit.engine.sweep import enable_sweep
+    from longfit.layers.linear4bit import Linear4bit
+
+    sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    tiny: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)).bfloat16()
+    for name, module in list(tiny.named_modules()):
+        if name.endswith("_proj"):
+            tiny.set_submodule(name, Linear4bit.from_linear(module))
+    model = longfit.add_adapters(tiny, rank=4, train_embeddings=True, train_norms=True).train()
+    enable_sweep(model, arena=FileArena(scratch), tile=64)
+    training_loss(model, torch.zeros(1, 256, dtype=torch.long)).backward()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    longfit.PagedAdamW(learned, state_bits=8).step()
+    torch.optim.AdamW([p for p in learned if p.dtype == torch.float32], fused=True).step()
+
+
 class PeakPassedError(Exception):
     """No later layer can hold more."""
 
@@ -160,6 +185,8 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     from longfit.planning.fixed import trained, uses_torch_adamw
 
     torch.manual_seed(0)
+    load_libraries(scratch)
+    trim()
     path = model_path()
     start = resident("VmRSS")
     reset_peak()

@@ -12,18 +12,19 @@ spaced levels. Equally spaced types would profit from that. So everything is mea
                  their own unquantised perplexity is the one to compare with
     normal       normal random weights, where NF4 is at home: error of the weights only
 
-    python -m benchmarks.experiments.data_types            benchmarks/results/experiments/data_types.json and the figure
+    python -m benchmarks.experiments.data_types            benchmarks/results/experiments/data_types.json, figure, page
     python -m benchmarks.experiments.data_types --quick    three cells on little text: a smoke test, data_types_quick.*
 """
 
 import argparse
 import math
 from collections.abc import Iterator
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import torch
-from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings
+from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings, describe
+from benchmarks.experiments.pages import rows, write
 from benchmarks.experiments.texts import held_out_documents, held_out_losses, reference
 from torch import nn
 
@@ -31,13 +32,14 @@ from longfit.demo import demo_model
 from longfit.evaluation.quant_error import DataType, quantizable_layers, quantized_weights, round_to
 from longfit.model.load import load
 
+TOKENS = 1024  # of each document
 SOURCES = ("tarfile", "doctest", "argparse", "turtle")
 DOCUMENTS = ("reference", *SOURCES)
 Q4_1_BLOCK, Q4_1_STEPS = 32, 15
 NAMES = ("nf4", "fp4", "int4", "quantile", "int8")
 FOUR_BITS = ("nf4", "fp4", "int4")
 OTHER_BLOCK_SIZES = (32, 128, 256)
-OTHER_SEEDS = (1, 2)  # each dithers to another model of the same quality: the spread of one rounding
+SEEDS = (0, 1, 2)  # each dithers to another model of the same quality: the spread of one rounding
 
 
 def cells(tokens: int) -> Iterator[Settings]:
@@ -50,7 +52,7 @@ def cells(tokens: int) -> Iterator[Settings]:
     for name in NAMES:
         for double_quant in (True, False):
             yield _cell("normal", name, 64, double_quant, 0)
-    for seed in OTHER_SEEDS:
+    for seed in SEEDS[1:]:
         yield _cell("dithered", "none", 0, False, tokens, seed)
         for name in FOUR_BITS:
             yield _cell("dithered", name, 64, True, tokens, seed)
@@ -145,9 +147,8 @@ def label(settings: Settings) -> str:
 
 def added(found: Cells, settings: Settings) -> dict[str, float]:
     """Loss added by a data type to the same weights in 16 bits, document by document."""
-    base = found.select(weights=settings["weights"], seed=settings["seed"], data_type="none")[0]["result"]
-    result = found.find(settings)
-    assert result is not None
+    base = _result(found, _cell(settings["weights"], "none", 0, False, settings["tokens"], settings["seed"]))
+    result = _result(found, settings)
     return {name: result["nll_by_document"][name] - base["nll_by_document"][name] for name in DOCUMENTS}
 
 
@@ -182,33 +183,109 @@ def draw(found: Cells, path: Any) -> None:
     figure.savefig(path, dpi=150)
 
 
-def table(found: Cells) -> str:
-    """Markdown rows, as in docs/explanation/data-types.md."""
-    head = "| weights | seed | type | block | bits | relative error | perplexity | loss added |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
-    for record in found.records:
-        settings, result = record["settings"], record["result"]
-        measured = "- | -"
-        if "perplexity" in result:
-            measured = f"{result['perplexity']:.2f} | {mean(added(found, settings).values()):.3f}"
-        lines.append(
-            f"| {settings['weights']} | {settings['seed']} | {label(settings)} | {settings['block_size'] or '-'}"
-            f" | {result['bits_per_param']:.3f} | {result['relative_error']:.4f} | {measured} |"
-        )
-    return "\n".join(lines)
+def loss_added(found: Cells, weights: str, name: str, double_quant: bool, block_size: int = 64, seed: int = 0) -> float:
+    """Mean over the documents, in nats a token."""
+    return mean(added(found, _cell(weights, name, block_size, double_quant, TOKENS, seed)).values())
+
+
+def more_than_nf4(found: Cells, name: str) -> list[float]:
+    """How much more than NF4 a type adds, both with double quantisation, in each dithered model."""
+    return [
+        loss_added(found, "dithered", name, True, seed=seed) - loss_added(found, "dithered", "nf4", True, seed=seed)
+        for seed in SEEDS
+    ]
+
+
+def page_values(found: Cells) -> dict[str, str]:
+    """The numbers of docs/explanation/data-types.md."""
+    nf4 = [loss_added(found, "dithered", "nf4", True, seed=seed) for seed in SEEDS]
+    of_one = {name: added(found, _cell("as loaded", name, 64, True, TOKENS)) for name in ("nf4", "fp4")}
+    by_document = [of_one["fp4"][name] - of_one["nf4"][name] for name in DOCUMENTS]
+    of_dq = [
+        loss_added(found, weights, name, True) - loss_added(found, weights, name, False)
+        for weights in ("as loaded", "dithered")
+        for name in FOUR_BITS
+    ]
+    values = {
+        "blocks of 64": table_of_types(found),
+        "other blocks": table_of_blocks(found),
+        "tokens": f"{TOKENS:,}",
+        "perplexity as loaded": f"{_result(found, _cell('as loaded', 'none', 0, False, TOKENS))['perplexity']:.1f}",
+        "perplexity dithered": f"{_result(found, _cell('dithered', 'none', 0, False, TOKENS))['perplexity']:.1f}",
+        "between seeds": f"{max(nf4) - min(nf4):.2f}",
+        "one model": f"{mean(by_document):.3f}",
+        "one model error": f"{standard_error(by_document):.3f}",
+        "double quantisation": f"{max(map(abs, of_dq)):.3f}",
+        "bits": f"{_result(found, _cell('dithered', 'nf4', 64, True, TOKENS))['bits_per_param']:.3f}",
+    }
+    for name in ("fp4", "int4"):
+        values[name] = f"{mean(more_than_nf4(found, name)):.3f}"
+        values[f"{name} error"] = f"{standard_error(more_than_nf4(found, name)):.3f}"
+    return values
+
+
+def table_of_types(found: Cells) -> str:
+    """All types in blocks of 64."""
+    body = []
+    for name in ("int8", "nf4", "fp4", "int4", "quantile"):
+        for double_quant in (False, True) if name in FOUR_BITS else (True,):
+            cell = _cell("dithered", name, 64, double_quant, TOKENS)
+            normal = _result(found, _cell("normal", name, 64, double_quant, 0))
+            seeds = SEEDS if double_quant and name in FOUR_BITS else (0,)
+            dithered = [loss_added(found, "dithered", name, double_quant, seed=seed) for seed in seeds]
+            body.append(
+                [
+                    label(cell),
+                    f"{_result(found, cell)['bits_per_param']:.3f}",
+                    f"{normal['relative_error']:.4f}",
+                    f"{_result(found, cell)['relative_error']:.4f}",
+                    f"{loss_added(found, 'as loaded', name, double_quant):.3f}",
+                    ", ".join(f"{value:.3f}" for value in dithered),
+                    f"{mean(dithered):.3f}" if len(dithered) > 1 else "",
+                ]
+            )
+    head = ["type", "bits", "relative error: normal weights", "this model", "loss added, as loaded"]
+    return rows([*head, f"dithered, seeds {', '.join(map(str, SEEDS))}", "mean"], body)
+
+
+def table_of_blocks(found: Cells) -> str:
+    """Bits and loss added by block size, dithered weights of the first seed."""
+    kinds = (("nf4", True), ("nf4", False), ("fp4", False), ("int4", False))
+    body = []
+    for block_size in sorted((64, *OTHER_BLOCK_SIZES)):
+        line = [str(block_size)]
+        for name, double_quant in kinds:
+            bits = _result(found, _cell("dithered", name, block_size, double_quant, TOKENS))["bits_per_param"]
+            line.append(f"{loss_added(found, 'dithered', name, double_quant, block_size):.3f} ({bits:.3f} bits)")
+        body.append(line)
+    return rows(["block", *(label(_cell("", name, 0, double_quant, 0)) for name, double_quant in kinds)], body)
+
+
+def standard_error(values: list[float]) -> float:
+    """Of their mean."""
+    return stdev(values) / math.sqrt(len(values))
+
+
+def _result(found: Cells, settings: Settings) -> dict[str, Any]:
+    result = found.find(settings)
+    if result is None:
+        raise LookupError(f"not measured yet: {describe(settings)}; run this without --draw")
+    return result
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke test")
-    parser.add_argument("--draw", action="store_true", help="only draw what was measured")
+    parser.add_argument("--draw", action="store_true", help="only draw and write what was measured")
     arguments = parser.parse_args()
     found = Cells(RESULTS / f"data_types{'_quick' * arguments.quick}.json")
     if not arguments.draw:
-        found.run(quick_cells() if arguments.quick else cells(1024), Bench().measure)
-    print(table(found))
-    if not arguments.quick:
-        draw(found, IMAGES / "data-types.png")
+        found.run(quick_cells() if arguments.quick else cells(TOKENS), Bench().measure)
+    if arguments.quick:
+        print(*(f"{describe(record['settings'])}: {record['result']}" for record in found.records), sep="\n")
+        return
+    draw(found, IMAGES / "data-types.png")
+    write("data-types.md", page_values(found))
 
 
 if __name__ == "__main__":

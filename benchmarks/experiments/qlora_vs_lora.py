@@ -7,7 +7,7 @@ and after. Two seeds: each decides adapters and order.
 What can be expected: a 4-bit base starts worse, by what its data type costs (experiment 1). QLoRA's claim is that
 training closes the gap; here one sees how much of it a short training closes.
 
-    python -m benchmarks.experiments.qlora_vs_lora            benchmarks/results/experiments/qlora_vs_lora.json, figure
+    python -m benchmarks.experiments.qlora_vs_lora            results/experiments/qlora_vs_lora.json, figure, page
     python -m benchmarks.experiments.qlora_vs_lora --quick    two steps: a smoke test, qlora_vs_lora_quick.*
 """
 
@@ -17,6 +17,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings
+from benchmarks.experiments.pages import rows, write
 from benchmarks.experiments.texts import held_out_documents, held_out_losses, training_windows
 from benchmarks.experiments.training import Recipe, train, trainable
 
@@ -53,21 +54,71 @@ def held_out_mean(result: dict[str, Any], step: int) -> float:
 
 
 def table(found: Cells) -> str:
-    """Markdown rows, as in docs/explanation/qlora-vs-lora.md."""
-    lines = [
-        "| base | seed | training loss, last quarter | held-out before | after | fell by |",
-        "|---|---|---|---|---|---|",
-    ]
+    """Every training: its loss at both ends, and the held-out loss."""
+    body = []
     for record in found.records:
         settings, result = record["settings"], record["result"]
-        steps = settings["steps"]
-        last = mean(result["loss"][-max(1, steps // 4) :])
-        before, after = held_out_mean(result, 0), held_out_mean(result, steps)
-        lines.append(
-            f"| {NAMES[settings['quant']]} | {settings['seed']} | {last:.4f} | {before:.4f} | {after:.4f}"
-            f" | {before - after:.4f} |"
+        steps, quarter = settings["steps"], max(1, settings["steps"] // 4)
+        losses = [mean(result["loss"][:quarter]), mean(result["loss"][-quarter:])]
+        losses += [held_out_mean(result, step) for step in (0, steps // 2, steps)]
+        losses.append(losses[2] - losses[-1])
+        body.append([NAMES[settings["quant"]], str(settings["seed"]), *(f"{loss:.3f}" for loss in losses)])
+    head = ["base", "seed", "training loss, first quarter", "last quarter", "held-out before", "half-way", "after"]
+    return rows([*head, "fell by"], body)
+
+
+def gaps(found: Cells, quant: str, seed: int, step: int) -> dict[str, float]:
+    """Held-out loss over that on the 16-bit base, document by document."""
+    ours, its = (found.select(quant=name, seed=seed)[0]["result"]["held_out"][str(step)] for name in (quant, "none"))
+    return {name: ours[name] - its[name] for name in DOCUMENTS}
+
+
+def table_of_gaps(found: Cells) -> str:
+    """How much of the distance to the 16-bit base a training closes."""
+    body = []
+    for record in found.records:
+        quant, seed, steps = (record["settings"][key] for key in ("quant", "seed", "steps"))
+        if quant == "none":
+            continue
+        before, half, after = (gaps(found, quant, seed, step) for step in (0, steps // 2, steps))
+        closed = [before[name] - after[name] for name in DOCUMENTS]
+        body.append(
+            [
+                NAMES[quant],
+                str(seed),
+                *(f"{mean(gap.values()):.3f}" for gap in (before, half, after)),
+                f"{mean(closed):.3f} ({mean(closed) / mean(before.values()):.0%})",
+                f"{min(closed):.3f} to {max(closed):.3f}",
+            ]
         )
-    return "\n".join(lines)
+    return rows(["base", "seed", "gap before", "half-way", "after", "closed", "in single documents"], body)
+
+
+def page_values(found: Cells) -> dict[str, str]:
+    """The numbers of docs/explanation/qlora-vs-lora.md."""
+    steps = found.records[0]["settings"]["steps"]
+    seeds = [record["settings"]["seed"] for record in found.select(quant="nf4")]
+    before, after = ([mean(gaps(found, "nf4", seed, step).values()) for seed in seeds] for step in (0, steps))
+    closed = [first - last for first, last in zip(before, after, strict=True)]
+    falls = {
+        quant: mean(
+            held_out_mean(record["result"], 0) - held_out_mean(record["result"], steps)
+            for record in found.select(quant=quant)
+            if record["settings"]["seed"] in seeds
+        )
+        for quant in ("none", "nf4")
+    }
+    return {
+        "trainings": table(found),
+        "gaps": table_of_gaps(found),
+        "steps": str(steps),
+        "window": f"{found.records[0]['settings']['window']:,}",
+        "gap": f"{mean(before):.2f}",
+        "gap after": f"{mean(after):.2f}",
+        "closed": f"{min(closed):.3f} to {max(closed):.3f}",
+        "share": f"{mean(closed) / mean(before):.0%}",
+        "faster": f"{falls['nf4'] / falls['none']:.1f}",
+    }
 
 
 def draw(found: Cells, path: Any) -> None:
@@ -101,7 +152,7 @@ def draw(found: Cells, path: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke test")
-    parser.add_argument("--draw", action="store_true", help="only draw what was measured")
+    parser.add_argument("--draw", action="store_true", help="only draw and write what was measured")
     arguments = parser.parse_args()
     found = Cells(RESULTS / f"qlora_vs_lora{'_quick' * arguments.quick}.json")
     if not arguments.draw:
@@ -110,6 +161,7 @@ def main() -> None:
     print(table(found))
     if not arguments.quick:
         draw(found, IMAGES / "qlora-vs-lora.png")
+        write("qlora-vs-lora.md", page_values(found))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ all: (L + 1) G / 2 tokens through L layers with groups of G.
 Times are processor time of all threads together, exact and shifted in turn, so that they mean something on a machine
 that others use. The same step has the same work whatever its text.
 
-    python -m benchmarks.experiments.shifted_attention            shifted_attention.json, and the figure
+    python -m benchmarks.experiments.shifted_attention            shifted_attention.json, figure, page
     python -m benchmarks.experiments.shifted_attention --quick    small windows: a smoke test
 """
 
@@ -21,7 +21,9 @@ from typing import Any
 
 import torch
 from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings
-from benchmarks.experiments.extension import LORA, NATIVE, save
+from benchmarks.experiments.extension_cells import LORA, NATIVE
+from benchmarks.experiments.extension_page import mean_nll
+from benchmarks.experiments.pages import rows, write
 from benchmarks.experiments.texts import reference
 from benchmarks.experiments.training import Recipe, trainable
 from torch import Tensor
@@ -87,36 +89,63 @@ def by_window(found: Cells) -> list[Settings]:
 
 
 def table(found: Cells) -> str:
-    """Markdown rows, as in docs/explanation/shifted-attention.md."""
-    head = "| window | group | reach | exact, cpu s | shifted, cpu s | layer, exact / shifted | step, exact / shifted |"
-    lines = [head, "|---|---|---|---|---|---|---|"]
+    """Time of a layer and of a step, by window."""
+    body = []
     for settings in by_window(found):
         result = found.find(settings)
         assert result is not None
         exact, shifted = (step_cpu_s(found, settings, name) for name in ("exact", "shifted"))
         layer = median(result["layer_cpu_s"]["exact"]) / median(result["layer_cpu_s"]["shifted"])
-        step = (
-            f"{exact:.0f} | {shifted:.0f} | {layer:.2f} | {exact / shifted:.2f}"
-            if exact and shifted
-            else "- | - | - | -"
-        )
-        lines.append(f"| {settings['window']:,} | {settings['group_size']:,} | {result['reach']:,} | {step} |")
-    return "\n".join(lines)
+        line = [f"{settings['window']:,}", f"{settings['group_size']:,}", f"{result['reach']:,}"]
+        whole = [f"{exact:.0f} s", f"{shifted:.0f} s"] if exact and shifted else ["", ""]
+        body.append([*line, *whole, f"{layer:.2f}", f"{exact / shifted:.2f}" if exact and shifted else ""])
+    head = ["window", "group", "reach", "step, exact", "step, shifted", "layer: exact / shifted"]
+    return rows([*head, "step: exact / shifted"], body)
+
+
+def spread(found: Cells) -> float:
+    """The most that turns of one cell differ, as a share."""
+    times = [turns for row in found.select(part="layers") for turns in row["result"]["layer_cpu_s"].values()]
+    return max(max(turns) / min(turns) - 1 for turns in times)
 
 
 def trainings(extension: Cells) -> list[dict[str, Any]]:
     return extension.select(part="training", rope="linear", trained=LORA)
 
 
-def curves(extension: Cells) -> str:
-    """Held-out loss on the way, as Markdown rows."""
-    lines = []
+def table_of_trainings(extension: Cells) -> str:
+    """Held-out loss at equal numbers of tokens, and what the steps took."""
+    body = []
+    steps: list[int] = []
     for record in trainings(extension):
         settings, result = record["settings"], record["result"]
-        values = " | ".join(f"{mean(look['nll'].values()):.4f}" for look in result["looks"])
-        seconds = sum(result["step_cpu_s"])
-        lines.append(f"| {settings['attention']}, seed {settings['seed']} | {values} | {seconds:.0f} cpu s |")
-    return "\n".join(lines)
+        steps = [look["step"] for look in result["looks"]]
+        losses = [f"{mean(look['nll'].values()):.3f}" for look in result["looks"]]
+        long = f"{mean_nll(result['by_position']):.3f}"
+        seconds = f"{sum(result['step_cpu_s']):.0f} s"
+        body.append([settings["attention"], str(settings["seed"]), *losses, long, seconds])
+    head = ["attention", "seed", *(f"after {step} steps" for step in steps), "a document of 16,384 tokens"]
+    return rows([*head, "steps, processor time"], body)
+
+
+def page_values(found: Cells, extension: Cells) -> dict[str, str]:
+    """The numbers of docs/explanation/shifted-attention.md."""
+    gains = {settings["window"]: step_gain(found, settings) for settings in by_window(found)}
+    return {
+        "times": table(found),
+        "trainings": table_of_trainings(extension),
+        "spread": f"{spread(found):.0%}",
+        "gain at 4k": f"{gains[4096]:.1f}",
+        "gain at 16k": f"{gains[16_384]:.1f}",
+    }
+
+
+def step_gain(found: Cells, settings: Settings) -> float:
+    """Exact over shifted."""
+    exact, shifted = (step_cpu_s(found, settings, name) for name in ("exact", "shifted"))
+    if exact is None or shifted is None:
+        raise LookupError("the loss was not timed yet; run this without --draw")
+    return exact / shifted
 
 
 def draw(found: Cells, extension: Cells, path: Any) -> None:
@@ -129,7 +158,8 @@ def draw(found: Cells, extension: Cells, path: Any) -> None:
     draw_times(found, panels[0], panels[1])
     if trained:
         draw_losses(extension, panels[2], panels[3])
-    save(figure, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def draw_times(found: Cells, left: Any, right: Any) -> None:
@@ -182,7 +212,7 @@ def draw_losses(extension: Cells, left: Any, right: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a smoke test")
-    parser.add_argument("--draw", action="store_true", help="only draw what was measured")
+    parser.add_argument("--draw", action="store_true", help="only draw and write what was measured")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     found = Cells(RESULTS / f"shifted_attention{'_quick' * arguments.quick}.json")
@@ -190,9 +220,9 @@ def main() -> None:
         found.run(cells((256, 512), 1) if arguments.quick else cells(WINDOWS, 2), measure)
     extension = Cells(RESULTS / "extension.json")
     print(table(found))
-    print(curves(extension))
     if not arguments.quick:
         draw(found, extension, IMAGES / "shifted-attention.png")
+        write("shifted-attention.md", page_values(found, extension))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.experiments import data_types, extension, qlora_vs_lora, shifted_attention, texts
+from benchmarks.experiments import (
+    data_types,
+    extension,
+    extension_cells,
+    extension_page,
+    qlora_vs_lora,
+    shifted_attention,
+    texts,
+)
 from benchmarks.experiments.cells import Cells
 from torch import nn
 
@@ -46,7 +54,7 @@ def test_nothing_held_out_is_trained_on() -> None:
     assert not set(texts.TRAINING_MODULES) & set(texts.HELD_OUT_MODULES)
     for documents in (data_types.SOURCES, qlora_vs_lora.DOCUMENTS, extension.LOOKED_AT):
         assert set(documents) <= set(texts.HELD_OUT_MODULES)
-    for cell in extension.all_cells():
+    for cell in extension_cells.all_cells():
         assert cell.get("document", "tarfile") in texts.HELD_OUT_MODULES
 
 
@@ -100,7 +108,7 @@ def test_buckets_are_joined_by_their_tokens() -> None:
         {"start": 2048, "stop": 4096, "num_tokens": 2048, "nll": 2.0},
         {"start": 4096, "stop": 6144, "num_tokens": 2048, "nll": 9.0},
     ]
-    found = extension.mean_perplexity(buckets, 0, 4096)
+    found = extension_page.mean_perplexity(buckets, 0, 4096)
     assert found == pytest.approx(2.718281828459045 ** ((2047 + 2 * 2048) / 4095), rel=1e-12)
 
 
@@ -108,7 +116,7 @@ def test_every_cell_of_every_table_is_different() -> None:
     for cells in (
         list(data_types.cells(1024)),
         list(qlora_vs_lora.cells(window=1024, steps=24)),
-        list(extension.all_cells()),
+        list(extension_cells.all_cells()),
         list(shifted_attention.cells(shifted_attention.WINDOWS, 2)),
     ):
         assert len({repr(sorted(cell.items())) for cell in cells}) == len(cells)

@@ -1,0 +1,82 @@
+"""The cells of experiment 2 (``extension.py``), the most telling first: what there is no time for stands last."""
+
+from collections.abc import Iterator, Sequence
+
+from benchmarks.experiments.cells import Settings
+
+NATIVE, BUCKET = 8192, 2048
+ROPES = ("none", "yarn", "linear", "ntk", "theta")
+LORA, NORMS, EMBEDDINGS = "LoRA", "LoRA + norms", "LoRA + norms + embeddings"  # what is trained
+FINISHED = "shifted, then exact"  # the last quarter of the steps
+
+
+def positions(context: int, document: str) -> Iterator[Settings]:
+    """Every scaling of the positions, without training."""
+    for rope in ROPES:
+        yield {"part": "positions", "rope": rope, "context": context, "document": document}
+
+
+def short_context(context: int, document: str) -> Iterator[Settings]:
+    """What a scaling costs where none is needed, without reading farther."""
+    for rope in ROPES:
+        yield {"part": "positions", "rope": rope, "context": context, "document": document, "tokens": BUCKET}
+
+
+def training(*, context: int, window: int, steps: int, document: str) -> Iterator[Settings]:
+    """Ingredients of a training, the most telling first."""
+    size = {"context": context, "window": window, "steps": steps, "document": document}
+    for rope, trained, attention, seed in (
+        ("linear", LORA, "exact", 0),
+        ("linear", LORA, "shifted", 0),
+        ("linear", NORMS, "exact", 0),
+        ("linear", EMBEDDINGS, "exact", 0),
+        ("yarn", LORA, "exact", 0),
+        ("linear", LORA, "exact", 1),
+        ("linear", LORA, "shifted", 1),
+        ("linear", LORA, FINISHED, 0),
+        ("yarn", LORA, "shifted", 0),
+        ("linear", NORMS, "exact", 1),
+        ("linear", EMBEDDINGS, "exact", 1),
+        ("linear", EMBEDDINGS, "shifted", 0),
+        ("yarn", NORMS, "exact", 0),
+        ("yarn", EMBEDDINGS, "exact", 0),
+        ("linear", LORA, FINISHED, 1),
+    ):
+        yield {"part": "training", "rope": rope, "trained": trained, "attention": attention, "seed": seed, **size}
+
+
+def retrieval(rope: str, context: int, length: int, depths: Sequence[float], trials: int) -> Settings:
+    return {
+        "part": "passkey",
+        "rope": rope,
+        "context": context,
+        "length": length,
+        "depths": list(depths),
+        "trials": trials,
+    }
+
+
+def all_cells() -> Iterator[Settings]:
+    """All of it, the most telling first: a run may be broken off at any time."""
+    near, far = 2 * NATIVE, 4 * NATIVE
+    trainings = list(training(context=near, window=2048, steps=8, document="tarfile"))
+    depths = (0.0, 0.5, 1.0)
+    yield from short_context(near, "tarfile")
+    yield from short_context(far, "tarfile")
+    yield from trainings[:4]
+    yield from positions(near, "tarfile")
+    yield from trainings[4:8]
+    yield from (retrieval(rope, near, 12_288, depths, 2) for rope in ("yarn", "none"))
+    yield from (retrieval(rope, near, 4096, depths, 2) for rope in ("yarn", "none", "linear"))
+    yield from trainings[8:]
+    yield from positions(far, "turtle")
+    yield from positions(near, "turtle")
+    yield retrieval("linear", near, 12_288, depths, 2)
+
+
+def quick_cells() -> Iterator[Settings]:
+    yield {"part": "positions", "rope": "yarn", "context": 2 * NATIVE, "document": "tarfile", "tokens": 512}
+    size = {"context": 2 * NATIVE, "window": 256, "steps": 2, "document": "tarfile", "tokens": 512}
+    recipe = {"rope": "linear", "trained": EMBEDDINGS, "attention": FINISHED, "seed": 0}
+    yield {"part": "training", **recipe, **size}
+    yield retrieval("yarn", 2 * NATIVE, 256, (0.5,), 1)

@@ -1,0 +1,209 @@
+"""What experiment 2 found, as tables and figures of docs/explanation/extension.md.
+
+Cells that were not measured are left out of tables and figures; a number within a sentence must be there.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from benchmarks.experiments.cells import IMAGES, Cells
+from benchmarks.experiments.extension_cells import EMBEDDINGS, FINISHED, LORA, NATIVE, NORMS, ROPES
+from benchmarks.experiments.pages import rows
+
+Buckets = Sequence[dict[str, float]]
+NAMES = {"none": "none", "yarn": "YaRN", "linear": "linear", "ntk": "NTK", "theta": "theta"}
+COLOURS = {"none": "black", "yarn": "C0", "linear": "C1", "ntk": "C2", "theta": "C4"}
+NEAR, FAR = 2 * NATIVE, 4 * NATIVE
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+def mean_nll(buckets: Buckets, start: int = 0, stop: float = math.inf) -> float:
+    """Loss of the positions ``[start, stop)``, whose bounds are bounds of buckets."""
+    inside = [bucket for bucket in buckets if start <= bucket["start"] and bucket["stop"] <= stop]
+    tokens = sum(bucket["num_tokens"] for bucket in inside)
+    return sum(bucket["num_tokens"] * bucket["nll"] for bucket in inside) / tokens
+
+
+def mean_perplexity(buckets: Buckets, start: int = 0, stop: float = math.inf) -> float:
+    """Its exponential."""
+    return math.exp(mean_nll(buckets, start, stop))
+
+
+def untrained(found: Cells, rope: str, context: int = NEAR, document: str = "tarfile") -> Buckets | None:
+    """The model with scaled positions as it is, over the whole document."""
+    records = found.select(part="positions", rope=rope, context=context, document=document)
+    return next((r["result"]["by_position"] for r in records if "tokens" not in r["settings"]), None)
+
+
+def trained(found: Cells, rope: str, what: str, attention: str, seed: int) -> dict[str, Any] | None:
+    """The result of one training."""
+    records = found.select(part="training", rope=rope, trained=what, attention=attention, seed=seed)
+    return records[0]["result"] if records else None
+
+
+def paired(buckets: Buckets, others: Buckets) -> tuple[float, float]:
+    """Loss over another's, in nats a token: mean over the buckets and its standard error."""
+    differences = [ours["nll"] - theirs["nll"] for ours, theirs in zip(buckets, others, strict=True)]
+    return mean(differences), stdev(differences) / math.sqrt(len(differences))
+
+
+# ------------------------------------------------------------------------------------------------ tables
+def table_of_positions(found: Cells, context: int, document: str) -> str:
+    """Perplexity by position, one row a scaling."""
+    body, head = [], ["positions"]
+    for rope in ROPES:
+        buckets = untrained(found, rope, context, document)
+        if buckets is not None:
+            body.append([NAMES[rope], *(number(math.exp(bucket["nll"])) for bucket in buckets)])
+            head = ["positions", *(f"to {bucket['stop']:,.0f}" for bucket in buckets)]
+    return rows(head, body)
+
+
+def table_of_short_context(found: Cells) -> str:
+    """What a scaling costs in the first bucket."""
+    head, body = ["scaled for", *(NAMES[rope] for rope in ROPES)], []
+    for context in (NEAR, FAR):
+        line = [f"{context:,}"]
+        for rope in ROPES:
+            records = found.select(part="positions", rope=rope, context=context, document="tarfile")
+            line.append(number(math.exp(records[0]["result"]["by_position"][0]["nll"])) if records else "")
+        body.append(line)
+    return rows(head, body)
+
+
+def table_of_trainings(found: Cells) -> str:
+    """Perplexity after training, and the loss over that of adapters alone with exact attention and the same seed."""
+    body = []
+    for rope in ("linear", "yarn"):
+        before = untrained(found, rope)
+        if before is not None:
+            body.append([NAMES[rope], "nothing", "", "", *halves(before), "", ""])
+        for record in sorted(found.select(part="training", rope=rope), key=_place):
+            settings, result = record["settings"], record["result"]
+            reference = trained(found, rope, LORA, "exact", settings["seed"])
+            is_reference = settings["trained"] == LORA and settings["attention"] == "exact"
+            compared = ""
+            if reference is not None and not is_reference:
+                difference, error = paired(result["by_position"], reference["by_position"])
+                compared = f"{difference:+.3f} ± {error:.3f}"
+            body.append(
+                [
+                    NAMES[rope],
+                    settings["trained"],
+                    settings["attention"],
+                    str(settings["seed"]),
+                    *halves(result["by_position"]),
+                    compared,
+                    f"{sum(result['step_cpu_s']):.0f} s",
+                ]
+            )
+    head = ["positions", "trained", "attention", "seed", f"to {NATIVE:,}", f"{NATIVE:,} to {NEAR:,}"]
+    return rows([*head, "loss over LoRA, exact", "steps, processor time"], body)
+
+
+def _place(record: dict[str, Any]) -> tuple[int, int, int]:
+    settings = record["settings"]
+    what, attention = (LORA, NORMS, EMBEDDINGS), ("exact", "shifted", FINISHED)
+    return what.index(settings["trained"]), attention.index(settings["attention"]), settings["seed"]
+
+
+def halves(buckets: Buckets) -> tuple[str, str]:
+    """Perplexity inside and beyond the native context."""
+    return number(mean_perplexity(buckets, 0, NATIVE)), number(mean_perplexity(buckets, NATIVE))
+
+
+def table_of_retrieval(found: Cells) -> str:
+    """Pass keys found of those hidden, and the loss of the key, by length, depth and scaling."""
+    head, body = ["length", "positions", "found", "loss of the key (nats) by depth"], []
+    for record in sorted(found.select(part="passkey"), key=lambda record: record["settings"]["length"]):
+        cells = record["result"]["cells"]
+        won, trials = (sum(cell[name] for cell in cells) for name in ("num_correct", "num_trials"))
+        by_depth = ", ".join(f"{cell['depth']:.0%}: {cell['key_nll']:.1f}" for cell in cells)
+        settings = record["settings"]
+        body.append([f"{settings['length']:,}", NAMES[settings["rope"]], f"{won} of {trials}", by_depth])
+    return rows(head, body)
+
+
+def number(value: float) -> str:
+    """A perplexity for people."""
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+
+
+# ------------------------------------------------------------------------------------------------ figures
+def draw(found: Cells) -> None:
+    """Both figures of the page."""
+    draw_positions(found)
+    if found.select(part="training"):
+        draw_training(found)
+
+
+def draw_positions(found: Cells) -> None:
+    """Perplexity by position for every scaling; one panel for each document and context."""
+    from matplotlib.figure import Figure
+
+    shown = [(NEAR, "tarfile"), (NEAR, "turtle"), (FAR, "turtle")]
+    shown = [panel for panel in shown if any(untrained(found, rope, *panel) is not None for rope in ROPES)]
+    figure = Figure(figsize=(5.5 * max(1, len(shown)), 4.2), layout="constrained")
+    for axes, (context, name) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for rope in ROPES:
+            buckets = untrained(found, rope, context, name)
+            if buckets is not None:
+                curve(axes, buckets, color=COLOURS[rope], label=NAMES[rope])
+        axes.axvline(NATIVE, color="grey", linestyle=":", label="native context")
+        by_position(axes, f"{name}, scaled for {context:,}")
+    save(figure, "extension-positions.png")
+
+
+def draw_training(found: Cells) -> None:
+    """Perplexity by position after training, over that of the same positions untrained."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, rope in zip(figure.subplots(1, 2), ("linear", "yarn"), strict=True):
+        before = untrained(found, rope)
+        if before is not None:
+            curve(axes, before, color="black", label="no training")
+        for record in found.select(part="training", rope=rope):
+            settings = record["settings"]
+            curve(
+                axes,
+                record["result"]["by_position"],
+                color={"exact": "C0", "shifted": "C3"}.get(settings["attention"], "C2"),
+                linestyle={LORA: "-", NORMS: "--", EMBEDDINGS: "-."}[settings["trained"]],
+                alpha=0.5 if settings["seed"] else 1.0,
+                label=f"{settings['trained']}, {settings['attention']}" if not settings["seed"] else None,
+            )
+        axes.axvline(NATIVE, color="grey", linestyle=":")
+        by_position(axes, f"positions {NAMES[rope]}, trained (a second seed paler)")
+    save(figure, "extension-training.png")
+
+
+def curve(axes: Any, buckets: Buckets, **style: Any) -> None:
+    centres = [(bucket["start"] + bucket["stop"]) / 2 for bucket in buckets]
+    axes.plot(centres, [math.exp(bucket["nll"]) for bucket in buckets], marker="o", markersize=4, **style)
+
+
+def by_position(axes: Any, title: str) -> None:
+    axes.set(yscale="log", xlabel="position (tokens)", ylabel="perplexity", title=title)
+    plain: Callable[[float, Any], str] = lambda value, place: f"{value:,g}"  # noqa: E731
+    axes.yaxis.set_major_formatter(plain)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def save(figure: Any, name: str) -> None:
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    figure.savefig(IMAGES / name, dpi=150)
+
+
+# ------------------------------------------------------------------------------------------------ the page
+def page_values(found: Cells) -> dict[str, str]:
+    """The numbers of docs/explanation/extension.md."""
+    return {
+        "positions": table_of_positions(found, NEAR, "tarfile"),
+        "short context": table_of_short_context(found),
+        "trainings": table_of_trainings(found),
+        "retrieval": table_of_retrieval(found),
+    }
