@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longfit.engine.attention import tile_backward, tile_forward
 from longfit.engine.schedule import Schedule, build_schedule, document_starts
+from longfit.engine.tile_attention import tile_backward, tile_forward
 from longfit.kernels import cpu_attention
 
 RESULTS = Path(__file__).parent / "results"

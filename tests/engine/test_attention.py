@@ -11,8 +11,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from longfit.engine import attention as attention_module
 from longfit.engine import attention_aten, attention_reference
-from longfit.engine.attention import BACKENDS, attend, attention_key, choose_backend, tile_backward, tile_forward
+from longfit.engine.attention import attend, attention_key
 from longfit.engine.schedule import build_schedule, document_starts
+from longfit.engine.tile_attention import BACKENDS, choose_backend, tile_backward, tile_forward
 from longfit.errors import BackendError, ContextError, DataError, ModelError
 from longfit.numerics import shifted_attention as oracle
 

@@ -12,8 +12,9 @@ import torch
 from tests.engine.flash_ops import StandIns
 from torch import Tensor
 
-from longfit.engine import attention_efficient, attention_flash, attention_reference
+from longfit.engine import attention_efficient, attention_flash, attention_reference, sequences
 from longfit.engine.schedule import Schedule, build_schedule, document_starts
+from longfit.engine.tile import Tile
 
 HEADS = [(9, 3), (1, 1)]
 TOKENS = 90
@@ -49,14 +50,12 @@ def by_tiles(module: ModuleType, tensors: list[Tensor], schedule: Schedule, *, t
     spans = [(low, min(low + tile, tokens)) for low in range(0, tokens, tile)]
     for low, high in spans:
         here = (slice(None), slice(None), slice(low, high))
-        out[here], lse[here] = module.forward(
-            q[here], k[:, :, :high], v[:, :, :high], schedule, start=low, scaling=0.5, softcap=None
-        )
+        out[here], lse[here] = module.forward(Tile(q[here], k[:, :, :high], v[:, :, :high], schedule, low, 0.5))
     for low, high in reversed(spans):
         here = (slice(None), slice(None), slice(low, high))
         grad_q[here] = module.backward(
-            grad_out[here], q[here], k[:, :, :high], v[:, :, :high], out[here], lse[here], schedule, start=low,
-            scaling=0.5, softcap=None, grad_k=grad_k[:, :, :high], grad_v=grad_v[:, :, :high],
+            Tile(q[here], k[:, :, :high], v[:, :, :high], schedule, low, 0.5), grad_out[here], out[here], lse[here],
+            grad_k=grad_k[:, :, :high], grad_v=grad_v[:, :, :high],
         )  # fmt: skip
     return [out, lse, grad_q, grad_k, grad_v]
 
@@ -103,12 +102,12 @@ def heads_of_calls(kind: str, tensors: list[Tensor], **documents: Tensor) -> lis
     starts = document_starts(q.shape[0], q.shape[2], **documents)
     schedule = build_schedule(q.shape[1], starts, **SCHEDULES[kind])
     with StandIns() as kernels:
-        attention_flash.forward(q, k, v, schedule, start=0, scaling=1.0, softcap=None)
+        attention_flash.forward(Tile(q, k, v, schedule, 0, 1.0))
     return kernels.num_heads
 
 
 def test_heads_are_split_where_a_tensor_would_be_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_flash, "MAX_ELEMENTS", 2 * 64 * 8)
+    monkeypatch.setattr(sequences, "MAX_ELEMENTS", 2 * 64 * 8)
     assert heads_of_calls("exact", random_tensors(12, 6, 64, torch.float32)) == [4, 4, 4] * 2
 
 

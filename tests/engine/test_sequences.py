@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from longfit.engine import sequences as sequences_module
 from longfit.engine.schedule import build_schedule, document_starts
 from longfit.engine.sequences import Sequence, sequences, shared_heads, shares
+from longfit.engine.tile import Tile
 
 KINDS = ({}, {"group_size": 16}, {"group_size": 300}, {"sliding_window": 1}, {"sliding_window": 9})
 DOCUMENTS = {
@@ -58,10 +60,14 @@ def test_as_few_as_documents_and_groups() -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (9, 3), (8, 1), (1, 1), (32, 8)])
 @pytest.mark.parametrize("max_kv_heads", [1, 2, 100])
-def test_every_head_is_shared_once_and_with_its_keys(heads: int, kv_heads: int, max_kv_heads: int) -> None:
+def test_every_head_is_shared_once_and_with_its_keys(
+    monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, max_kv_heads: int
+) -> None:
+    monkeypatch.setattr(sequences_module, "MAX_ELEMENTS", max_kv_heads * 8 * 3)  # keys of 8 tokens, 3 dimensions
+    keys = torch.empty(2, kv_heads, 8, 3)
     schedule = build_schedule(heads, document_starts(2, 8), group_size=4)
     seen = []
-    for share in shares(schedule, start=0, num_queries=8, num_kv_heads=kv_heads, max_kv_heads=max_kv_heads):
+    for share in shares(Tile(torch.empty(2, heads, 8, 3), keys, keys, schedule, 0, 1.0)):
         query_heads, key_heads = range(heads)[share.heads], range(kv_heads)[share.kv_heads]
         assert len(key_heads) <= max_kv_heads
         repeats = len(query_heads) // len(key_heads)

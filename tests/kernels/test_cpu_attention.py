@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longfit.engine.attention import tile_backward, tile_forward
 from longfit.engine.schedule import Schedule, build_schedule, document_starts
+from longfit.engine.tile_attention import tile_backward, tile_forward
 from longfit.kernels import cpu_attention
 from longfit.kernels.cpu_attention import attention_backward, attention_forward
 

@@ -73,7 +73,7 @@ def inspect_machine() -> dict[str, Any]:
     import psutil  # type: ignore[import-untyped]
     import torch
 
-    from longfit.engine.attention import BACKENDS
+    from longfit.engine.tile_attention import BACKENDS
 
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
     return {

@@ -1,17 +1,12 @@
-"""Attention of a tile of queries over all earlier keys, and the function that transformers calls for every layer.
+"""The attention that transformers calls for every layer: exact, or shifted while a module trains.
 
-    tile_forward     out and log-sum-exp of the queries [start, start + t)
-    tile_backward    their gradients from that log-sum-exp; those of keys and values are added to running sums
-    attention_key    registers exact or shifted attention with transformers under a name and returns the name
+    attention_key    registers one of them with transformers under a name and returns the name
+    attend           what is registered: one layer's attention, or a tile's of it under the layer sweep
 
-What a query may see is a ``Schedule``. How it is computed is a backend: the first row of ``BACKENDS`` that supports the
-call, or the one that is forced by name. Every backend computes the same attention; they differ in speed and range.
-
-Shifted attention (LongLoRA, section 3.2) acts only while a module trains; evaluation and generation are exact.
+Shifted attention (LongLoRA, section 3.2) acts only while a module trains; evaluation and generation are exact. The
+computation is ``tile_attention``'s; here is what a layer asks for, turned into a schedule, and what is refused.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,137 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from longfit.engine import attention_aten, attention_cpu, attention_efficient, attention_flash, attention_reference
 from longfit.engine.schedule import Schedule, build_schedule, check_group_size, document_starts
-from longfit.errors import BackendError, ContextError, ModelError
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to compute tile attention.
-
-    Attributes:
-        name: what a caller forces it by.
-        supports: ``(q, k, v, softcap=...)`` -> None, or the reason why it cannot take the call.
-        forward, backward: as ``tile_forward`` and ``tile_backward``, all keywords given, arguments checked.
-    """
-
-    name: str
-    supports: Callable[..., str | None]
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., Tensor]
-
-
-BACKENDS = (
-    Backend("flash", attention_flash.supports, attention_flash.forward, attention_flash.backward),
-    Backend("efficient", attention_efficient.supports, attention_efficient.forward, attention_efficient.backward),
-    Backend("cpu", attention_cpu.supports, attention_cpu.forward, attention_cpu.backward),
-    Backend("aten", attention_aten.supports, attention_aten.forward, attention_aten.backward),
-    Backend("reference", attention_reference.supports, attention_reference.forward, attention_reference.backward),
-)
-"""In the order of preference; the last takes everything."""
-
-
-def choose_backend(
-    q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None = None, name: str | None = None
-) -> Backend:
-    """Take the first backend that supports a call, or the one named.
-
-    Args:
-        q, k, v: as in ``tile_forward``; only shape, dtype and device are looked at.
-        softcap: as in ``tile_forward``.
-        name: of a backend; None lets the table decide.
-    Raises: BackendError: ``name`` is unknown, or that backend does not support the call.
-    """
-    if name is None:
-        return next(backend for backend in BACKENDS if backend.supports(q, k, v, softcap=softcap) is None)
-    for backend in BACKENDS:
-        if backend.name == name:
-            reason = backend.supports(q, k, v, softcap=softcap)
-            if reason is not None:
-                raise BackendError(f"attention backend {name!r}: {reason}; let longfit choose, or force another")
-            return backend
-    known = ", ".join(backend.name for backend in BACKENDS)
-    raise BackendError(f"attention backend {name!r}: unknown; allowed are {known}")
-
-
-def tile_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    schedule: Schedule,
-    *,
-    start: int,
-    scaling: float,
-    softcap: float | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attend from a tile of queries to the keys its schedule shows.
-
-    Args:
-        q: ``[B, H, t, D]``, tokens ``[start, start + t)``; any float dtype, any strides.
-        k, v: ``[B, K, n, D]``, tokens ``[0, n)`` with ``n >= start + t``; H a multiple of K.
-        schedule: of the whole sequence.
-        start: first token of the tile.
-        scaling: of the scores.
-        softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma-2); None is off.
-        backend: forces one by name.
-    Returns: out ``[B, H, t, D]`` in the dtype of ``q``, stored as ``[B, t, H, D]``; natural log-sum-exp of the scores,
-        float32 (float64 for float64) ``[B, H, t]``.
-    Raises: ValueError: shapes, dtypes or devices do not fit each other. BackendError: as ``choose_backend``.
-    """
-    _check_tile(q, k, v, schedule, start)
-    chosen = choose_backend(q, k, v, softcap=softcap, name=backend)
-    return chosen.forward(q, k, v, schedule, start=start, scaling=scaling, softcap=softcap)
-
-
-def tile_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    schedule: Schedule,
-    *,
-    start: int,
-    scaling: float,
-    softcap: float | None = None,
-    grad_k: Tensor,
-    grad_v: Tensor,
-    backend: str | None = None,
-) -> Tensor:
-    """Differentiate ``tile_forward``.
-
-    Args:
-        grad_out: ``[B, H, t, D]``.
-        q, k, v, schedule, start, scaling, softcap, backend: those of the forward.
-        out, lse: what it returned, by whichever backend.
-        grad_k, grad_v: float32 (float64 for float64) ``[B, K, n, D]``; the tile's share is **added in place**.
-    Returns: grad_q ``[B, H, t, D]`` in the dtype of ``q``.
-    Raises: ValueError: shapes, dtypes or devices do not fit each other. BackendError: as ``choose_backend``.
-    """
-    _check_tile(q, k, v, schedule, start)
-    if grad_k.shape != k.shape or grad_v.shape != v.shape or grad_k.dtype != lse.dtype or grad_v.dtype != lse.dtype:
-        raise ValueError(
-            f"grad_k {_describe(grad_k)}, grad_v {_describe(grad_v)}: must have the shapes of k {list(k.shape)} and"
-            f" v {list(v.shape)} in {lse.dtype}"
-        )
-    chosen = choose_backend(q, k, v, softcap=softcap, name=backend)
-    return chosen.backward(
-        grad_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        schedule,
-        start=start,
-        scaling=scaling,
-        softcap=softcap,
-        grad_k=grad_k,
-        grad_v=grad_v,
-    )
+from longfit.engine.tile_attention import tile_backward, tile_forward
+from longfit.errors import ContextError, ModelError
 
 
 class TileContext(Protocol):
@@ -376,27 +243,3 @@ def _same_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor
         dtype = torch.get_autocast_dtype(q.device.type)
         return q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v
-
-
-def _check_tile(q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, start: int) -> None:
-    shapes = f"q {_describe(q)}, k {_describe(k)}, v {_describe(v)}"
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"{shapes}: must be [B, H, t, D], [B, K, n, D] and [B, K, n, D of values]")
-    if q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{shapes}: batches must agree and query heads be a multiple of key/value heads")
-    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        raise ValueError(f"{shapes}: must have one dtype and one device; cast them, or run under torch.autocast")
-    end = start + q.shape[2]
-    if start < 0 or k.shape[2] < end or schedule.num_tokens < end:
-        raise ValueError(
-            f"queries [{start}, {end}) over {k.shape[2]} keys and a schedule of {schedule.num_tokens} tokens: both must"
-            f" cover the last query"
-        )
-    if schedule.num_heads != q.shape[1] or schedule.first_key.shape[1] != q.shape[0]:
-        raise ValueError(
-            f"schedule of {schedule.first_key.shape[1]} rows and {schedule.num_heads} heads does not fit {shapes}"
-        )
-
-
-def _describe(x: Tensor) -> str:
-    return f"{list(x.shape)} {x.dtype} on {x.device}"

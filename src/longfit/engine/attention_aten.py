@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longfit.engine.schedule import Schedule
 from longfit.engine.sequences import shared_heads
+from longfit.engine.tile import Tile, rows_contiguous
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -56,68 +56,50 @@ class Call(NamedTuple):
     first_key: Tensor  # [t] of the whole tile
     piece: Piece
 
+    def queries(self, start: int) -> tuple[slice, slice, slice]:
+        """Where its queries are: an index of ``[B, H, t, D]``."""
+        return self.rows, self.heads, slice(self.piece.low - start, self.piece.high - start)
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, *, start: int, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """See ``attention.tile_forward``."""
-    assert softcap is None
-    q, k, v = _rows_contiguous(q), _rows_contiguous(k), _rows_contiguous(v)
-    batch, num_heads, num_queries, head_dim = q.shape
-    sum_dtype = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_empty(batch, num_queries, num_heads, head_dim).transpose(1, 2)  # [B, H, t, D]
-    lse = q.new_empty(batch, num_heads, num_queries, dtype=sum_dtype)  # [B, H, t]
-    for call in _calls(schedule, start, num_queries, num_heads // k.shape[1]):
-        queries = slice(call.piece.low - start, call.piece.high - start)
-        here = (call.rows, call.heads, queries)
+    def keys(self, part: Part) -> tuple[slice, slice, slice]:
+        """Where the keys of one of its parts are: an index of ``[B, K, n, D]``."""
+        return self.rows, self.kv_heads, slice(part.low, part.high)
+
+
+def forward(tile: Tile) -> tuple[Tensor, Tensor]:
+    """See ``tile_attention.tile_forward``."""
+    assert tile.softcap is None
+    tile = tile.rows_contiguous()
+    q, k, v = tile.q, tile.k, tile.v
+    out, lse = tile.empty_results()  # [B, H, t, D], [B, H, t]
+    for call in _calls(tile):
+        here = call.queries(tile.start)
         for number, part in enumerate(call.piece.parts):
-            there = (call.rows, call.kv_heads, slice(part.low, part.high))
-            mask = _mask(call, part, start, q.dtype)
+            there = call.keys(part)
+            mask = _mask(call, part, tile)
             causal = part.visible == "causal"
-            part_out, part_lse = _flash(q[here], k[there], v[there], 0.0, causal, attn_mask=mask, scale=scaling)
+            part_out, part_lse = _flash(q[here], k[there], v[there], 0.0, causal, attn_mask=mask, scale=tile.scaling)
             if number:
                 part_out, part_lse = _merge(out[here], lse[here], part_out, part_lse)
             out[here], lse[here] = part_out, part_lse
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    schedule: Schedule,
-    *,
-    start: int,
-    scaling: float,
-    softcap: float | None,
-    grad_k: Tensor,
-    grad_v: Tensor,
-) -> Tensor:
-    """See ``attention.tile_backward``."""
-    assert softcap is None
-    grad_out, q, k, v, out = (_rows_contiguous(x) for x in (grad_out, q, k, v, out))
+def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
+    """See ``tile_attention.tile_backward``."""
+    assert tile.softcap is None
+    tile = tile.rows_contiguous()
+    q, k, v = tile.q, tile.k, tile.v
+    grad_out, out = rows_contiguous(grad_out), rows_contiguous(out)
     grad_q = torch.empty_like(q)
-    for call in _calls(schedule, start, q.shape[2], q.shape[1] // k.shape[1]):
-        queries = slice(call.piece.low - start, call.piece.high - start)
-        here = (call.rows, call.heads, queries)
+    for call in _calls(tile):
+        here = call.queries(tile.start)
         shares = []
         for part in call.piece.parts:
-            there = (call.rows, call.kv_heads, slice(part.low, part.high))
+            there = call.keys(part)
             part_q, part_k, part_v = _flash_backward(
-                grad_out[here],
-                q[here],
-                k[there],
-                v[there],
-                out[here],
-                lse[here],
-                0.0,
-                part.visible == "causal",
-                attn_mask=_mask(call, part, start, q.dtype),
-                scale=scaling,
-            )
+                grad_out[here], q[here], k[there], v[there], out[here], lse[here], 0.0, part.visible == "causal",
+                attn_mask=_mask(call, part, tile), scale=tile.scaling,
+            )  # fmt: skip
             grad_k[there] += part_k
             grad_v[there] += part_v
             shares.append(part_q)
@@ -175,27 +157,26 @@ def _run(first: int, low: int, high: int) -> Piece:
     return Piece(low, high, (Part(first, low, "all"), square) if first < low else (square,))
 
 
-def _calls(schedule: Schedule, start: int, num_queries: int, repeats: int) -> Iterator[Call]:
-    batch = schedule.first_key.shape[1]
-    classes = zip(pairwise(schedule.head_bounds), schedule.tile(start, num_queries), strict=True)
+def _calls(tile: Tile) -> Iterator[Call]:
+    classes = zip(pairwise(tile.schedule.head_bounds), tile.first_key(), strict=True)
     for (low, high), first_key in classes:  # first_key [B, t]
         alike = bool((first_key == first_key[:1]).all())
-        for row in range(1 if alike else batch):
+        for row in range(1 if alike else first_key.shape[0]):
             rows = slice(None) if alike else slice(row, row + 1)
-            for piece in pieces(first_key[row], start):
-                for heads, kv_heads in shared_heads(low, high, repeats):
+            for piece in pieces(first_key[row], tile.start):
+                for heads, kv_heads in shared_heads(low, high, tile.repeats):
                     yield Call(rows, heads, kv_heads, first_key[row], piece)
 
 
-def _mask(call: Call, part: Part, start: int, dtype: torch.dtype) -> Tensor | None:
+def _mask(call: Call, part: Part, tile: Tile) -> Tensor | None:
     """Additive mask [1, 1, Q, S]; the kernel reads it in the dtype of the queries."""
     if part.visible != "mask":
         return None
-    first = call.first_key[call.piece.low - start : call.piece.high - start, None]
+    first = call.first_key[call.piece.low - tile.start : call.piece.high - tile.start, None]
     keys = torch.arange(part.low, part.high)
     queries = torch.arange(call.piece.low, call.piece.high)[:, None]
     hidden = (keys < first) | (keys > queries)
-    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))[None, None]
+    return torch.zeros(hidden.shape, dtype=tile.q.dtype).masked_fill_(hidden, float("-inf"))[None, None]
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,7 +184,3 @@ def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[
     both = torch.logaddexp(lse, other_lse)
     share, other_share = (lse - both).exp_()[..., None], (other_lse - both).exp_()[..., None]
     return out * share + other * other_share, both
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -6,50 +6,25 @@ Which keys are visible is read by the kernel itself, row by row; nothing is cut 
 import torch
 from torch import Tensor
 
-from longfit.engine.schedule import Schedule
+from longfit.engine.tile import Tile
 from longfit.kernels import cpu_attention
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, *, start: int, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """See ``attention.tile_forward``."""
-    assert softcap is None
-    first_key = schedule.tile(start, q.shape[2])
-    return cpu_attention.attention_forward(q, k, v, first_key, schedule.head_bounds, start=start, scaling=scaling)
-
-
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    schedule: Schedule,
-    *,
-    start: int,
-    scaling: float,
-    softcap: float | None,
-    grad_k: Tensor,
-    grad_v: Tensor,
-) -> Tensor:
-    """See ``attention.tile_backward``."""
-    assert softcap is None
-    return cpu_attention.attention_backward(
-        grad_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        schedule.tile(start, q.shape[2]),
-        schedule.head_bounds,
-        start=start,
-        scaling=scaling,
-        grad_k=grad_k,
-        grad_v=grad_v,
+def forward(tile: Tile) -> tuple[Tensor, Tensor]:
+    """See ``tile_attention.tile_forward``."""
+    assert tile.softcap is None
+    return cpu_attention.attention_forward(
+        tile.q, tile.k, tile.v, tile.first_key(), tile.schedule.head_bounds, start=tile.start, scaling=tile.scaling
     )
+
+
+def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
+    """See ``tile_attention.tile_backward``."""
+    assert tile.softcap is None
+    return cpu_attention.attention_backward(
+        grad_out, tile.q, tile.k, tile.v, out, lse, tile.first_key(), tile.schedule.head_bounds,
+        start=tile.start, scaling=tile.scaling, grad_k=grad_k, grad_v=grad_v,
+    )  # fmt: skip
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str | None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from longfit.engine import attention_reference
-from longfit.engine.attention_flash import KEY_BLOCK, MAX_ELEMENTS
 from longfit.engine.schedule import Schedule
 from longfit.engine.sequences import Sequence, Share, shares
+from longfit.engine.sizes import KEY_BLOCK
+from longfit.engine.tile import Tile, rows_contiguous
 
 _efficient = torch.ops.aten._efficient_attention_forward.default
 _efficient_backward = torch.ops.aten._efficient_attention_backward.default
@@ -27,71 +28,51 @@ LSE_MULTIPLE = 32
 """The kernel stores a row of log-sum-exps in a multiple of so many numbers and wants it back like that."""
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, *, start: int, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """See ``attention.tile_forward``."""
-    assert softcap is None
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    batch, num_heads, num_queries, _ = q.shape
-    out = q.new_empty(batch, num_queries, num_heads, v.shape[-1]).transpose(1, 2)  # [B, H, t, D]
-    lse = q.new_empty(batch, num_heads, num_queries, dtype=torch.float32)  # [B, H, t]
-    for share, sequence in _pairs(schedule, start, q, k):
+def forward(tile: Tile) -> tuple[Tensor, Tensor]:
+    """See ``tile_attention.tile_forward``."""
+    assert tile.softcap is None
+    tile = tile.rows_contiguous()
+    q, k, v = tile.q, tile.k, tile.v
+    out, lse = tile.empty_results()  # [B, H, t, D], [B, H, t]
+    for share, sequence in _pairs(tile):
         if sequence.window is not None:
-            queries, keys = _places(share, sequence, start)
-            part, part_lse = attention_reference.forward(
-                q[queries], k[keys], v[keys], _alone(sequence, share, q.device), start=sequence.low - sequence.first,
-                scaling=scaling, softcap=None,
-            )  # fmt: skip
-            out[queries], lse[queries] = part, part_lse
+            queries, _ = _places(share, sequence, tile.start)
+            out[queries], lse[queries] = attention_reference.forward(_alone(tile, share, sequence))
             continue
         there = (share.row, share.kv_heads, slice(sequence.first, sequence.high))
-        for here in _one_per_key_head(share, sequence, start):
+        for here in _one_per_key_head(share, sequence, tile.start):
             part, part_lse, *_ = _efficient(
                 _batched(q[here]), _batched(k[there]), _batched(v[there]), None, None, None, None, None, 0.0, CAUSAL,
-                compute_log_sumexp=True, scale=scaling,
+                compute_log_sumexp=True, scale=tile.scaling,
             )  # fmt: skip
             out[here], lse[here] = part[0].transpose(0, 1), part_lse[0, :, : sequence.high - sequence.low]
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    schedule: Schedule,
-    *,
-    start: int,
-    scaling: float,
-    softcap: float | None,
-    grad_k: Tensor,
-    grad_v: Tensor,
-) -> Tensor:
-    """See ``attention.tile_backward``."""
-    assert softcap is None
-    grad_out, q, k, v, out = (_rows_contiguous(x) for x in (grad_out, q, k, v, out))
+def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
+    """See ``tile_attention.tile_backward``."""
+    assert tile.softcap is None
+    tile = tile.rows_contiguous()
+    q, k, v = tile.q, tile.k, tile.v
+    grad_out, out = rows_contiguous(grad_out), rows_contiguous(out)
     grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     seed, offset = (torch.zeros((), dtype=torch.int64, device=q.device) for _ in "so")  # of dropout: none
-    for share, sequence in _pairs(schedule, start, q, k):
+    for share, sequence in _pairs(tile):
         if sequence.window is not None:
-            queries, keys = _places(share, sequence, start)
+            queries, keys = _places(share, sequence, tile.start)
             grad_q[queries] += attention_reference.backward(
-                grad_out[queries], q[queries], k[keys], v[keys], out[queries], lse[queries],
-                _alone(sequence, share, q.device), start=sequence.low - sequence.first, scaling=scaling, softcap=None,
+                _alone(tile, share, sequence), grad_out[queries], out[queries], lse[queries],
                 grad_k=grad_k[keys], grad_v=grad_v[keys],
             )  # fmt: skip
             continue
-        for here in _one_per_key_head(share, sequence, start):
+        for here in _one_per_key_head(share, sequence, tile.start):
             filled_lse = _filled_up(lse[here])
             for first, end, mask in _key_blocks(sequence):
                 there = (share.row, share.kv_heads, slice(first, end))
                 part_q, part_k, part_v, _ = _efficient_backward(
                     _batched(grad_out[here]), _batched(q[here]), _batched(k[there]), _batched(v[there]), None,
                     _batched(out[here]), None, None, sequence.high - sequence.low, end - first, filled_lse, 0.0, seed,
-                    offset, mask, False, scale=scaling,
+                    offset, mask, False, scale=tile.scaling,
                 )  # fmt: skip
                 grad_q[here] += part_q[0].transpose(0, 1)
                 grad_k[there] += part_k[0].transpose(0, 1)
@@ -117,10 +98,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str |
     return None
 
 
-def _pairs(schedule: Schedule, start: int, q: Tensor, k: Tensor) -> Iterator[tuple[Share, Sequence]]:
-    max_kv_heads = max(1, MAX_ELEMENTS // (k.shape[2] * k.shape[3]))
-    options = {"start": start, "num_queries": q.shape[2], "num_kv_heads": k.shape[1], "max_kv_heads": max_kv_heads}
-    for share in shares(schedule, **options):
+def _pairs(tile: Tile) -> Iterator[tuple[Share, Sequence]]:
+    for share in shares(tile):
         for sequence in share.sequences:
             yield share, sequence
 
@@ -147,12 +126,15 @@ def _key_blocks(sequence: Sequence) -> Iterator[tuple[int, int, int]]:
     yield sequence.low, sequence.high, CAUSAL
 
 
-def _alone(sequence: Sequence, share: Share, device: torch.device) -> Schedule:
-    """The schedule of one sequence with a window, numbered from its first key."""
+def _alone(tile: Tile, share: Share, sequence: Sequence) -> Tile:
+    """One sequence with a window as a tile of its own, numbered from its first key."""
     assert sequence.window is not None
     token = torch.arange(sequence.high - sequence.first, dtype=torch.int32)
     first_key = (token - sequence.window).clamp_(min=0)[None, None]
-    return Schedule(first_key.to(device, non_blocking=True), (0, share.heads.stop - share.heads.start), first_key)
+    num_heads = share.heads.stop - share.heads.start
+    schedule = Schedule(first_key.to(tile.q.device, non_blocking=True), (0, num_heads), first_key)
+    queries, keys = _places(share, sequence, tile.start)
+    return Tile(tile.q[queries], tile.k[keys], tile.v[keys], schedule, sequence.low - sequence.first, tile.scaling)
 
 
 def _filled_up(lse: Tensor) -> Tensor:
@@ -164,7 +146,3 @@ def _filled_up(lse: Tensor) -> Tensor:
 def _batched(x: Tensor) -> Tensor:
     """[H, t, D] -> [1, t, H, D], a view."""
     return x.transpose(0, 1)[None]
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -17,18 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longfit.engine.schedule import Schedule
 from longfit.engine.sequences import Sequence, Share, shares
+from longfit.engine.sizes import KEY_BLOCK
+from longfit.engine.tile import Tile, rows_contiguous
 
 _flash = torch.ops.aten._flash_attention_forward.default
 _flash_backward = torch.ops.aten._flash_attention_backward.default
-
-KEY_BLOCK = 8192
-"""Keys whose gradients exist in 16 bits at once: for 32 heads of 128 dimensions 134 MB; and enough work for any card.
-Not tuned on one yet."""
-
-MAX_ELEMENTS = 2**31 - 1
-"""Of a tensor that a kernel is given: some count them in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -60,55 +54,40 @@ class _Call:
         }
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, *, start: int, scaling: float, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """See ``attention.tile_forward``."""
-    assert softcap is None
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    batch, num_heads, num_queries, head_dim = q.shape
-    out = q.new_empty(batch, num_queries, num_heads, head_dim).transpose(1, 2)  # [B, H, t, D]
-    lse = q.new_empty(batch, num_heads, num_queries, dtype=torch.float32)  # [B, H, t]
-    for share in _shares(schedule, start, q, k):
+def forward(tile: Tile) -> tuple[Tensor, Tensor]:
+    """See ``tile_attention.tile_forward``."""
+    assert tile.softcap is None
+    tile = tile.rows_contiguous()
+    q, k, v = tile.q, tile.k, tile.v
+    out, lse = tile.empty_results()  # [B, H, t, D], [B, H, t]
+    for share in shares(tile):
         for call in _whole_calls(share.sequences):
-            here, there = _places(share, call, start)
+            here, there = _places(share, call, tile.start)
             queries, keys, *longest = call.sizes(q.device)
             part, part_lse, *_ = _flash(
                 _packed(q[here]), _packed(k[there]), _packed(v[there]), queries, keys, *longest, 0.0, call.causal,
-                False, scale=scaling, **call.options,
+                False, scale=tile.scaling, **call.options,
             )  # fmt: skip
             out[here], lse[here] = part.transpose(0, 1), part_lse
     return out, lse
 
 
-def backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    schedule: Schedule,
-    *,
-    start: int,
-    scaling: float,
-    softcap: float | None,
-    grad_k: Tensor,
-    grad_v: Tensor,
-) -> Tensor:
-    """See ``attention.tile_backward``."""
-    assert softcap is None
-    grad_out, q, k, v, out = (_rows_contiguous(x) for x in (grad_out, q, k, v, out))
+def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
+    """See ``tile_attention.tile_backward``."""
+    assert tile.softcap is None
+    tile = tile.rows_contiguous()
+    q, k, v = tile.q, tile.k, tile.v
+    grad_out, out = rows_contiguous(grad_out), rows_contiguous(out)
     grad_q = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     seed, unused = (torch.empty(size, dtype=torch.uint64, device=q.device) for size in (2, 0))  # of dropout: none
-    for share in _shares(schedule, start, q, k):
+    for share in shares(tile):
         for call in _block_calls(share.sequences):
-            here, there = _places(share, call, start)
+            here, there = _places(share, call, tile.start)
             queries, keys, *longest = call.sizes(q.device)
             part_q, part_k, part_v = _flash_backward(
                 _packed(grad_out[here]), _packed(q[here]), _packed(k[there]), _packed(v[there]), _packed(out[here]),
                 lse[here].contiguous(), queries, keys, *longest, 0.0, call.causal, seed, unused,
-                scale=scaling, **call.options,
+                scale=tile.scaling, **call.options,
             )  # fmt: skip
             grad_q[here] += part_q.transpose(0, 1)
             grad_k[there] += part_k.transpose(0, 1)
@@ -174,11 +153,6 @@ def _block_calls(cut: list[Sequence]) -> Iterator[_Call]:
     yield from _whole_calls(rest)
 
 
-def _shares(schedule: Schedule, start: int, q: Tensor, k: Tensor) -> Iterator[Share]:
-    max_kv_heads = max(1, MAX_ELEMENTS // (k.shape[2] * k.shape[3]))
-    return shares(schedule, start=start, num_queries=q.shape[2], num_kv_heads=k.shape[1], max_kv_heads=max_kv_heads)
-
-
 def _places(share: Share, call: _Call, start: int) -> tuple[tuple[int, slice, slice], tuple[int, slice, slice]]:
     """Where the queries and the keys of a call are: indices of ``[B, H, t, D]`` and ``[B, K, n, D]``."""
     here = (share.row, share.heads, slice(call.low - start, call.high - start))
@@ -188,7 +162,3 @@ def _places(share: Share, call: _Call, start: int) -> tuple[tuple[int, slice, sl
 def _packed(x: Tensor) -> Tensor:
     """[H, t, D] -> [t, H, D], a view."""
     return x.transpose(0, 1)
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

@@ -18,7 +18,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from longfit.engine.schedule import Schedule
+from longfit.engine.tile import Tile
+
+MAX_ELEMENTS = 2**31 - 1
+"""Of a tensor that a kernel is given: some count them in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,14 @@ class Share:
     sequences: list[Sequence]
 
 
-def shares(
-    schedule: Schedule, *, start: int, num_queries: int, num_kv_heads: int, max_kv_heads: int
-) -> Iterator[Share]:
-    """Walk over all rows and heads of a tile.
-
-    Args:
-        schedule, start, num_queries: of the tile.
-        num_kv_heads: K.
-        max_kv_heads: of one share.
-    """
-    repeats = schedule.num_heads // num_kv_heads
-    first_key = schedule.host[:, :, start : start + num_queries]  # [C, B, t]
-    for number, (low, high) in enumerate(pairwise(schedule.head_bounds)):
+def shares(tile: Tile) -> Iterator[Share]:
+    """Walk over all rows and heads of a tile; the keys of one share are at most ``MAX_ELEMENTS`` numbers."""
+    repeats = tile.repeats
+    max_kv_heads = max(1, MAX_ELEMENTS // (tile.k.shape[2] * tile.k.shape[3]))
+    first_key = tile.schedule.host[:, :, tile.start : tile.end]  # [C, B, t]
+    for number, (low, high) in enumerate(pairwise(tile.schedule.head_bounds)):
         for row in range(first_key.shape[1]):
-            cut = sequences(first_key[number, row], start)
+            cut = sequences(first_key[number, row], tile.start)
             for heads, kv_heads in shared_heads(low, high, repeats):
                 for begin in range(kv_heads.start, kv_heads.stop, max_kv_heads):
                     end = min(begin + max_kv_heads, kv_heads.stop)

@@ -24,6 +24,10 @@ GRADIENT_ROWS = 4096
 """Rows of the output matrix whose gradient is added at once: torch adds a bf16 product to a float32 sum through a
 float32 copy of the product, 107 MB for all rows of SmolLM2."""
 
+KEY_BLOCK = 8192
+"""Keys whose gradients exist in 16 bits at once on an accelerator: for 32 heads of 128 dimensions 134 MB; and enough
+work for any card. Not tuned on one yet."""
+
 CPU_KEPT_BYTES = 512 << 20
 """Attention outputs kept for backward on a CPU: those of SmolLM2-135M at 14,000 tokens. On an accelerator, none."""
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longfit.engine.attention import tile_forward
 from longfit.engine.layer_call import LayerCall, layer_call
 from longfit.engine.replay import random_state_kept
 from longfit.engine.schedule import build_schedule, document_starts
+from longfit.engine.tile_attention import tile_forward
 
 
 class _Probe:

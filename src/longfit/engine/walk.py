@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longfit.engine.attention import tile_backward, tile_forward
 from longfit.engine.kept import KeptAttention
 from longfit.engine.schedule import Schedule, build_schedule, document_starts
+from longfit.engine.tile_attention import tile_backward, tile_forward
 from longfit.engine.window import Window
 from longfit.errors import ModelError
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from longfit.engine.attention import tile_backward, tile_forward
 from longfit.engine.schedule import build_schedule, document_starts
+from longfit.engine.tile_attention import tile_backward, tile_forward
 from longfit.planning.machines import Rates
 
 TURNS = 3
