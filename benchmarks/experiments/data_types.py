@@ -23,7 +23,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings, describe
+from benchmarks.experiments.cells import RESULTS, Cells, Settings, describe
+from benchmarks.experiments.figures import panels
 from benchmarks.experiments.pages import rows, write
 from benchmarks.experiments.texts import held_out_documents, held_out_losses, reference
 from torch import nn
@@ -39,6 +40,8 @@ Q4_1_BLOCK, Q4_1_STEPS = 32, 15
 NAMES = ("nf4", "fp4", "int4", "quantile", "int8")
 FOUR_BITS = ("nf4", "fp4", "int4")
 OTHER_BLOCK_SIZES = (32, 128, 256)
+BLOCK_KINDS = (("nf4", True), ("nf4", False), ("fp4", False), ("int4", False))
+COLOURS = {"nf4": "C0", "fp4": "C1", "int4": "C2", "quantile": "C4", "int8": "C3"}
 SEEDS = (0, 1, 2)  # each dithers to another model of the same quality: the spread of one rounding
 
 
@@ -57,7 +60,7 @@ def cells(tokens: int) -> Iterator[Settings]:
         for name in FOUR_BITS:
             yield _cell("dithered", name, 64, True, tokens, seed)
     for block_size in OTHER_BLOCK_SIZES:
-        for name, double_quant in (("nf4", True), ("nf4", False), ("fp4", False), ("int4", False)):
+        for name, double_quant in BLOCK_KINDS:
             yield _cell("dithered", name, block_size, double_quant, tokens)
 
 
@@ -152,35 +155,52 @@ def added(found: Cells, settings: Settings) -> dict[str, float]:
     return {name: result["nll_by_document"][name] - base["nll_by_document"][name] for name in DOCUMENTS}
 
 
-def draw(found: Cells, path: Any) -> None:
-    """Loss added over the error of the weights on the left; on the right each document of each dithered model."""
-    from matplotlib.figure import Figure
+def draw(found: Cells) -> None:
+    """Damage over the error of the weights; each document of each dithered model; damage over bits."""
+    with panels("data-types.png", 3) as (left, middle, right):
+        draw_errors(found, left)
+        draw_documents(found, middle)
+        draw_bits(found, right)
 
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    colours = dict(zip(NAMES, ("C0", "C1", "C2", "C4", "C3"), strict=True))
+
+def draw_errors(found: Cells, axes: Any) -> None:
     for name in NAMES:
-        rows = [row for row in found.select(data_type=name) if row["settings"]["weights"] != "normal"]
         for weights, marker in (("as loaded", "s"), ("dithered", "o")):
-            chosen = [row for row in rows if row["settings"]["weights"] == weights]
+            chosen = found.select(data_type=name, weights=weights, block_size=64)
             errors = [row["result"]["relative_error"] for row in chosen]
             losses = [mean(added(found, row["settings"]).values()) for row in chosen]
-            left.plot(errors, losses, marker, color=colours[name], alpha=0.6, label=f"{name.upper()}, {weights}")
-    left.set(xlabel="relative error of the weights", ylabel="loss added (nats a token)", title="error and damage")
-    left.legend(frameon=False, fontsize=8)
-    rows = found.select(weights="dithered", block_size=64, double_quant=True)
+            axes.plot(errors, losses, marker, color=COLOURS[name], alpha=0.6, label=f"{name.upper()}, {weights}")
+    axes.set(xlabel="relative error of the weights", ylabel="loss added (nats a token)", title="error and damage")
+    axes.legend(fontsize=8)
+
+
+def draw_documents(found: Cells, axes: Any) -> None:
     order = ("quantile", "fp4", "int4", "nf4", "int8")
-    for row in rows:
+    for row in found.select(weights="dithered", block_size=64, double_quant=True):
         name, seed = row["settings"]["data_type"], row["settings"]["seed"]
         values = list(added(found, row["settings"]).values())
-        place = order.index(name) - 0.15 * seed + 0.2
-        right.plot(values, [place] * len(values), "o", color=colours[name], alpha=0.35)
-        right.plot(mean(values), place, "|", color=colours[name], markersize=10, markeredgewidth=3)
-    right.set_yticks(range(len(order)), [f"{name.upper()} + DQ" for name in order])
-    right.axvline(0, color="grey", linestyle=":")
-    right.set(xlabel="loss added (nats a token)", title="documents and mean; a line each dithered model")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+        place = order.index(name) - 0.2 * seed + 0.2
+        axes.plot(values, [place] * len(values), "o", color=COLOURS[name], alpha=0.35)
+        axes.plot(mean(values), place, "|", color=COLOURS[name], markersize=10, markeredgewidth=3)
+    axes.set_yticks(range(len(order)), [f"{name.upper()} + DQ" for name in order])
+    axes.axvline(0, color="grey", linestyle=":")
+    axes.set(xlabel="loss added (nats a token)", title="documents and mean; a line each dithered model")
+
+
+def draw_bits(found: Cells, axes: Any) -> None:
+    sizes = sorted((64, *OTHER_BLOCK_SIZES))
+    for name, double_quant in BLOCK_KINDS:
+        cells = [_cell("dithered", name, size, double_quant, TOKENS) for size in sizes]
+        cells = [cell for cell in cells if found.find(cell) is not None]
+        bits = [_result(found, cell)["bits_per_param"] for cell in cells]
+        losses = [mean(added(found, cell).values()) for cell in cells]
+        style = {"color": COLOURS[name], "linestyle": "-" if double_quant else "--", "marker": "o"}
+        axes.plot(bits, losses, label=label(_cell("", name, 0, double_quant, 0)), **style)
+        for cell, place in zip(cells, zip(bits, losses, strict=True), strict=True):
+            if name == "nf4" and double_quant:
+                axes.annotate(f" {cell['block_size']}", place, fontsize=8, va="bottom")
+    axes.set(xlabel="bits a parameter", ylabel="loss added (nats a token)", title="block sizes, dithered, seed 0")
+    axes.legend(fontsize=8)
 
 
 def loss_added(found: Cells, weights: str, name: str, double_quant: bool, block_size: int = 64, seed: int = 0) -> float:
@@ -250,15 +270,14 @@ def table_of_types(found: Cells) -> str:
 
 def table_of_blocks(found: Cells) -> str:
     """Bits and loss added by block size, dithered weights of the first seed."""
-    kinds = (("nf4", True), ("nf4", False), ("fp4", False), ("int4", False))
     body = []
     for block_size in sorted((64, *OTHER_BLOCK_SIZES)):
         line = [str(block_size)]
-        for name, double_quant in kinds:
+        for name, double_quant in BLOCK_KINDS:
             bits = _result(found, _cell("dithered", name, block_size, double_quant, TOKENS))["bits_per_param"]
             line.append(f"{loss_added(found, 'dithered', name, double_quant, block_size):.3f} ({bits:.3f} bits)")
         body.append(line)
-    return rows(["block", *(label(_cell("", name, 0, double_quant, 0)) for name, double_quant in kinds)], body)
+    return rows(["block", *(label(_cell("", name, 0, double_quant, 0)) for name, double_quant in BLOCK_KINDS)], body)
 
 
 def standard_error(values: list[float]) -> float:
@@ -284,7 +303,7 @@ def main() -> None:
     if arguments.quick:
         print(*(f"{describe(record['settings'])}: {record['result']}" for record in found.records), sep="\n")
         return
-    draw(found, IMAGES / "data-types.png")
+    draw(found)
     write("data-types.md", page_values(found))
 
 

@@ -4,12 +4,13 @@ Cells that were not measured are left out of tables and figures; a number within
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.experiments.cells import IMAGES, Cells
+from benchmarks.experiments.cells import Cells
 from benchmarks.experiments.extension_cells import EMBEDDINGS, FINISHED, LORA, NATIVE, NORMS, ROPES
+from benchmarks.experiments.figures import count_tokens, panels
 from benchmarks.experiments.pages import rows
 
 Buckets = Sequence[dict[str, float]]
@@ -141,61 +142,55 @@ def draw(found: Cells) -> None:
 
 def draw_positions(found: Cells) -> None:
     """Perplexity by position for every scaling; one panel for each document and context."""
-    from matplotlib.figure import Figure
-
     shown = [(NEAR, "tarfile"), (NEAR, "turtle"), (FAR, "turtle")]
     shown = [panel for panel in shown if any(untrained(found, rope, *panel) is not None for rope in ROPES)]
-    figure = Figure(figsize=(5.5 * max(1, len(shown)), 4.2), layout="constrained")
-    for axes, (context, name) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for rope in ROPES:
-            buckets = untrained(found, rope, context, name)
-            if buckets is not None:
-                curve(axes, buckets, color=COLOURS[rope], label=NAMES[rope])
-        axes.axvline(NATIVE, color="grey", linestyle=":", label="native context")
-        by_position(axes, f"{name}, scaled for {context:,}")
-    save(figure, "extension-positions.png")
+    with panels("extension-positions.png", len(shown)) as every:
+        for axes, (context, name) in zip(every, shown, strict=True):
+            for rope in ROPES:
+                buckets = untrained(found, rope, context, name)
+                if buckets is not None:
+                    curve(axes, buckets, color=COLOURS[rope], label=NAMES[rope])
+            finish(axes, f"{name}, scaled for {context:,}")
 
 
 def draw_training(found: Cells) -> None:
     """Perplexity by position after training, over that of the same positions untrained."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axes, rope in zip(figure.subplots(1, 2), ("linear", "yarn"), strict=True):
-        before = untrained(found, rope)
-        if before is not None:
-            curve(axes, before, color="black", label="no training")
-        for record in found.select(part="training", rope=rope):
-            settings = record["settings"]
-            curve(
-                axes,
-                record["result"]["by_position"],
-                color={"exact": "C0", "shifted": "C3"}.get(settings["attention"], "C2"),
-                linestyle={LORA: "-", NORMS: "--", EMBEDDINGS: "-."}[settings["trained"]],
-                alpha=0.5 if settings["seed"] else 1.0,
-                label=f"{settings['trained']}, {settings['attention']}" if not settings["seed"] else None,
-            )
-        axes.axvline(NATIVE, color="grey", linestyle=":")
-        by_position(axes, f"positions {NAMES[rope]}, trained (a second seed paler)")
-    save(figure, "extension-training.png")
+    with panels("extension-training.png", 2) as every:
+        for axes, rope in zip(every, ("linear", "yarn"), strict=True):
+            before = untrained(found, rope)
+            if before is not None:
+                curve(axes, before, color="black", label="no training")
+            for record in found.select(part="training", rope=rope):
+                settings = record["settings"]
+                curve(
+                    axes,
+                    record["result"]["by_position"],
+                    color={"exact": "C0", "shifted": "C3", FINISHED: "C2"}[settings["attention"]],
+                    linestyle={LORA: "-", NORMS: "--", EMBEDDINGS: "-."}[settings["trained"]],
+                    alpha=0.4 if settings["seed"] else 1.0,
+                    label=f"{settings['trained']}, {settings['attention']}" if not settings["seed"] else None,
+                )
+            finish(axes, f"trained, positions {NAMES[rope]} (other seeds paler)")
 
 
 def curve(axes: Any, buckets: Buckets, **style: Any) -> None:
+    """Perplexity over the middle of each bucket."""
     centres = [(bucket["start"] + bucket["stop"]) / 2 for bucket in buckets]
-    axes.plot(centres, [math.exp(bucket["nll"]) for bucket in buckets], marker="o", markersize=4, **style)
+    axes.plot(centres, [math.exp(bucket["nll"]) for bucket in buckets], marker="o", **style)
 
 
-def by_position(axes: Any, title: str) -> None:
-    axes.set(yscale="log", xlabel="position (tokens)", ylabel="perplexity", title=title)
-    plain: Callable[[float, Any], str] = lambda value, place: f"{value:,g}"  # noqa: E731
-    axes.yaxis.set_major_formatter(plain)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.legend(frameon=False, fontsize=8)
+def finish(axes: Any, title: str) -> None:
+    """Scales, native context and words of a panel."""
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-
-def save(figure: Any, name: str) -> None:
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(IMAGES / name, dpi=150)
+    low, high = axes.get_ylim()
+    axes.axvline(NATIVE, color="grey", linestyle=":", linewidth=1.2, label="native context")
+    axes.set(yscale="log", xlabel="position (tokens)", ylabel="perplexity", title=title, xlim=(0, None))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.yaxis.set_major_formatter("{x:,g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    count_tokens(axes)
+    axes.legend(fontsize=8)
 
 
 # ------------------------------------------------------------------------------------------------ the page

@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from statistics import mean
 from typing import Any
 
-from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings
+from benchmarks.experiments.cells import RESULTS, Cells, Settings
+from benchmarks.experiments.figures import panels
 from benchmarks.experiments.pages import rows, write
 from benchmarks.experiments.texts import held_out_documents, held_out_losses, training_windows
 from benchmarks.experiments.training import Recipe, train, trainable
@@ -121,32 +122,28 @@ def page_values(found: Cells) -> dict[str, str]:
     }
 
 
-def draw(found: Cells, path: Any) -> None:
+def draw(found: Cells) -> None:
     """Training loss, its difference step by step, and held-out loss."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for record in found.records:
-        settings, result = record["settings"], record["result"]
-        quant, seed = settings["quant"], settings["seed"]
-        style = {"color": COLOURS[quant], "linestyle": "--" if seed else "-"}
-        name = NAMES[quant] + (f", seed {seed}" if seed else "")
-        steps = range(1, len(result["loss"]) + 1)
-        left.plot(steps, result["loss"], label=name, linewidth=1.2, **style)
-        for base in found.select(quant="none", seed=seed) if quant != "none" else ():
-            differences = [ours - its for ours, its in zip(result["loss"], base["result"]["loss"], strict=True)]
-            middle.plot(steps, differences, label=name, **style)
-        looks = [int(step) for step in result["held_out"]]
-        right.plot(looks, [held_out_mean(result, step) for step in looks], marker="o", label=name, **style)
-    left.set(xlabel="step", ylabel="loss (nats a token)", title="training, the same windows in the same order")
-    middle.set(xlabel="step", ylabel="loss (nats a token)", title="training loss over that on the 16-bit base")
-    middle.set_ylim(bottom=0)
-    right.set(xlabel="step", ylabel="loss (nats a token)", title="held-out documents")
-    for axes in (left, middle, right):
-        axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with panels("qlora-vs-lora.png", 3) as (left, middle, right):
+        for record in found.records:
+            settings, result = record["settings"], record["result"]
+            quant, seed = settings["quant"], settings["seed"]
+            style = {"color": COLOURS[quant], "linestyle": "--" if seed else "-", "alpha": 0.6 if seed else 1.0}
+            name = NAMES[quant] + (f", seed {seed}" if seed else "")
+            steps = range(1, len(result["loss"]) + 1)
+            if not seed:
+                left.plot(steps, result["loss"], label=name, **style)
+            for base in found.select(quant="none", seed=seed) if quant != "none" else ():
+                differences = [ours - its for ours, its in zip(result["loss"], base["result"]["loss"], strict=True)]
+                middle.plot(steps, differences, label=name, **style)
+            looks = [int(step) for step in result["held_out"]]
+            right.plot(looks, [held_out_mean(result, step) for step in looks], marker="o", label=name, **style)
+        left.set(title="training loss, seed 0: the same windows")
+        middle.set(title="training loss over that on the 16-bit base", ylim=(0, None))
+        right.set(title="held-out documents")
+        for axes in (left, middle, right):
+            axes.set(xlabel="step", ylabel="loss (nats a token)")
+            axes.legend(fontsize=8)
 
 
 def main() -> None:
@@ -160,7 +157,7 @@ def main() -> None:
         found.run(cells(**size), measure)
     print(table(found))
     if not arguments.quick:
-        draw(found, IMAGES / "qlora-vs-lora.png")
+        draw(found)
         write("qlora-vs-lora.md", page_values(found))
 
 

@@ -20,9 +20,10 @@ from statistics import mean, median
 from typing import Any
 
 import torch
-from benchmarks.experiments.cells import IMAGES, RESULTS, Cells, Settings
+from benchmarks.experiments.cells import RESULTS, Cells, Settings
 from benchmarks.experiments.extension_cells import LORA, NATIVE
 from benchmarks.experiments.extension_page import mean_nll
+from benchmarks.experiments.figures import panels
 from benchmarks.experiments.pages import rows, write
 from benchmarks.experiments.texts import reference
 from benchmarks.experiments.training import Recipe, trainable
@@ -148,18 +149,13 @@ def step_gain(found: Cells, settings: Settings) -> float:
     return exact / shifted
 
 
-def draw(found: Cells, extension: Cells, path: Any) -> None:
+def draw(found: Cells, extension: Cells) -> None:
     """Time of a step, and the gain with the reach; then, once there are trainings, loss over tokens and over time."""
-    from matplotlib.figure import Figure
-
     trained = bool(trainings(extension))
-    figure = Figure(figsize=(18 if trained else 10, 4.2), layout="constrained")
-    panels = figure.subplots(1, 4 if trained else 2)
-    draw_times(found, panels[0], panels[1])
-    if trained:
-        draw_losses(extension, panels[2], panels[3])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with panels("shifted-attention.png", 4 if trained else 2) as every:
+        draw_times(found, every[0], every[1])
+        if trained:
+            draw_losses(extension, every[2], every[3])
 
 
 def draw_times(found: Cells, left: Any, right: Any) -> None:
@@ -170,7 +166,7 @@ def draw_times(found: Cells, left: Any, right: Any) -> None:
         per_token = [1000 * s / window for s, window in zip(seconds[attention], windows, strict=True)]
         left.plot(windows, per_token, marker="o", color=colour, label=attention)
     left.set(ylabel="processor time (ms a token)", title="one training step", ylim=(0, None))
-    left.legend(frameon=False)
+    left.legend(fontsize=8)
     gains = [exact / shifted for exact, shifted in zip(seconds["exact"], seconds["shifted"], strict=True) if shifted]
     right.plot(windows[: len(gains)], gains, marker="o", color="black")
     for row, gain in zip(rows, gains, strict=False):
@@ -206,7 +202,7 @@ def draw_losses(extension: Cells, left: Any, right: Any) -> None:
         left.set(title=f"windows of {settings['window']:,}: reach {reach:,} tokens")
     left.set(xlabel="tokens trained on", ylabel="held-out loss, exact attention")
     right.set(xlabel="processor time (s)", title="the same over time")
-    left.legend(frameon=False)
+    left.legend(fontsize=8)
 
 
 def main() -> None:
@@ -221,7 +217,7 @@ def main() -> None:
     extension = Cells(RESULTS / "extension.json")
     print(table(found))
     if not arguments.quick:
-        draw(found, extension, IMAGES / "shifted-attention.png")
+        draw(found, extension)
         write("shifted-attention.md", page_values(found, extension))
 
 
