@@ -168,8 +168,8 @@ def test_on_a_card_equal_to_the_reference(name: str, dtype: torch.dtype, kind: s
                 pytest.skip(reason)
             on_card = Schedule(schedule.first_key.cuda(), schedule.head_bounds, schedule.host)
             expected = by_tiles(attention_reference, [x.double() for x in tensors], on_card, tile=130)
-            # As in test_attention.py: at most 8 roundings of eps / 2 of the largest element in 16 bits; in float32 the
-            # rounding of sums, of scores of size sqrt(dim) / 2 * 5 made of dim products.
+            # As in test_tile_attention.py: at most 8 roundings of eps / 2 of the largest element in 16 bits; in float32
+            # the rounding of sums, of scores of size sqrt(dim) / 2 * 5 made of dim products.
             roundings = 8 if dtype.itemsize == 2 else 8 + 8 * 5 * (dim / 64) ** 0.5
             limit = roundings * torch.finfo(dtype).eps / 2
             for got, want in zip(by_tiles(module, tensors, on_card, tile=50), expected, strict=True):
