@@ -62,6 +62,8 @@ def cells(tokens: int) -> Iterator[Settings]:
     for block_size in OTHER_BLOCK_SIZES:
         for name, double_quant in BLOCK_KINDS:
             yield _cell("dithered", name, block_size, double_quant, tokens)
+    for seed in SEEDS[1:]:
+        yield _cell("dithered", "nf4", 32, True, tokens, seed)
 
 
 def quick_cells() -> Iterator[Settings]:
@@ -197,8 +199,7 @@ def draw_bits(found: Cells, axes: Any) -> None:
         style = {"color": COLOURS[name], "linestyle": "-" if double_quant else "--", "marker": "o"}
         axes.plot(bits, losses, label=label(_cell("", name, 0, double_quant, 0)), **style)
         for cell, place in zip(cells, zip(bits, losses, strict=True), strict=True):
-            if name == "nf4" and double_quant:
-                axes.annotate(f" {cell['block_size']}", place, fontsize=8, va="bottom")
+            axes.annotate(f" {cell['block_size']}", place, fontsize=7, va="bottom", color=COLOURS[name])
     axes.set(xlabel="bits a parameter", ylabel="loss added (nats a token)", title="block sizes, dithered, seed 0")
     axes.legend(fontsize=8)
 
@@ -238,6 +239,12 @@ def page_values(found: Cells) -> dict[str, str]:
         "double quantisation": f"{max(map(abs, of_dq)):.3f}",
         "bits": f"{_result(found, _cell('dithered', 'nf4', 64, True, TOKENS))['bits_per_param']:.3f}",
     }
+    smaller = [
+        nf4[seed] - loss_added(found, "dithered", "nf4", True, 32, seed)
+        for seed in SEEDS
+        if found.find(_cell("dithered", "nf4", 32, True, TOKENS, seed)) is not None
+    ]
+    values["blocks of 32"] = ", ".join(f"{gain:.3f}" for gain in smaller)
     for name in ("fp4", "int4"):
         values[name] = f"{mean(more_than_nf4(found, name)):.3f}"
         values[f"{name} error"] = f"{standard_error(more_than_nf4(found, name)):.3f}"
@@ -269,13 +276,15 @@ def table_of_types(found: Cells) -> str:
 
 
 def table_of_blocks(found: Cells) -> str:
-    """Bits and loss added by block size, dithered weights of the first seed."""
+    """Bits and loss added by block size, dithered weights; of several seeds where there are several."""
     body = []
     for block_size in sorted((64, *OTHER_BLOCK_SIZES)):
         line = [str(block_size)]
         for name, double_quant in BLOCK_KINDS:
-            bits = _result(found, _cell("dithered", name, block_size, double_quant, TOKENS))["bits_per_param"]
-            line.append(f"{loss_added(found, 'dithered', name, double_quant, block_size):.3f} ({bits:.3f} bits)")
+            cells = [_cell("dithered", name, block_size, double_quant, TOKENS, seed) for seed in SEEDS]
+            cells = [cell for cell in cells if found.find(cell) is not None]
+            losses = ", ".join(f"{mean(added(found, cell).values()):.3f}" for cell in cells)
+            line.append(f"{losses} ({_result(found, cells[0])['bits_per_param']:.3f} bits)")
         body.append(line)
     return rows(["block", *(label(_cell("", name, 0, double_quant, 0)) for name, double_quant in BLOCK_KINDS)], body)
 

@@ -178,7 +178,7 @@ def draw_times(found: Cells, left: Any, right: Any) -> None:
         ylim=(1, 1.08 * max(gains, default=2)),
     )
     for axes in (left, right):
-        axes.set(xscale="log", xlabel="window (tokens)", xlim=(1100, None))
+        axes.set(xscale="log", xlabel="window (tokens)", xlim=(1300, None))
         axes.set_xticks(windows, [f"{window // 1024}k" for window in windows])
         axes.minorticks_off()
 
