@@ -131,15 +131,17 @@ def test_windows_are_whole_and_within_the_budget() -> None:
 @pytest.mark.parametrize("trials", [None, 1, 3])
 def test_the_passkey_grid_keeps_to_its_budget(budget: int, trials: int | None) -> None:
     grid = passkey_grid(16_384, shortest=100, budget=budget, trials=trials)
-    read = max(grid["depths"]) * 16_384 + grid["trials"] * sum(
-        length * (1 - depth) for length in grid["lengths"] for depth in grid["depths"]
+    counts = dict(zip(grid["depths"], grid["trials"], strict=True))
+    read = max(counts) * 16_384 + sum(
+        length * (1 - depth) * count for length in grid["lengths"] for depth, count in counts.items()
     )
     poorest = tuple(16_384 // part for part in PASSKEY_GRIDS[-1][0])
     assert read <= budget or tuple(grid["lengths"]) == poorest
-    assert grid["trials"] == trials or (trials is None and 1 <= grid["trials"] <= 5)
+    assert all(count == trials or (trials is None and 1 <= count <= 5) for count in counts.values())
+    assert counts[1.0] == (trials or 5), "a key at the end costs no reading"
     if budget == 10**7:
         assert grid["lengths"] == [4096, 8192, 16_384]
-        assert grid["trials"] == (trials or 5)
+        assert set(counts.values()) == {trials or 5}
     assert passkey_grid(300, shortest=100, budget=budget, trials=1)["lengths"][-1] == 300
 
 

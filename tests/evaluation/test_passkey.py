@@ -66,7 +66,8 @@ def test_trials_are_those_of_brute_force(
 ) -> None:
     seen, calls, read = watch_prompts(monkeypatch), [], []
     hook = model.model.embed_tokens.register_forward_pre_hook(lambda layer, args: read.append(args[0].shape[1]))
-    settings = {"lengths": LENGTHS[together], "depths": (0, 0.4, 1), "trials": 2, "documents": documents}
+    trials = 2 if together else (3, 1, 2)
+    settings = {"lengths": LENGTHS[together], "depths": (0, 0.4, 1), "trials": trials, "documents": documents}
     settings["together"] = together
     result = passkey(model, tokenizer, **settings, on_progress=lambda *call: calls.append(call))
     hook.remove()
@@ -76,9 +77,15 @@ def test_trials_are_those_of_brute_force(
         sum(2 * length for length in LENGTHS[True]) + 12 * 80 if together else sum(p.length for p in seen)
     )
     texts = {(p.length, p.depth, p.key): tokenizer.decode(p.token_ids) for p in seen}
-    assert [(cell.length, cell.depth) for cell in result.cells] == [
-        (n, d) for n in settings["lengths"] for d in (0, 0.4, 1)
+    assert [(cell.length, cell.depth, cell.num_trials) for cell in result.cells] == [
+        (n, d, count)
+        for n in settings["lengths"]
+        for d, count in zip((0, 0.4, 1), (2, 2, 2) if together else trials, strict=True)
     ]
+    for cell in result.cells:
+        own = [trial for trial in result.trials if (trial.length, trial.depth) == (cell.length, cell.depth)]
+        assert cell.num_correct == sum(trial.correct for trial in own)
+        assert cell.key_nll == pytest.approx(sum(trial.key_nll for trial in own) / cell.num_trials, rel=1e-12)
     for trial in result.trials:
         text = texts[trial.length, trial.depth, trial.key]
         assert len(tokenizer(text).input_ids) == trial.num_tokens <= trial.length
@@ -94,7 +101,7 @@ def test_trials_are_those_of_brute_force(
     assert len({trial.key for trial in result.trials}) == 12
     assert (result.hay, result.together) == ("filler" if documents is None else "documents", together)
     if not together:  # the same cell alone has the same keys, and the same numbers
-        alone = passkey(model, tokenizer, **{**settings, "lengths": (420,), "depths": (0.4,)})
+        alone = passkey(model, tokenizer, **{**settings, "lengths": (420,), "depths": (0.4,), "trials": 1})
         kept = [trial for trial in result.trials if (trial.length, trial.depth) == (420, 0.4)]
         assert [trial.key for trial in alone.trials] == [trial.key for trial in kept]
         assert [trial.key_nll for trial in alone.trials] == pytest.approx([t.key_nll for t in kept], rel=1e-9)
@@ -167,6 +174,8 @@ def test_wilson_is_the_published_interval() -> None:
         ({"lengths": []}, ConfigError, "an empty grid"),
         ({"depths": [0.5, 1.5]}, ConfigError, "depth 1.5: must lie between 0"),
         ({"trials": 0}, ConfigError, "at least 1"),
+        ({"trials": (1, 2)}, ConfigError, "2 numbers for 5 depths"),
+        ({"trials": (1, 2), "depths": (0, 1), "together": True}, ConfigError, "give one number"),
         ({"confidence": 95}, ConfigError, "try 0.95"),
         ({"lengths": [200]}, ConfigError, r"length 200: the shortest prompt has \d+ tokens"),
         ({"lengths": [0]}, ConfigError, "length 0"),

@@ -327,7 +327,9 @@ def passkey_grid(window: int, *, shortest: int, budget: int, trials: int | None)
         affordable = int(left / sum(length * (1 - depth) for length in lengths for depth in depths))
         if affordable >= (trials or 1):
             break
-    return {"lengths": lengths, "depths": depths, "trials": trials or max(1, min(MOST_TRIALS, affordable))}
+    count = trials or max(1, min(MOST_TRIALS, affordable))
+    at_the_end = trials or MOST_TRIALS  # where nothing follows the needle, a trial reads no more than the question
+    return {"lengths": lengths, "depths": depths, "trials": [at_the_end if d == 1 else count for d in depths]}
 
 
 # ------------------------------------------------------------------------------------------------ the regression check

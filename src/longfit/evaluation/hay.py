@@ -113,7 +113,7 @@ class Needle:
 
 
 def make_prompts(
-    tokenizer: Any, hay: Hay, length: int, *, depths: Sequence[float], trials: int, together: bool, seed: int
+    tokenizer: Any, hay: Hay, length: int, *, depths: Sequence[float], trials: Sequence[int], together: bool, seed: int
 ) -> list[Prompt]:
     """The prompts of one length, by depth and then trial.
 
@@ -122,7 +122,7 @@ def make_prompts(
         hay: what to hide keys in.
         length: tokens of a prompt at most.
         depths: ascending.
-        trials: of each depth; every one has a key of its own.
+        trials: of each depth, the same of all if ``together``; every one has a key of its own.
         together: hide the keys of all depths in one text, one text a trial.
         seed: decides the keys.
     Raises: ConfigError: ``length`` is too short. DataError: too little hay.
@@ -131,15 +131,20 @@ def make_prompts(
     probe = [Needle(str(HIGH), thing, 1.0) for thing in things]
     most = _most_units(tokenizer, hay, length, probe)
     prompts: dict[tuple[float, int], Prompt] = {}
-    keys = {depth: _keys(hay.units[:most], f"{seed} {length} {depth}", trials) for depth in depths}
-    for trial in range(trials):
+    keys = {
+        depth: _keys(hay.units[:most], f"{seed} {length} {depth}", count)
+        for depth, count in zip(depths, trials, strict=True)
+    }
+    for trial in range(max(trials)):
         if together:
             names = random.Random(f"{seed} {length} {trial}").sample(THINGS, len(depths))
             needles = [Needle(keys[d][trial], name, d) for d, name in zip(depths, names, strict=True)]
         for index, depth in enumerate(depths):
+            if trial >= trials[index]:
+                continue
             hidden = needles if together else [Needle(keys[depth][trial], None, depth)]
             prompts[depth, trial] = _prompt(tokenizer, hay, most, length, trial, hidden, hidden[index * together])
-    return [prompts[depth, trial] for depth in depths for trial in range(trials)]
+    return [prompts[depth, trial] for depth, count in zip(depths, trials, strict=True) for trial in range(count)]
 
 
 def shortest_prompt(tokenizer: Any) -> int:

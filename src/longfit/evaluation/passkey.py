@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -105,7 +106,7 @@ def passkey(
     *,
     lengths: Sequence[int],
     depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
-    trials: int = 5,
+    trials: int | Sequence[int] = 5,
     documents: Sequence[str] | None = None,
     together: bool = False,
     seed: int = 0,
@@ -119,7 +120,7 @@ def passkey(
         tokenizer: its own.
         lengths: tokens of a prompt; each is filled as far as whole sentences or lines go. May exceed the context.
         depths: where the needle lies in the hay, from 0 (begin) to 1 (end).
-        trials: per cell, each with another key.
+        trials: per cell, each with another key; or a number for each depth, from the begin to the end.
         documents: text to use as hay, in order; None is the papers' filler.
         together: hide the keys of all depths in one text and read it once; see above.
         seed: decides the keys.
@@ -128,15 +129,18 @@ def passkey(
     Raises: ConfigError: an empty or impossible grid. DataError: too little hay, hay that speaks of a pass key itself,
             or a tokenizer that is not the model's.
     """
-    _check(lengths, depths, trials, confidence)
     depths = sorted({float(depth) for depth in depths})
+    counts = [trials] * len(depths) if isinstance(trials, int) else list(trials)
+    _check(lengths, depths, counts, confidence)
+    if together and len(set(counts)) > 1:
+        raise ConfigError(f"trials {counts}: together, every text asks for the keys of all depths; give one number")
     if together and len(depths) > len(THINGS):
         raise ConfigError(f"{len(depths)} depths: together, at most {len(THINGS)} keys can be told apart; give fewer")
     hay = Hay.filler(max(lengths)) if documents is None else Hay.of(documents)
     prompts = [
         prompt
         for length in sorted(set(lengths))
-        for prompt in make_prompts(tokenizer, hay, length, depths=depths, trials=trials, together=together, seed=seed)
+        for prompt in make_prompts(tokenizer, hay, length, depths=depths, trials=counts, together=together, seed=seed)
     ]
 
     def rank(index: int) -> tuple[int, int, int]:  # what shares most is read together, what shares least last
@@ -149,7 +153,8 @@ def passkey(
         if on_progress is not None:
             on_progress(done, len(prompts))
     results = tuple(found[index] for index in range(len(prompts)))
-    cells = tuple(_cell(results[first : first + trials], confidence) for first in range(0, len(results), trials))
+    ends = list(accumulate(counts * (len(results) // sum(counts)), initial=0))
+    cells = tuple(_cell(results[first:end], confidence) for first, end in pairwise(ends))
     correct = sum(result.correct for result in results)
     low, high = wilson(correct, len(results), confidence=confidence)
     kind = "filler" if documents is None else "documents"
@@ -220,7 +225,7 @@ def _cell(trials: Sequence[Trial], confidence: float) -> Cell:
     return Cell(trials[0].length, trials[0].depth, len(trials), correct, correct / len(trials), low, high, nll)
 
 
-def _check(lengths: Sequence[int], depths: Sequence[float], trials: int, confidence: float) -> None:
+def _check(lengths: Sequence[int], depths: Sequence[float], trials: Sequence[int], confidence: float) -> None:
     if not lengths or not depths:
         raise ConfigError("an empty grid: give at least one length and one depth")
     if min(lengths) < 1:
@@ -228,7 +233,9 @@ def _check(lengths: Sequence[int], depths: Sequence[float], trials: int, confide
     wrong = [depth for depth in depths if not 0 <= depth <= 1]
     if wrong:
         raise ConfigError(f"depth {wrong[0]}: must lie between 0 (begin of the hay) and 1 (its end)")
-    if trials < 1:
-        raise ConfigError(f"trials {trials}: must be at least 1 in a cell")
+    if len(trials) != len(depths):
+        raise ConfigError(f"trials {list(trials)}: {len(trials)} numbers for {len(depths)} depths; give one for each")
+    if min(trials) < 1:
+        raise ConfigError(f"trials {min(trials)}: must be at least 1 in a cell")
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence {confidence}: must lie between 0 and 1; try 0.95")
