@@ -24,6 +24,7 @@ from longfit.errors import ConfigError, ModelError
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters
 from longfit.model.context import ContextReport, extend_context
+from longfit.model.fused import fuse
 from longfit.model.load import load, read_config
 from longfit.model.save import load_adapter
 from longfit.training import run_directory
@@ -87,7 +88,7 @@ def extend(model: Any, tokenizer: Any, config: RunConfig) -> ContextReport:
 
 
 def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
-    """Add adapters and choose how layers are differentiated.
+    """Add adapters, choose what computes norms and MLPs on a card, and how layers are differentiated.
 
     Returns: the PeftModel.
     """
@@ -102,6 +103,9 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
         train_embeddings=adapter.train_embeddings,
         train_norms=adapter.train_norms,
     )
+    fused = fuse(model, kernels=config.engine.fused)
+    if model.device.type == "cuda":
+        on_event(Event("phase", str(fused), {"modules": fused.modules}))
     if config.engine.engine == "sweep":
         sweep(model, config, on_event=on_event)
     else:
