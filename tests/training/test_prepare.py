@@ -41,7 +41,7 @@ def test_places_that_do_not_exist_are_refused(
 def test_fused_kernels_that_cannot_run_are_refused_where_they_are_insisted_on(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    with pytest.raises(BackendError, match="fused kernels 'liger': liger-kernel .*; use auto or none"):
+    with pytest.raises(BackendError, match=r"fused kernels 'liger': liger-kernel .*; use auto or none"):
         train(make_config(engine__fused="liger", model__device="cpu"))
     assert not (tmp_path / "run").exists()
 

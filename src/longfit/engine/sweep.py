@@ -196,7 +196,7 @@ class _Sums:
 
     def totals(self) -> list[Tensor | None]:
         return [
-            None if total is None else total.to(parameter.dtype)
+            None if total is None else total.to(parameter.grad_dtype or parameter.dtype)
             for total, parameter in zip(self._sums, self._parameters, strict=True)
         ]
 

@@ -398,7 +398,7 @@ def _scaled_gradients(run: _Run, batches: list["_Batch"], num_trained: float) ->
 def _differentiate(run: _Run, batches: list["_Batch"], num_trained: float, scale: float) -> float:
     """Put the gradients of a step's micro-batches in their place; return this process's part of the loss."""
     accelerator, loss = run.accelerator, 0.0
-    run.optimizer.zero_grad(set_to_none=True)
+    loss_scale.begin(run.parameters, num_processes=accelerator.num_processes)
     for number, batch in enumerate(batches):
         torch.manual_seed(_seed(run.config.train.seed, run.state.step, number, accelerator.process_index))
         with nullcontext() if number == len(batches) - 1 else accelerator.no_sync(run.loss_module):
