@@ -57,7 +57,7 @@ from longfit.training.prepare import (
     pack_documents,
     read_data,
     stream_frozen,
-    sweep,
+    sweep_with_less,
 )
 from longfit.training.schedule import learning_rate
 
@@ -181,7 +181,14 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     if resume:
         run_directory.require_same_data(run_dir, digest)
 
-    config, plan = fit.plan_run(config, run_dir, device=accelerator.device, on_event=notify)
+    config, plan = fit.plan_run(
+        config,
+        run_dir,
+        device=accelerator.device,
+        on_event=notify,
+        processes=accelerator.num_processes,
+        parallelism=accelerator.distributed_type.value,
+    )
     notify(Event("phase", f"loading {config.model.name}"))
     model, tokenizer = load_base(config, accelerator.device)
     for line in str(load_report(model)).splitlines():
@@ -232,7 +239,7 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     notify(Event("phase", text, {"total_steps": config.train.steps, "step": state.step, "run_dir": str(run_dir)}))
     room = fit.Room(
         plan,
-        lambda rung: sweep(model, config.replace(fit.keys_of(rung), origin="out of memory"), on_event=notify),
+        lambda rung: sweep_with_less(model, config.replace(fit.keys_of(rung), origin="out of memory")),
         notify,
     )
     return _Run(
