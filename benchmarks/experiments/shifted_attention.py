@@ -125,7 +125,7 @@ def table_of_trainings(extension: Cells) -> str:
         long = f"{mean_nll(result['by_position']):.3f}"
         seconds = f"{sum(result['step_cpu_s']):.0f} s"
         body.append([settings["attention"], str(settings["seed"]), *losses, long, seconds])
-    head = ["attention", "seed", *(f"after {step} steps" for step in steps), "a document of 16,384 tokens"]
+    head = ["attention", "seed", *(f"after {step} steps" for step in steps), "a document of 12,288 tokens"]
     return rows([*head, "steps, processor time"], body)
 
 
