@@ -10,6 +10,7 @@ gpu.md. Exit code 2: there is no CUDA device. 1: the gate is red.
 """
 
 import argparse
+import gc
 import platform
 import subprocess
 import sys
@@ -24,85 +25,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu_bench import RANK, REAL, TINY, Bench, model_of, step, step_flops, sweep
+from gpu_gate import gate
 from gpu_report import PEER_CONTEXTS, Line, Report
 from longfit.engine.arena import MemoryArena
 from longfit.engine.attention import attention_key
-from longfit.engine.check import check_gradients
 from longfit.engine.doors import base_model
 from longfit.engine.schedule import Schedule, build_schedule, document_starts
 from longfit.engine.sweep import disable_sweep
 from longfit.engine.tile_attention import tile_backward, tile_forward
+from longfit.errors import PlanError
 from longfit.kernels import dispatch
 from longfit.layers.linear4bit import Linear4bit
 from longfit.layers.qlora import QLoRAMatmul
-from longfit.numerics import adamw, quant_state
+from longfit.model.fused import fuse
 from longfit.numerics.adamw import RunState, RunUpdate, step_scalars
-from longfit.numerics.row_format import RowFormat, dequantize_rows, to_rows
+from longfit.numerics.row_format import RowFormat, to_rows
 from longfit.planning.memory import memory_plan
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 1 << 30
-
-
-# ------------------------------------------------------------------------------------------------ the gate
-def gate(bench: Bench) -> None:
-    """Hold kernels and engine against their references on this device; AssertionError on the first that is wrong."""
-    weight = torch.randn(130, 192).to(bench.device, bench.dtype)
-    packed, state = dispatch.quantize_4bit(weight)
-    expected, expected_state = quant_state.quantize_4bit(weight)
-    assert torch.equal(packed, expected), "codes"
-    assert torch.equal(state.block_absmax(), expected_state.block_absmax()), "block constants"
-    for dtype in (torch.float32, bench.dtype):
-        decoded = dispatch.dequantize_4bit(packed, state, dtype)
-        assert torch.equal(decoded, quant_state.dequantize_4bit(packed, state, dtype)), f"weights in {dtype}"
-    rows, constants = to_rows(packed, state)
-    fmt = RowFormat.of(state)
-    dense = dequantize_rows(rows, constants, fmt, torch.float32)
-    for num_rows in (3, 70):  # the fused kernel, and de-quantise with a GEMM; n products of size one in float32
-        x = bench.randn(num_rows, 192, dtype=torch.float32)
-        error = (dispatch.linear_4bit(x, rows, constants, fmt) - x @ dense.t()).abs().max()
-        assert error < 192 * 1e-4, f"product of {num_rows} rows is off by {error}"
-    _gate_adamw(bench)
-    _gate_attention(bench)
-    model = model_of(bench, layers=2, config=TINY.config, dtype=torch.float64, rank=4)
-    ids = torch.randint(TINY.config["vocab_size"], (1, 90), device=bench.device)
-    worst = check_gradients(model, ids, tile=32, arena=bench.arena()).worst
-    # Everything but the norms, which transformers computes in float32, is float64.
-    assert worst[1] < 1e-5, f"gradient of {worst[0]} is off by {worst[1]}"
-
-
-def _gate_adamw(bench: Bench) -> None:
-    def update(device: torch.device) -> RunUpdate:
-        torch.manual_seed(0)
-        codes = [torch.zeros(3000, dtype=torch.uint8, device=device) for _ in range(2)]
-        state = RunState(*codes, *(torch.zeros(12, device=device) for _ in range(2)))
-        scalars = step_scalars(1, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-        return RunUpdate(torch.randn(3000).to(device), torch.randn(3000).to(device), state, scalars)
-
-    mine, theirs = update(bench.device), update(torch.device("cpu"))
-    dispatch.adamw_step([mine])
-    adamw.adamw_step([theirs])
-    assert torch.equal(mine.param.cpu(), theirs.param), "AdamW parameters"
-    assert torch.equal(mine.state.exp_avg.cpu(), theirs.state.exp_avg), "AdamW moments"
-
-
-def _gate_attention(bench: Bench) -> None:
-    schedule = build_schedule(8, document_starts(1, 300, device=bench.device), group_size=64)
-    q, k, v, grad = (bench.randn(1, heads, 300, 64) for heads in (8, 2, 2, 8))
-    results = []
-    for backend, values in ((None, (q, k, v, grad)), ("reference", tuple(x.double() for x in (q, k, v, grad)))):
-        sums = [torch.zeros_like(values[1], dtype=torch.promote_types(values[1].dtype, torch.float32)) for _ in "kv"]
-        out, lse = tile_forward(*values[:3], schedule, start=0, scaling=0.125, backend=backend)
-        grad_q = tile_backward(
-            values[3], *values[:3], out, lse, schedule, start=0, scaling=0.125, grad_k=sums[0], grad_v=sums[1],
-            backend=backend,
-        )  # fmt: skip
-        results.append([x.double() for x in (out, grad_q, *sums)])
-    for mine, exact in zip(*results, strict=True):  # eight roundings of the dtype, of the largest element
-        limit = 8 * torch.finfo(bench.dtype).eps * exact.abs().max()
-        assert (mine - exact).abs().max() <= limit, "attention"
 
 
 # ------------------------------------------------------------------------------------------------ measurements
@@ -271,12 +214,39 @@ def train_rows(bench: Bench) -> tuple[float, dict[int, int]]:
     if result is not None and longest in seconds_of:
         name = f"shifted, {longest:,} tokens, times faster than exact"
         report.add("train", name, seconds_of[longest] / result[0], "x", least=2.0)
+        _plan_row(bench, longest, result[1], "shifted")
     disable_sweep(model)
     base_model(model).set_attn_implementation(attention_key())
     base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for tokens in sizes.plain_contexts:
         run(f"plain checkpointing, {tokens:,} tokens", tokens)
+    base_model(model).gradient_checkpointing_disable()
+    sweep(bench, model, "exact", arena)
+    _fused_row(bench, model, optimizer, per_flop)
     return per_flop, peaks
+
+
+def _fused_row(bench: Bench, model: Any, optimizer: torch.optim.Optimizer, per_flop: float) -> None:
+    """A step with liger-kernel's norms, rotary embedding and SwiGLU against the model's own; there is no way back."""
+    config, tokens, repeats = bench.sizes.config, bench.sizes.contexts[0], 3
+    name = f"exact, {tokens:,} tokens, time with liger-kernel over the model's own norms and MLPs"
+    flops = step_flops(config, tokens, layers=config["num_hidden_layers"])
+    if not bench.report.allows("train", name, flops * per_flop * 2 * (repeats + 1)):
+        return
+    ids = torch.randint(config["vocab_size"], (1, tokens), device=bench.device)
+
+    def best() -> tuple[float, int]:
+        step(model, ids, optimizer)  # compiles
+        return min(bench.once(lambda: step(model, ids, optimizer)) for _ in range(repeats))
+
+    own_s, own_peak = best()
+    report = fuse(model)
+    if report.kernels is None:
+        bench.report.skip("train", name, report.reason)
+        return
+    fused_s, fused_peak = best()
+    note = f"{report.kernels}; peak {fused_peak / GIB:.2f} GiB instead of {own_peak / GIB:.2f}"
+    bench.report.add("train", name, fused_s / own_s, "x", note=note)
 
 
 def _offload_row(bench: Bench, model: Any, run: Callable[..., tuple[float, int] | None]) -> None:
@@ -294,10 +264,13 @@ def _plan_row(bench: Bench, tokens: int, peak: int, attention: str) -> None:
     if not bench.cuda:
         return
     shape = ModelShape.of({"model_type": "llama", **bench.sizes.config})
-    settings = PlanSettings(context=tokens, rank=RANK, arena="ram", attention=attention, evaluates=False)
+    group = bench.sizes.group if attention == "shifted" else None
+    settings = PlanSettings(
+        context=tokens, rank=RANK, arena="ram", attention=attention, group_size=group, evaluates=False
+    )
     plan = memory_plan(shape, settings)
     at_peak = sum(size for name, size in plan.at_peak("accelerator"))
-    name = f"planned over allocated, {tokens:,} tokens"
+    name = f"planned over allocated, {attention}, {tokens:,} tokens"
     bench.report.add("memory", name, at_peak / peak, "x", note="the plan also counts CUDA's context and fragments")
 
 
@@ -318,7 +291,12 @@ def slope_rows(bench: Bench, per_flop: float) -> dict[str, Line]:
                 break
             bench.reserve(arena, tile, tokens, 2)
             ids = torch.randint(sizes.config["vocab_size"], (1, tokens), device=bench.device)
-            seconds, peak = bench.once(partial(step, model, ids, optimizer))
+            try:
+                seconds, peak = bench.once(partial(step, model, ids, optimizer))
+            except torch.OutOfMemoryError:
+                optimizer.zero_grad(set_to_none=True)
+                bench.report.skip("memory", name, "out of memory")
+                break
             measured.append((tokens, peak))
             bench.report.add("memory", f"{name}, a step", seconds, "s")
         if bench.cuda and len(measured) > 1:
@@ -362,7 +340,7 @@ def card_rows(bench: Bench, per_flop: float, peaks: dict[int, int], lines: dict[
 
 def _try_card(bench: Bench, name: str, fraction: float, context: int, *, ballast: int) -> None:
     """Run two layers at a context within a part of the card's memory."""
-    torch.cuda.empty_cache()
+    clear(bench)
     torch.cuda.set_per_process_memory_fraction(min(1.0, fraction))
     try:
         held = torch.empty(max(0, ballast), dtype=torch.uint8, device=bench.device)
@@ -375,6 +353,8 @@ def _try_card(bench: Bench, name: str, fraction: float, context: int, *, ballast
         bench.report.add("cards", f"{name}, tried: two layers' step", seconds, "s", note=note)
     except torch.OutOfMemoryError:
         bench.report.skip("cards", f"{name}, tried", "out of memory at the predicted context")
+    except PlanError as error:
+        bench.report.skip("cards", f"{name}, tried", str(error))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -387,17 +367,31 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {"device": name, "torch": torch.__version__, "cuda": str(torch.version.cuda), "commit": commit.strip()}
 
 
+def clear(bench: Bench) -> None:
+    """Give back what the section before has left: a swept model refers to itself, and would be counted in the next."""
+    gc.collect()
+    if bench.cuda:
+        torch.cuda.empty_cache()
+
+
 def run(bench: Bench) -> None:
-    """Gate, then every measurement."""
-    gate(bench)
-    bench.report.add("gate", "kernels, attention and gradients equal their references", 1, "")
-    ceilings(bench)
-    kernel_rows(bench)
-    layer_rows(bench)
-    attention_rows(bench)
-    per_flop, peaks = train_rows(bench)
-    lines = slope_rows(bench, per_flop)
-    card_rows(bench, per_flop, peaks, lines)
+    """Every measurement; a section for which the card is too small says so, and the next one begins."""
+
+    def section(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        clear(bench)
+        try:
+            return function(bench, *arguments)
+        except torch.OutOfMemoryError:
+            bench.report.skip(name, "the rest of this section", "the card has too little memory")
+            return None
+
+    section("ceiling", ceilings)
+    section("kernels", kernel_rows)
+    section("layer", layer_rows)
+    section("attention", attention_rows)
+    per_flop, peaks = section("train", train_rows) or (1 / (0.4 * bench.gemm_flops), {})
+    lines = section("memory", slope_rows, per_flop) or {}
+    section("cards", card_rows, per_flop, peaks, lines)
 
 
 def main() -> int:
@@ -417,11 +411,14 @@ def main() -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     report = Report(machine(device), args.minutes * 60)
+    bench = Bench(device, TINY if args.tiny else REAL, report)
     try:
-        run(Bench(device, TINY if args.tiny else REAL, report))
+        gate(bench)
     except AssertionError as error:
-        print(f"gpu.py: the gate is red, nothing else is measured: {error}", file=sys.stderr)
+        print(f"gpu.py: the gate is red, nothing is measured: {error}", file=sys.stderr)
         return 1
+    report.add("gate", "kernels, attention and gradients equal their references", 1, "")
+    run(bench)
     report.save(args.out)
     print(f"\nwritten to {args.out}: gpu.json, gpu.md; {args.minutes * 60 - report.left_s:.0f} s")
     return 0

@@ -169,11 +169,11 @@ def step(model: Any, ids: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def sweep(bench: Bench, model: Any, attention: str, arena: Arena) -> int:
+def sweep(bench: Bench, model: Any, attention: str, arena: Arena, *, tile: int | None = None) -> int:
     """Choose attention and arena; returns the tile."""
     key = attention_key(attention, bench.sizes.group if attention == "shifted" else None)
     base_model(model).set_attn_implementation(key)
-    return enable_sweep(model, arena=arena).tile
+    return enable_sweep(model, tile=tile, arena=arena).tile
 
 
 def step_flops(config: dict[str, int], tokens: int, *, layers: int, group: int | None = None) -> float:

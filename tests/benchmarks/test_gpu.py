@@ -36,6 +36,14 @@ def test_all_of_it_runs_on_small_sizes(tmp_path: Path) -> None:
     assert rows[0]["section"] == "gate"
     assert all(row["value"] is None or row["value"] > 0 for row in rows)
     assert all(row["note"].startswith("not measured: ") for row in rows if row["value"] is None)
+    names = "\n".join(row["name"] for row in rows)
+    for measured in (
+        "copy on the device", "dense matmul", "share of the copy's bandwidth", "de-quantise against bitsandbytes",
+        "time over dense with LoRA", "against PEFT and bitsandbytes", "exact, 128 tokens, tokens",
+        "shifted, 128 tokens, times faster than exact", "plain checkpointing, 64 tokens", "time with liger-kernel",
+        "offloaded layer inputs, 128 tokens", "two layers, shifted, 256 tokens", "longest context by size of card",
+    ):  # fmt: skip
+        assert measured in names
     markdown = (tmp_path / "gpu.md").read_text()
     assert markdown.count("\n| ") == len(rows) + 1
 
