@@ -15,7 +15,7 @@ import ctypes
 import math
 import os
 import threading
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,11 @@ _SIGNATURES: dict[str, list[Any]] = {
     "adamw_maps": [c_void_p, c_void_p, c_void_p, c_void_p],
     "attention_forward": [c_void_p] * 6,
     "attention_backward": [c_void_p] * 10,
+    "rms_norm_forward": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int],
+    "rms_norm_backward": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int],
+    "swiglu_forward": [c_void_p, c_void_p, c_int64, c_void_p, c_int],
+    "cross_entropy": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
+    "swiglu_backward": [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int],
 }  # fmt: skip
 
 
