@@ -1,7 +1,7 @@
 // What a layer does per element between its products, each in one pass: the C ABI (kernels/cpu_elementwise.py calls it).
 //
-// All tensors are dense bf16 unless said otherwise. Every intermediate that the plain modules round to bf16 is rounded here too, so results differ from theirs
-// only where a float32 sum or exponential differs in its last bits and a rounding to bf16 falls on it.
+// All tensors are dense bf16 unless said otherwise. Every intermediate that the plain modules round to bf16 is rounded here too: results differ
+// from theirs only where a float32 sum or exponential differs in its last bits and a rounding to bf16 falls on it.
 #pragma once
 
 #include "longfit.h"
