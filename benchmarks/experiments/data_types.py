@@ -62,6 +62,7 @@ def cells(tokens: int) -> Iterator[Settings]:
     for block_size in OTHER_BLOCK_SIZES:
         for name, double_quant in BLOCK_KINDS:
             yield _cell("dithered", name, block_size, double_quant, tokens)
+        yield _cell("normal", "nf4", block_size, True, 0)
     for seed in SEEDS[1:]:
         yield _cell("dithered", "nf4", 32, True, tokens, seed)
 
@@ -285,8 +286,12 @@ def table_of_blocks(found: Cells) -> str:
             cells = [cell for cell in cells if found.find(cell) is not None]
             losses = ", ".join(f"{mean(added(found, cell).values()):.3f}" for cell in cells)
             line.append(f"{losses} ({_result(found, cells[0])['bits_per_param']:.3f} bits)")
+        for weights, tokens in (("normal", 0), ("dithered", TOKENS)):
+            error = _result(found, _cell(weights, "nf4", block_size, True, tokens))["relative_error"]
+            line.append(f"{error:.4f}")
         body.append(line)
-    return rows(["block", *(label(_cell("", name, 0, double_quant, 0)) for name, double_quant in BLOCK_KINDS)], body)
+    kinds = [label(_cell("", name, 0, double_quant, 0)) for name, double_quant in BLOCK_KINDS]
+    return rows(["block", *kinds, "relative error of NF4 + DQ: normal weights", "this model"], body)
 
 
 def standard_error(values: list[float]) -> float:

@@ -13,6 +13,8 @@ from benchmarks.experiments.extension_cells import EMBEDDINGS, FINISHED, LORA, N
 from benchmarks.experiments.figures import count_tokens, panels
 from benchmarks.experiments.pages import rows
 
+from longfit.evaluation.report import GUESS_NATS
+
 Buckets = Sequence[dict[str, float]]
 NAMES = {"none": "none", "yarn": "YaRN", "linear": "linear", "ntk": "NTK", "theta": "theta"}
 COLOURS = {"none": "black", "yarn": "C0", "linear": "C1", "ntk": "C2", "theta": "C4"}
@@ -201,4 +203,5 @@ def page_values(found: Cells) -> dict[str, str]:
         "short context": table_of_short_context(found),
         "trainings": table_of_trainings(found),
         "retrieval": table_of_retrieval(found),
+        "guess": f"{GUESS_NATS:.1f}",
     }

@@ -109,15 +109,19 @@ def page_values(found: Cells) -> dict[str, str]:
         )
         for quant in ("none", "nf4")
     }
+    reference = held_out_mean(found.select(quant="nf4", seed=0)[0]["result"], steps)
     return {
         "trainings": table(found),
         "gaps": table_of_gaps(found),
         "steps": str(steps),
         "window": f"{found.records[0]['settings']['window']:,}",
         "gap": f"{mean(before):.2f}",
-        "gap after": f"{mean(after):.2f}",
         "closed": f"{min(closed):.3f} to {max(closed):.3f}",
         "share": f"{mean(closed) / mean(before):.0%}",
+        **{
+            f"{quant} behind": f"{held_out_mean(found.select(quant=quant, seed=0)[0]['result'], steps) - reference:.3f}"
+            for quant in ("int4", "fp4")
+        },
         "faster": f"{falls['nf4'] / falls['none']:.1f}",
     }
 

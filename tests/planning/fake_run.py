@@ -15,7 +15,7 @@ from tests.fake_tensors import HostArena, LiveBytes, tile_backward, tile_forward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longfit.engine import loss as loss_module
+from longfit.engine import linear_cross_entropy as loss_module
 from longfit.engine import sweep_probe
 from longfit.engine import walk as walk_module
 from longfit.engine.arena import MemoryArena
@@ -52,6 +52,8 @@ def meta_model(
     train_norms=False,
     attention="exact",
     group_size=None,
+    targets="all-linear",
+    dropout=0.0,
 ):
     """The model of a config dict with ``layers`` layers and adapters, on the meta device."""
     config = transformers.AutoConfig.for_model(**{**config})
@@ -67,7 +69,9 @@ def meta_model(
         model.set_attn_implementation(key)
         if quant != "none":
             model = quantized(model, quant=quant)
-        return add_adapters(model, rank=rank, train_embeddings=train_embeddings, train_norms=train_norms).train()
+        trained = {"train_embeddings": train_embeddings, "train_norms": train_norms}
+        targets = targets if isinstance(targets, str) else list(targets)
+        return add_adapters(model, rank=rank, targets=targets, dropout=dropout, **trained).train()
 
 
 def fill(model):

@@ -7,11 +7,10 @@ import torch
 from tests.planning.configs import NAMES, config
 from tests.planning.fake_run import meta_model, step_peaks
 
-from longfit.engine import attention_flash
 from longfit.engine.schedule import build_schedule, document_starts
+from longfit.engine.sizes import DEVICE_LOGITS
 from longfit.engine.walk import Visible
-from longfit.kernels import workspace
-from longfit.kernels.cpu import TILE_BYTES
+from longfit.numerics.adamw import BLOCK_SIZE
 from longfit.numerics.row_format import RowFormat
 from longfit.optim.checks import default_page_bytes
 from longfit.optim.layout import Layout, format_of
@@ -25,14 +24,14 @@ WEIGHTS = (
     "trained copies of embeddings and norms",
 )
 NOT_SIMULATED = (
-    *("CUDA context and libraries", "gaps of the allocator"),  # outside of torch's tensors
+    *("Python and its libraries", "CUDA context and libraries", "gaps of the allocator"),  # outside of torch's tensors
     "optimiser state",  # there was no optimiser step
     "de-quantised weight",  # inside an operator
 )
 
 
-def planned(plan: MemoryPlan, phases: tuple[str, ...], *, weights: bool) -> int:
-    parts = [c for c in plan.components if c.place == "accelerator" and c.name not in NOT_SIMULATED]
+def planned(plan: MemoryPlan, place: str, phases: tuple[str, ...], *, weights: bool) -> int:
+    parts = [c for c in plan.components if c.place == place and c.name not in NOT_SIMULATED]
     chosen = [c for c in parts if (c.name in WEIGHTS) == weights]
     return max(sum(c.by_phase.get(phase, 0) for c in chosen) for phase in phases)
 
@@ -44,6 +43,7 @@ def agree(name: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None
     a token. The simulation has no kernels: their temporaries are left out of the plan as well.
     """
     monkeypatch.setattr(growing, "attention_kernel_bytes", lambda shape, settings: 0)
+    monkeypatch.setitem(growing.LOGITS, "cpu", DEVICE_LOGITS)  # as in the simulation
     shape = ModelShape.of(config(name))
     shape = replace(shape, windows=shape.windows[:2])
     settings = PlanSettings(**{"context": 8192, "rank": 32, "arena": "pinned", **changes})  # type: ignore[arg-type]
@@ -56,11 +56,14 @@ def agree(name: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None
         rank=settings.rank,
         train_embeddings=settings.train_embeddings,
         train_norms=settings.train_norms,
+        targets=settings.targets,
+        dropout=settings.dropout,
     )
     plan = memory_plan(shape, settings)
-    weights = planned(plan, ("forward",), weights=True)
-    forward = planned(plan, ("forward", "loss"), weights=False)
-    backward = planned(plan, ("loss", "backward", "embedding"), weights=False)
+    place = "accelerator" if settings.device == "cuda" else "host"
+    weights = planned(plan, place, ("forward",), weights=True)
+    forward = planned(plan, place, ("forward", "loss"), weights=False)
+    backward = planned(plan, place, ("loss", "backward", "embedding"), weights=False)
     assert weights == pytest.approx(found.weights, rel=1e-4)
     measured = max(found.forward, found.backward)
     assert weights + max(forward, backward) == pytest.approx(found.weights + measured, rel=0.02)
@@ -95,6 +98,8 @@ def test_a_step_on_fake_tensors_holds_what_is_planned(name: str, monkeypatch: py
         ("Llama-2-7B", {"train_embeddings": True, "train_norms": True}),
         ("SmolLM2-135M", {"train_embeddings": True, "train_norms": True, "arena": "device"}),
         ("Llama-3.1-8B", {"context": 1024, "rank": 8, "arena": "device"}),
+        ("Qwen3-8B", {"targets": ("q_proj", "self_attn.v_proj")}),
+        ("SmolLM2-135M", {"dropout": 0.1, "device": "cpu", "arena": "file", "keep_attention": 0}),
     ],
 )
 def test_so_it_does_with_other_settings(name: str, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,11 +132,8 @@ def test_optimiser_state_is_that_of_its_pages(name: str, optim: str) -> None:
     assert fixed.state_bytes(parts, settings) == pytest.approx(pages, rel=0.01, abs=2 * layout.page_bytes)
 
 
-def test_constants_are_the_engine_s() -> None:
-    assert default_page_bytes(None) == fixed.PAGE_BYTES
-    assert fixed.MATMUL_TILE_BYTES == TILE_BYTES
-    assert fixed.HELD_BYTES == workspace.HELD_BYTES
-    assert growing.FLASH_KEY_BLOCK == attention_flash.KEY_BLOCK
+def test_the_one_constant_that_cannot_be_imported_without_torch() -> None:
+    assert fixed.MOMENT_BLOCK_SIZE == BLOCK_SIZE
 
 
 @pytest.mark.parametrize(("tokens", "tile"), [(1000, 128), (4096, 512), (777, 100)])
@@ -172,6 +174,15 @@ def test_places_hold_what_is_sent_there() -> None:
     on_cpu = memory_plan(shape, PlanSettings(4096, device="cpu"))
     assert not any(c.place == "accelerator" for c in on_cpu.components)
     assert all(set(c.by_phase) <= set(PHASES) for c in on_cpu.components)
+
+
+def test_replicas_hold_buckets_of_all_gradients() -> None:
+    shape = ModelShape.of(config("SmolLM2-135M"))
+    alone = PlanSettings(4096, train_embeddings=True, train_norms=True)
+    plans = [memory_plan(shape, alone.changed({"processes": processes})) for processes in (1, 2)]
+    gradients = next(c for c in plans[0].components if c.name == "gradients").by_phase["step"]
+    # DDP lays every gradient into a bucket of its own dtype; the allocator's share of them comes on top.
+    assert plans[1].peak("accelerator") - plans[0].peak("accelerator") == pytest.approx(1.03 * gradients, rel=1e-6)
 
 
 def test_the_tile_is_the_engine_s_own() -> None:

@@ -76,7 +76,7 @@ def key(name: str, kind: int, value: bytes) -> bytes:
     return text(name) + struct.pack("<I", kind) + value
 
 
-def gguf(path: Path, *, architecture: str = "llama", head: bool = False) -> Path:
+def gguf(path: Path, *, architecture: str = "llama", head: bool = False, experts: int = 0) -> Path:
     """Write a header with every kind of value that matters; no tensor data follows."""
     sizes = {
         "embedding_length": 576,
@@ -85,6 +85,7 @@ def gguf(path: Path, *, architecture: str = "llama", head: bool = False) -> Path
         "attention.head_count": 9,
         "attention.head_count_kv": 3,
         "context_length": 8192,
+        "expert_count": experts,
     }
     keys = [key("general.architecture", 8, text(architecture))]
     keys += [key(f"{architecture}.{name}", 4, struct.pack("<I", value)) for name, value in sizes.items()]
@@ -117,5 +118,7 @@ def test_a_damaged_gguf_header_is_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(ModelError, match=r"model\.gguf"):
             gguf_config(path)
+    with pytest.raises(ModelError, match="mixture of experts"):
+        read_shape(gguf(tmp_path / "mixtral.gguf", experts=8))
     with pytest.raises(ModelError, match="architecture 'mamba'"):
         gguf_config(gguf(tmp_path / "mamba.gguf", architecture="mamba"))

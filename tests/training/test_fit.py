@@ -3,17 +3,19 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from longfit.config import RunConfig
+from longfit.engine.sweep import sweeper_of
 from longfit.errors import PlanError
-from longfit.planning.memory import memory_plan
+from longfit.planning.memory import HOST_BASE_BYTES, memory_plan
 from longfit.planning.plan import Plan, plan
-from longfit.training import fit, loop
-from longfit.training.fit import Room, plan_run, plan_settings
+from longfit.training import fit, loop, prepare
+from longfit.training.fit import Room, machine_limits, plan_run, plan_settings
 from longfit.training.metrics import Event
 
 MakeConfig = Callable[..., RunConfig]
@@ -40,7 +42,7 @@ def test_a_plan_takes_every_setting_of_a_run(make_config: MakeConfig) -> None:
 def test_what_cannot_fit_is_refused_before_anything_is_written(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fit, "machine_limits", lambda device, run_dir: {"host": 1 << 20})
+    monkeypatch.setattr(fit, "machine_limits", lambda device, run_dir, *, processes: {"host": 1 << 20})
     with pytest.raises(PlanError, match="host: needs"):
         loop.train(make_config())
     assert not list(tmp_path.glob("run*"))
@@ -52,7 +54,7 @@ def test_what_is_left_free_is_chosen_so_that_it_fits(make_config: MakeConfig, mo
     config = make_config(**{"context.context": 16_384, "model.name": str(model)})
     asked = memory_plan(fit.read_shape(model), plan_settings(config, device=CPU, native_context=64))
     less = asked.peak("host") - (100 << 20)
-    monkeypatch.setattr(fit, "machine_limits", lambda device, run_dir: {"host": less})
+    monkeypatch.setattr(fit, "machine_limits", lambda device, run_dir, *, processes: {"host": less})
     changed, found = plan_run(config, Path("runs/x"), device=CPU, on_event=events.append)
     assert found is not None
     assert found.fits
@@ -64,11 +66,31 @@ def test_what_is_left_free_is_chosen_so_that_it_fits(make_config: MakeConfig, mo
         plan_run(forced, Path("runs/x"), device=CPU, on_event=events.append)
 
 
-def test_a_run_without_a_plan_starts(make_config: MakeConfig) -> None:
+@pytest.mark.parametrize(
+    ("settings", "parallelism", "told"),
+    [
+        ({"engine.engine": "plain"}, "NO", "engine plain"),
+        ({}, "FSDP", "FSDP: of several processes only whole replicas"),
+        ({"adapter.targets": ["q_proj", "lm_head"]}, "NO", "targets lm_head: an adapter there is not planned"),
+    ],
+)
+def test_a_run_without_a_plan_starts_and_is_told_why(
+    make_config: MakeConfig, settings: dict[str, Any], parallelism: str, told: str
+) -> None:
     events: list[Event] = []
-    config = make_config(**{"engine.engine": "plain"})
-    assert plan_run(config, Path("runs/x"), device=CPU, on_event=events.append) == (config, None)
-    assert "no memory plan" in events[0].text
+    config = make_config(**settings)
+    found = plan_run(config, Path("runs/x"), device=CPU, on_event=events.append, parallelism=parallelism)
+    assert found == (config, None)
+    assert events[0].text.startswith("no memory plan: ")
+    assert told in events[0].text
+
+
+def test_processes_share_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 << 30))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert machine_limits(CPU, tmp_path, processes=8)["host"] == (1 << 30) + HOST_BASE_BYTES
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # of eight on two machines
+    assert machine_limits(CPU, tmp_path, processes=8)["host"] == (2 << 30) + HOST_BASE_BYTES
 
 
 def test_after_one_lack_of_memory_the_step_runs_again_with_less() -> None:
@@ -110,10 +132,20 @@ def test_the_second_lack_stops_and_other_errors_pass() -> None:
         Room(None, changes.append, lambda event: None).run(lack)
 
 
+@pytest.mark.parametrize("stream", ["none", "file"])
 def test_a_run_goes_on_at_the_same_step_with_the_same_losses(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: str
 ) -> None:
     plain = loop.train(make_config(**{"output.run_dir": str(tmp_path / "plain")}))
+    streams: list[Any] = []
+    change = prepare.change_sweep
+
+    def change_sweep(model: Any, **settings: Any) -> None:
+        streams.append(sweeper_of(model).weights)
+        change(model, **settings)
+        streams.append(sweeper_of(model).weights)
+
+    monkeypatch.setattr(prepare, "change_sweep", change_sweep)
     original, lacks = loop._differentiate, iter([LACK])
 
     def differentiate(run: Any, *args: Any) -> float:
@@ -126,10 +158,12 @@ def test_a_run_goes_on_at_the_same_step_with_the_same_losses(
     monkeypatch.setattr(loop, "_differentiate", differentiate)
     warned: list[str] = []
     broken = loop.train(
-        make_config(**{"output.run_dir": str(tmp_path / "broken")}),
+        make_config(**{"output.run_dir": str(tmp_path / "broken"), "engine.stream": stream}),
         on_event=lambda event: warned.append(event.text) if event.kind == "warning" else None,
     )
     assert any("out of memory" in text and "again with" in text for text in warned)
+    assert streams[0] is streams[1]
+    assert (streams[0] is None) == (stream == "none")
     assert broken.steps == plain.steps
     assert broken.loss == pytest.approx(plain.loss, rel=1e-4)  # float32 sums in another order after smaller tiles
     written = json.loads((tmp_path / "broken" / "plan.json").read_text())

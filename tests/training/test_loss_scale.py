@@ -9,6 +9,7 @@ import torch
 from tests.training.conftest import MakeConfig
 from tests.training.tiny import read_losses
 
+from longfit.optim.adamw import PagedAdamW
 from longfit.training import loss_scale
 from longfit.training.checkpoint import read_state
 from longfit.training.loop import train
@@ -41,6 +42,47 @@ def test_clipping_takes_the_scale_out() -> None:
         scaled.grad *= 1024
     scaled.grad[3] = float("inf")
     assert clip_gradients([scaled], 0.5, scale=1024.0) == float("inf")
+
+
+def test_small_float16_gradients_survive_the_scale_and_its_taking_out() -> None:
+    """1e-9, a norm's gradient in a long context, is nothing in float16; scaled it is, and float32 when it is small."""
+    weight, plain = (torch.ones(9, dtype=torch.float16, requires_grad=True) for _ in range(2))
+    x = torch.full((9,), 2.0**-30, dtype=torch.float32)
+    (plain.float() * x).sum().backward()
+    assert plain.grad is not None
+    assert not plain.grad.any(), "underflows by itself"
+    for num_processes in (1, 2):
+        loss_scale.begin([weight], num_processes=num_processes)
+        for _ in range(2):
+            ((weight.float() * x).sum() * 2.0**16).backward()
+        assert weight.grad is not None
+        assert weight.grad.dtype == (torch.float32 if num_processes == 1 else torch.float16)
+        assert clip_gradients([weight], 1.0, scale=2.0**16) == pytest.approx(3 * 2.0**-29)
+        assert torch.equal(weight.grad, torch.full((9,), 2.0**-29))
+    optimizer = PagedAdamW([weight], lr=1e-2)
+    optimizer.step()
+    assert bool((weight < 1).all()), "learned"
+
+
+def test_norms_of_a_float16_run_collect_float32_gradients(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over micro-batches and tiles; only a layer that is differentiated at once rounds a share to float16."""
+    seen: list[tuple[torch.dtype, torch.dtype | None, bool]] = []
+
+    def watched(parameters: list[torch.Tensor], *args: float, **options: float) -> float:
+        for parameter in parameters:
+            gradient = parameter.grad
+            assert gradient is not None
+            seen.append((parameter.dtype, gradient.dtype, torch.equal(gradient, gradient.half().float())))
+        return clip_gradients(parameters, *args, **options)
+
+    monkeypatch.setattr("longfit.training.loop.clip_gradients", watched)
+    train(make_config(**FLOAT16 | {"train__steps": 1}, engine__tile=16, train__gradient_accumulation=2))
+    norms = [(dtype, rounded) for parameter, dtype, rounded in seen if parameter == torch.float16]
+    assert len(norms) == 5
+    assert {dtype for dtype, _ in norms} == {torch.float32}
+    assert sum(rounded for _, rounded in norms) == 0
 
 
 def test_a_float16_run_says_so_and_learns_what_a_float32_run_learns(make_config: MakeConfig, tmp_path: Path) -> None:

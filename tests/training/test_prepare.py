@@ -8,7 +8,7 @@ from tests.training.conftest import MakeConfig
 from tests.training.tiny import read_losses
 
 from longfit.engine.arena import FileArena
-from longfit.errors import ConfigError
+from longfit.errors import BackendError, ConfigError
 from longfit.training.loop import train
 from longfit.training.metrics import Event
 from longfit.training.prepare import make_arena, stream_frozen
@@ -35,6 +35,14 @@ def test_places_that_do_not_exist_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         train(make_config(**settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fused_kernels_that_cannot_run_are_refused_where_they_are_insisted_on(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(BackendError, match=r"fused kernels 'liger': liger-kernel .*; use auto or none"):
+        train(make_config(engine__fused="liger", model__device="cpu"))
     assert not (tmp_path / "run").exists()
 
 

@@ -64,6 +64,7 @@ def doctor(
     for op, devices in facts["kernels"].items():
         for device, choice in devices.items():
             print_lines(f"  {op:<24}{device:<6}{choice['backend']:<11}{choice['reason']}")
+    print_lines(f"norms, rotary, SwiGLU on a card: {facts['fused']}")
     print_lines(f"attention  {', '.join(facts['attention'])}, the first that supports a call")
     print_lines("", "next:", "  longfit demo")
 
@@ -74,6 +75,7 @@ def inspect_machine() -> dict[str, Any]:
     import torch
 
     from longfit.engine.tile_attention import BACKENDS
+    from longfit.model.fused import not_installed
 
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
     return {
@@ -92,6 +94,7 @@ def inspect_machine() -> dict[str, Any]:
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "allocator": {"settings": _allocator_settings(), "advice": allocator_advice(_allocator_settings())},
         "kernels": _kernels(),
+        "fused": not_installed() or f"liger-kernel {package_version('liger-kernel')}",
         "attention": [backend.name for backend in BACKENDS],
     }
 

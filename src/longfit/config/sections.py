@@ -209,6 +209,8 @@ class OptimSection(Section):
 class EngineSection(Section):
     engine: Literal["sweep", "plain"] = "sweep"
     """How layers are differentiated: swept tile by tile, or plain gradient checkpointing."""
+    fused: Literal["auto", "none", "liger"] = "auto"
+    """Norms, rotary embedding and SwiGLU on a card: liger-kernel where it can (auto), insisted on, or torch (none)."""
     tile: Tokens | None = None
     """Tokens the sweep handles at once; unset: chosen by the engine."""
     keep_attention: Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)] | None = None

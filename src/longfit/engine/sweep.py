@@ -197,7 +197,7 @@ class _Sums:
 
     def totals(self) -> list[Tensor | None]:
         return [
-            None if total is None else total.to(parameter.dtype)
+            None if total is None else total.to(parameter.grad_dtype or parameter.dtype)
             for total, parameter in zip(self._sums, self._parameters, strict=True)
         ]
 
@@ -271,6 +271,13 @@ class Sweeper:
             return _forward(hidden, call, self.tile_for(hidden), None, None, False)[0]
 
 
+def _check_sizes(tile: int | None, kept_bytes: int | None) -> None:
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile {tile}: must be at least 1 token; leave it out to let the engine choose")
+    if kept_bytes is not None and kept_bytes < 0:
+        raise ValueError(f"kept_bytes {kept_bytes}: must be at least 0, which keeps nothing")
+
+
 def choose_tile(config: Any, element_bytes: int, device_type: str) -> int:
     """Tokens per tile for a model: ``sizes.tile_tokens`` of its config."""
     inner = config.to_dict().get("intermediate_size") or 4 * config.hidden_size
@@ -294,10 +301,7 @@ def enable_sweep(
     Returns: what is swept and what is not, and why; layers that are not are also warned about.
     Raises: ValueError: ``tile`` is below 1, or ``kept_bytes`` below 0. ModelError: no causal language model.
     """
-    if tile is not None and tile < 1:
-        raise ValueError(f"tile {tile}: must be at least 1 token; leave it out to let the engine choose")
-    if kept_bytes is not None and kept_bytes < 0:
-        raise ValueError(f"kept_bytes {kept_bytes}: must be at least 0, which keeps nothing")
+    _check_sizes(tile, kept_bytes)
     base, inner = base_model(model), decoder(model)
     config = base.config.get_text_config()
     if not str(config._attn_implementation).startswith("longfit-"):
@@ -321,6 +325,27 @@ def enable_sweep(
         base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=sweeper.door)
     layers = tuple(names[layer] for layer, reason in reasons.items() if reason is None)
     return SweepReport(chosen, str(config._attn_implementation), layers, fallback)
+
+
+def change_sweep(
+    model: nn.Module, *, tile: int | None = None, arena: Arena | None = None, kept_bytes: int | None = None
+) -> None:
+    """Sweep in another way from the next forward pass on; what is None stays, as do streamed weights.
+
+    Args:
+        model: one that is swept.
+        tile, arena, kept_bytes: as for :func:`enable_sweep`.
+    Raises: ValueError: as :func:`enable_sweep`, or the model is not swept.
+    """
+    _check_sizes(tile, kept_bytes)
+    sweeper = sweeper_of(model)
+    if sweeper is None:
+        raise ValueError("change_sweep: the model is not swept; call enable_sweep first")
+    if tile is not None:
+        sweeper.tile, sweeper.forced = tile, True
+    sweeper.arena = arena or sweeper.arena
+    if kept_bytes is not None:
+        sweeper.kept = KeptBudget(kept_bytes)
 
 
 def disable_sweep(model: nn.Module) -> None:

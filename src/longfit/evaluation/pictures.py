@@ -71,7 +71,7 @@ def draw_perplexity(comparison: Comparison) -> Any:
 
 
 def draw_passkey(results: Mapping[str, PasskeyResult]) -> Any:
-    """One heat map a state: depth downwards, length to the right, trials won of trials in every cell."""
+    """One heat map a state: depth downwards, length to the right; trials won and the loss of the key in every cell."""
     import matplotlib as mpl
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
@@ -80,7 +80,7 @@ def draw_passkey(results: Mapping[str, PasskeyResult]) -> Any:
         colours = LinearSegmentedColormap.from_list("found", [COLD, WARM])
         first = next(iter(results.values()))
         lengths, depths = (sorted({getattr(cell, name) for cell in first.cells}) for name in ("length", "depth"))
-        figure = Figure(figsize=(4.2 * len(results), 1.4 + 0.5 * len(depths)), layout="constrained")
+        figure = Figure(figsize=(4.2 * len(results), 1.4 + 0.6 * len(depths)), layout="constrained")
         for axes, (name, result) in zip(
             figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
         ):
@@ -92,8 +92,9 @@ def draw_passkey(results: Mapping[str, PasskeyResult]) -> Any:
             for row, depth in enumerate(depths):
                 for column, length in enumerate(lengths):
                     cell = place[length, depth]
-                    text, ink = f"{cell.num_correct}/{cell.num_trials}", "white" if cell.accuracy > 0.6 else "#333333"
-                    axes.text(column, row, text, ha="center", va="center", color=ink)
+                    ink = "white" if cell.accuracy > 0.6 else "#333333"
+                    text = f"{cell.num_correct} of {cell.num_trials}\n{cell.key_nll:.1f} nats"
+                    axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=9)
             axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
             axes.set(xlabel="length (tokens)", ylabel="depth of the key", title=name)

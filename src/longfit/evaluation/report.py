@@ -9,16 +9,19 @@ import html
 import json
 import math
 import shlex
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from longfit.evaluation.compare import Comparison, State
+from longfit.evaluation.hay import HIGH, LOW
 from longfit.evaluation.pictures import draw_passkey, draw_perplexity, draw_training, svg_of
 from longfit.training.metrics import read_metrics
 from longfit.training.run_directory import read_config, write_text
 
+GUESS_NATS = math.log(HIGH - LOW + 1)  # of a pass key, drawn evenly
 VERDICTS = {
     "better": "The tuned model is better inside the native context",
     "worse": "The tuned model is worse inside the native context",
@@ -75,7 +78,11 @@ def summary(comparison: Comparison) -> list[str]:
         )
     if base.passkey is not None and tuned.passkey is not None:
         won = [f"{sum(cell.num_correct for cell in p.cells)} of {len(p.trials)}" for p in (tuned.passkey, base.passkey)]
-        lines.append(f"Pass keys found: {won[0]} by the tuned model, {won[1]} by the base.")
+        lost = [number(statistics.fmean(trial.key_nll for trial in p.trials)) for p in (tuned.passkey, base.passkey)]
+        lines.append(
+            f"Pass keys found: {won[0]} by the tuned model, {won[1]} by the base. Their loss: {lost[0]} nats against"
+            f" {lost[1]}; who guesses blindly loses {GUESS_NATS:.1f}."
+        )
     short = comparison.short_context
     lines.append(
         f"{VERDICTS[short.verdict]}: perplexity {number(short.tuned)} against {number(short.base)} in"
@@ -188,7 +195,8 @@ def render(
                 "Passkey retrieval",
                 "A five-digit number is hidden in filler text and asked for at the end; a trial is won when the first"
                 " number of the greedy answer is the right one. Few trials say little: brackets give the 95 %"
-                " interval. The loss of the key (nats, lower is better) moves before the first trial is won.",
+                " interval. The loss of the key (nats, lower is better) moves long before the first trial is won; a"
+                f" blind guess among all five-digit numbers loses {GUESS_NATS:.1f} nats.",
                 pictures["passkey"],
                 passkey_table(comparison),
             )

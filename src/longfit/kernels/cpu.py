@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longfit.errors import BackendError
+from longfit.kernels.sizes import TILE_BYTES
 from longfit.numerics import codebooks
 from longfit.numerics.absmax import num_blocks
 from longfit.numerics.double_quant import DoubleQuant
@@ -32,10 +33,6 @@ from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat
 
 ABI = 3  # LONGFIT_ABI of csrc/longfit.h
-
-# The part of W that is de-quantised at once for torch's GEMM. From 1 to 4 MiB the speed is the same at 256 rows of x;
-# at 1,024 rows 4 MiB costs 4 % over the dense matmul, 1 MiB 14 % (4096 x 4096, bf16). A matmul may use 8 MiB in all.
-TILE_BYTES = 4 << 20
 
 # Up to this many rows of x, dot products of x and rows of W take less time than a GEMM; and than our own GEMM in bf16.
 FEW_ROWS = 16

@@ -19,9 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Dense weights held at once, in bytes: a layer of Llama-3-70B in 16 bits is 1.7 GB. What exceeds it is de-quantised at
-# every use, as if nothing were held.
-HELD_BYTES = 2 << 30
+from longfit.kernels.sizes import HELD_BYTES
 
 
 class Workspace:

@@ -10,17 +10,16 @@ from torch import Tensor
 from longfit.errors import ConfigError
 from longfit.optim.layout import StateFormat
 from longfit.optim.paging import SMALLEST_CAPACITY
+from longfit.optim.sizes import PAGE_BYTES
 
-# Long enough that a page's copy runs at full speed, short enough that budgets of some MiB hold several.
-_LARGE_PAGE_BYTES = 4 << 20
 _PAGE_GRAIN = 4096  # bytes: the file system's own pages
 
 
 def default_page_bytes(budget_bytes: int | None) -> int:
     """Return 4 MiB, or less where the budget would not hold four of them: two in use, two on their way."""
     if budget_bytes is None:
-        return _LARGE_PAGE_BYTES
-    return min(_LARGE_PAGE_BYTES, max(budget_bytes // 4 // _PAGE_GRAIN, 16) * _PAGE_GRAIN)
+        return PAGE_BYTES
+    return min(PAGE_BYTES, max(budget_bytes // 4 // _PAGE_GRAIN, 16) * _PAGE_GRAIN)
 
 
 def check_settings(
@@ -41,7 +40,7 @@ def check_settings(
     if page_bytes < 16 * _PAGE_GRAIN or page_bytes % _PAGE_GRAIN:
         raise ConfigError(
             f"page_bytes: got {page_bytes}; allowed: multiples of {_PAGE_GRAIN} from {16 * _PAGE_GRAIN}; "
-            f"{_LARGE_PAGE_BYTES} is a good size"
+            f"{PAGE_BYTES} is a good size"
         )
     if budget_bytes is not None and budget_bytes < SMALLEST_CAPACITY * page_bytes:
         raise ConfigError(

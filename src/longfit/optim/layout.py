@@ -18,11 +18,9 @@ import torch
 from torch import Tensor
 
 from longfit.numerics.adamw import BLOCK_SIZE, RunState
+from longfit.optim.sizes import SMALLEST_8BIT_NUMEL
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
-
-# Below this, 8-bit moments save next to nothing and a few outliers share one absmax: norms and biases stay 32-bit.
-SMALLEST_8BIT_NUMEL = 4096
 
 # A run shorter than this at a page's end costs a kernel call for next to no work; the next page takes it instead.
 SMALLEST_RUN = 4096

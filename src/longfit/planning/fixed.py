@@ -7,14 +7,13 @@ state in the precision that learning needs. Each function follows the file that 
 from dataclasses import dataclass
 
 from longfit.engine.sizes import GRADIENT_ROWS
-from longfit.planning.settings import PlanSettings
-from longfit.planning.shapes import Matrix, ModelShape
+from longfit.kernels.sizes import HELD_BYTES, TILE_BYTES
+from longfit.optim.sizes import PAGE_BYTES, SMALLEST_8BIT_NUMEL
+from longfit.planning.settings import PlanSettings, UnplannedError
+from longfit.planning.shapes import Matrix, ModelShape, last_parts
 
 ABSMAX_BLOCK_SIZE = 256
-PAGE_BYTES = 4 << 20  # of optim/checks.py
-SMALLEST_8BIT_NUMEL = 4096  # of optim/layout.py
-HELD_BYTES = 2 << 30  # of kernels/workspace.py
-MATMUL_TILE_BYTES = 4 << 20  # of kernels/cpu.py, one for each thread that multiplies
+MOMENT_BLOCK_SIZE = 256  # BLOCK_SIZE of numerics/adamw.py, which imports torch
 
 
 def _blocks(numel: int, block_size: int) -> int:
@@ -69,6 +68,10 @@ def weights(shape: ModelShape, settings: PlanSettings) -> Weights:
     )
 
 
+BROADCAST_BYTES = 250 << 20
+"""What torch's DistributedDataParallel sends at once when it makes all replicas alike."""
+
+
 @dataclass(frozen=True)
 class Trained:
     """What is trained.
@@ -105,15 +108,31 @@ class Trained:
         return self.adapter_params + self.whole_params
 
 
+def require_known_targets(shape: ModelShape, settings: PlanSettings) -> None:
+    """Raise UnplannedError for an adapter on the output matrix, or on what is no linear layer of the model."""
+    if isinstance(settings.targets, str):
+        return
+    known = dict.fromkeys(name for matrix in (*shape.layer_matrices, *shape.tower) for name in matrix.names)
+    unknown = sorted(last_parts(settings.targets) - known.keys())
+    if unknown:
+        raise UnplannedError(
+            f"targets {', '.join(unknown)}: an adapter there is not planned; planned are {', '.join(known)}"
+        )
+
+
 def trained(shape: ModelShape, settings: PlanSettings) -> Trained:
-    """Count trained parameters (``model/adapters.py``: adapters on every linear layer but the output matrix)."""
+    """Count trained parameters (``model/adapters.py``: adapters on every linear layer but the output matrix).
+
+    Raises: UnplannedError: ``targets`` names a layer that a plan does not know.
+    """
+    require_known_targets(shape, settings)
     adapters = tuple(
         size * settings.rank
         for matrix in shape.layer_matrices
         for size in (matrix.in_features, matrix.out_features)
-        for _ in range(matrix.count * shape.num_layers)
+        for _ in range(matrix.adapted(settings.targets) * shape.num_layers)
     )
-    idle = sum((m.in_features + m.out_features) * settings.rank * m.count for m in shape.tower)
+    idle = sum((m.in_features + m.out_features) * settings.rank * m.adapted(settings.targets) for m in shape.tower)
     norms: tuple[int, ...] = ()
     idle_norms = 0
     if settings.train_norms:
@@ -137,7 +156,7 @@ def state_bytes(parts: Trained, settings: PlanSettings) -> int:
 
     def bytes_of(numel: int, master: int) -> int:
         eight_bit = settings.optim == "adamw8bit" and numel >= SMALLEST_8BIT_NUMEL
-        moments = 2 * numel + 8 * _blocks(numel, ABSMAX_BLOCK_SIZE) if eight_bit else 8 * numel
+        moments = 2 * numel + 8 * _blocks(numel, MOMENT_BLOCK_SIZE) if eight_bit else 8 * numel
         return moments + master * numel
 
     master = 0 if settings.element_bytes == 4 else 4
@@ -188,7 +207,7 @@ def matmul_bytes(shape: ModelShape, settings: PlanSettings) -> int:
     if settings.quant == "none":
         return 0
     if settings.device == "cpu":
-        return MATMUL_TILE_BYTES
+        return TILE_BYTES
     e, largest = settings.element_bytes, max(matrix.numel for matrix in shape.layer_matrices)
     layer = e * sum(matrix.numel * matrix.count for matrix in shape.layer_matrices)
     return layer if layer <= HELD_BYTES else HELD_BYTES + e * largest

@@ -94,6 +94,7 @@ def gguf_config(path: Path) -> dict[str, Any]:
         "sliding_window": key("attention.sliding_window"),
         "attn_logit_softcapping": key("attn_logit_softcapping"),
         "final_logit_softcapping": key("final_logit_softcapping"),
+        "num_experts": key("expert_count"),  # Mixtral calls itself a llama
         "tie_word_embeddings": "output.weight" not in tensors,
     }
     return {name: value for name, value in config.items() if value is not None}

@@ -10,13 +10,12 @@ by tensor, at the two moments when it is largest.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from longfit.engine.sizes import CPU_KEPT_BYTES, CPU_LOGITS, DEVICE_LOGITS
+from longfit.engine.sizes import CPU_KEPT_BYTES, CPU_LOGITS, DEVICE_LOGITS, KEY_BLOCK
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
 LOGITS = {"cpu": CPU_LOGITS, "cuda": DEVICE_LOGITS}
 KEPT_BYTES = {"cpu": CPU_KEPT_BYTES, "cuda": 0}
-FLASH_KEY_BLOCK = 8192  # KEY_BLOCK of engine/attention_flash.py
 
 
 def window_tokens(context: int, tile: int, *, group_size: int | None = None, sliding_window: int | None = None) -> int:
@@ -68,7 +67,7 @@ def tile_bytes(shape: ModelShape, settings: PlanSettings, *, tokens: int) -> Til
     norm_input = 4 * hidden if e < 4 else 0  # the float32 copy that a norm keeps; of float32 there is none
     trained_norm = (4 if family.wide_norms else e) * hidden if settings.train_norms else 0
     per_head = (4 if e < 4 else 0) * (queries + keys) if family.qk_norm else 0
-    matrices = sum(matrix.count for matrix in shape.layer_matrices)
+    adapters = sum(matrix.adapted(settings.targets) for matrix in shape.layer_matrices)
 
     # act, up (with gate, if one matrix makes both) and their product; residual, its norm, the last tile's output
     forward = (4 if family.fused else 3) * e * inner + 3 * e * hidden
@@ -76,7 +75,7 @@ def tile_bytes(shape: ModelShape, settings: PlanSettings, *, tokens: int) -> Til
         *(family.norms * (norm_input + trained_norm), 2 * e * hidden),  # norms: what they keep, what two of them make
         *((1 if settings.aliases else 2) * e * hidden, 2 * e * queries),  # input (a copy), output; queries, attention
         4 * shape.num_heads,  # log-sum-exp
-        *(per_head, matrices * e * settings.rank),
+        *(per_head, adapters * e * settings.rank, _dropped_bytes(shape, settings)),
     )
     saved = sum(held)
     product = 6 * e * inner  # gate, up, act, product; the gradients of the product and of up
@@ -89,15 +88,26 @@ def tile_bytes(shape: ModelShape, settings: PlanSettings, *, tokens: int) -> Til
     return TileBytes(tokens * forward, tokens * mlp, tokens * attention)
 
 
+def _dropped_bytes(shape: ModelShape, settings: PlanSettings) -> int:
+    """Bytes a token of what dropout keeps for each adapter: its input, and what was dropped (a byte, or a factor).
+
+    Those of the last matrix, down, are gone when most is alive.
+    """
+    if not settings.dropout:
+        return 0
+    kept = settings.element_bytes + (1 if settings.device == "cuda" else settings.element_bytes)
+    return kept * sum(matrix.in_features * matrix.adapted(settings.targets) for matrix in shape.layer_matrices[:-1])
+
+
 def attention_kernel_bytes(shape: ModelShape, settings: PlanSettings) -> int:
     """Bytes that a CUDA kernel's backward adds: gradients of a block of keys and values, once per query head."""
     if settings.device == "cpu":
         return 0
-    return min(FLASH_KEY_BLOCK, settings.context) * settings.batch_size * 2 * shape.query_width * settings.element_bytes
+    return min(KEY_BLOCK, settings.context) * settings.batch_size * 2 * shape.query_width * settings.element_bytes
 
 
 def loss_bytes(shape: ModelShape, settings: PlanSettings, *, gradient: bool) -> int:
-    """Bytes of a tile of logits and of its temporaries (``engine/loss.py``)."""
+    """Bytes of a tile of logits and of its temporaries (``engine/linear_cross_entropy.py``)."""
     e, words = settings.element_bytes, shape.vocab_size
     elements = LOGITS[settings.device]
     tokens = max(128, min(1024, elements // words))

@@ -107,6 +107,7 @@ def memory_plan(shape: ModelShape, settings: PlanSettings) -> MemoryPlan:
         *_sequence(shape, settings, device),
         *_tiles(shape, settings, device),
         *_files(settings, parts),
+        *_replicas(shape, settings, parts, device),
     ]
     components += _framework(components, settings)
     kept = [component for component in components if component.largest]
@@ -171,6 +172,17 @@ def _learning(shape: ModelShape, settings: PlanSettings, parts: fixed.Trained, d
             "optimiser state being saved", "host", {"save": 0 if fixed.uses_torch_adamw(parts, settings) else state}
         ),
     ]
+
+
+def _replicas(shape: ModelShape, settings: PlanSettings, parts: fixed.Trained, device: str) -> list[Component]:
+    """What torch's DistributedDataParallel adds: buckets as large as all gradients, and a first broadcast."""
+    if settings.processes == 1:
+        return []
+    buckets = 4 * (parts.adapter_params + parts.idle_adapters)
+    buckets += settings.element_bytes * (parts.whole_params + parts.idle_norms)
+    base = fixed.weights(shape, settings)
+    sent = min(fixed.BROADCAST_BYTES, base.layers + base.vocabulary + base.rest)
+    return [Component("gradient buckets of all replicas", device, {"load": buckets + sent, **_in(TRAINING, buckets)})]
 
 
 def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Component]:

@@ -24,6 +24,10 @@ CHOICES = {
 }
 
 
+class UnplannedError(ConfigError):
+    """A run that trains, but whose memory is not planned."""
+
+
 @dataclass(frozen=True)
 class PlanSettings:
     """The settings of a run that a plan depends on; the defaults are those of a run.
@@ -37,6 +41,9 @@ class PlanSettings:
         file: whether what exceeds the budget goes to a file (always, on a CPU).
         keep_attention: bytes of attention outputs kept for backward; None is the engine's choice.
         evaluates: whether there is validation text.
+        targets: "all-linear", or the names of the layers that get an adapter.
+        dropout: on the input of the adapters.
+        processes: data-parallel replicas, each with a device of its own; the plan is of one of them.
     """
 
     context: int
@@ -62,9 +69,13 @@ class PlanSettings:
     keep_attention: int | None = None
     keep_checkpoints: int = 2
     evaluates: bool = False
+    targets: str | tuple[str, ...] = "all-linear"
+    dropout: float = 0.0
+    processes: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("context", "rank", "batch_size", "gradient_accumulation", "block_size", "keep_checkpoints"):
+        counts = ("context", "rank", "batch_size", "gradient_accumulation", "block_size", "keep_checkpoints")
+        for name in (*counts, "processes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)}: must be at least 1")
         for name in ("tile", "budget"):
@@ -81,7 +92,11 @@ class PlanSettings:
         if self.keep_attention is not None and self.keep_attention < 0:
             raise ConfigError(f"keep_attention {self.keep_attention}: must be at least 0, which keeps nothing")
         if self.engine == "plain":
-            raise ConfigError("engine 'plain': only swept training is planned; use engine sweep")
+            raise UnplannedError("engine 'plain': only swept training is planned; use engine sweep")
+        if isinstance(self.targets, str) and self.targets != "all-linear":
+            raise ConfigError(f"targets {self.targets!r}: must be 'all-linear' or a tuple of names of linear layers")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout {self.dropout}: must be at least 0 and below 1")
         if self.device == "cpu" and self.arena == "pinned":
             raise ConfigError("arena 'pinned': pinned host memory is for accelerators; on a CPU use ram or file")
         if self.device == "cpu" and self.stream == "ram":

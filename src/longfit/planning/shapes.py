@@ -84,19 +84,35 @@ ENCODERS = (
 )
 
 
+def last_parts(targets: tuple[str, ...]) -> set[str]:
+    """Names of layers without the path before them, as adapters are told where to go."""
+    return {target.rsplit(".", 1)[-1] for target in targets}
+
+
 @dataclass(frozen=True)
 class Matrix:
-    """Some linear layers of one shape: how many, ``out`` x ``in``, with a bias or not."""
+    """Some linear layers of one shape: how many, ``out`` x ``in``, with a bias or not.
+
+    Attributes:
+        names: what they are called, the last part of their path; each as often as the others.
+    """
 
     out_features: int
     in_features: int
     bias: bool = False
     count: int = 1
+    names: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
         """Weights of one of them."""
         return self.out_features * self.in_features
+
+    def adapted(self, targets: str | tuple[str, ...]) -> int:
+        """How many get an adapter: all, or those of the names in ``targets``."""
+        if isinstance(targets, str):
+            return self.count
+        return self.count // len(self.names) * len(set(self.names) & last_parts(targets))
 
 
 @dataclass(frozen=True)
@@ -157,18 +173,18 @@ class ModelShape:
         hidden, inner, queries, keys = self.hidden_size, self.intermediate_size, self.query_width, self.kv_width
         if self.family.fused:
             return (
-                Matrix(queries + 2 * keys, hidden),
-                Matrix(hidden, queries),
-                Matrix(2 * inner, hidden),
-                Matrix(hidden, inner),
+                Matrix(queries + 2 * keys, hidden, names=("qkv_proj",)),
+                Matrix(hidden, queries, names=("o_proj",)),
+                Matrix(2 * inner, hidden, names=("gate_up_proj",)),
+                Matrix(hidden, inner, names=("down_proj",)),
             )
         bias = self.family.qkv_bias
         return (
-            Matrix(queries, hidden, bias),
-            Matrix(keys, hidden, bias, count=2),
-            Matrix(hidden, queries),
-            Matrix(inner, hidden, count=2),
-            Matrix(hidden, inner),
+            Matrix(queries, hidden, bias, names=("q_proj",)),
+            Matrix(keys, hidden, bias, count=2, names=("k_proj", "v_proj")),
+            Matrix(hidden, queries, names=("o_proj",)),
+            Matrix(inner, hidden, count=2, names=("gate_proj", "up_proj")),
+            Matrix(hidden, inner, names=("down_proj",)),
         )
 
     @property
@@ -293,9 +309,9 @@ def _vision_tower(config: Mapping[str, Any]) -> tuple[tuple[Matrix, ...], int, i
     width, inner, layers = (int(vision[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     patch, image = int(vision.get("patch_size", 14)), int(vision.get("image_size", 896))
     matrices = (
-        Matrix(width, width, bias=True, count=4 * layers),
-        Matrix(inner, width, bias=True, count=layers),
-        Matrix(width, inner, bias=True, count=layers),
+        Matrix(width, width, bias=True, count=4 * layers, names=("q_proj", "k_proj", "v_proj", "out_proj")),
+        Matrix(inner, width, bias=True, count=layers, names=("fc1",)),
+        Matrix(width, inner, bias=True, count=layers, names=("fc2",)),
     )
     text = config["text_config"]
     patches = width * 3 * patch**2 + width + (image // patch) ** 2 * width  # convolution and its positions

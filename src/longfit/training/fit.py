@@ -9,6 +9,7 @@ Not here: the arithmetic (`planning/`), and making room by moving optimiser stat
 
 import gc
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
@@ -20,21 +21,26 @@ import torch
 
 from longfit.config import RunConfig
 from longfit.errors import ModelError, PlanError
+from longfit.planning import fixed
 from longfit.planning.ladder import KEYS, Rung, climb, step_down
 from longfit.planning.machines import read_rates
 from longfit.planning.memory import HOST_BASE_BYTES
 from longfit.planning.plan import Plan, ladder_lines, plan_shape
-from longfit.planning.settings import PlanSettings
+from longfit.planning.settings import PlanSettings, UnplannedError
 from longfit.planning.shapes import ModelShape, read_shape
 from longfit.training.metrics import Event, OnEvent
 
+PLANNED_PARALLELISM = ("NO", "MULTI_GPU", "MULTI_CPU")
+"""Accelerate's names of one process, and of whole replicas on several devices."""
 
-def plan_settings(config: RunConfig, *, device: torch.device, native_context: int) -> PlanSettings:
+
+def plan_settings(config: RunConfig, *, device: torch.device, native_context: int, processes: int = 1) -> PlanSettings:
     """Take what a plan needs from the settings of a run.
 
     Args:
         device: where the run will be.
         native_context: of the model, for a run without a context.
+        processes: of a data-parallel run.
     """
     flat = {key.partition(".")[2]: value for key, value in config.flat().items()}
     taken: dict[str, Any] = {field.name: flat[field.name] for field in fields(PlanSettings) if field.name in flat}
@@ -44,31 +50,40 @@ def plan_settings(config: RunConfig, *, device: torch.device, native_context: in
         "dtype": "bfloat16" if flat["dtype"] == "auto" else flat["dtype"],
         "file": flat["file"] is not None,
         "evaluates": bool(flat["validation"] or flat["validation_fraction"]),
+        "targets": flat["targets"] if isinstance(flat["targets"], str) else tuple(flat["targets"]),
+        "processes": processes,
     }
     return PlanSettings(**taken)
 
 
 def plan_run(
-    config: RunConfig, run_dir: Path, *, device: torch.device, on_event: OnEvent
+    config: RunConfig,
+    run_dir: Path,
+    *,
+    device: torch.device,
+    on_event: OnEvent,
+    processes: int = 1,
+    parallelism: str = "NO",
 ) -> tuple[RunConfig, Plan | None]:
     """Plan a run on this machine, and choose what it leaves free so that it fits.
 
     Args:
         run_dir: where its checkpoints go.
         device: where it runs.
+        processes: of a data-parallel run.
+        parallelism: Accelerate's name for how they divide the work.
     Returns: the config, perhaps with a smaller tile or another place for layer inputs; the plan, None if there is none.
     Raises: PlanError: it cannot fit; the message says what would make it fit.
     """
-    if config.engine.engine == "plain" or device.type not in ("cpu", "cuda"):
-        on_event(Event("phase", "no memory plan: only swept training on a CPU or a CUDA device is planned"))
-        return config, None
     try:
+        _require_planned(config, device, parallelism)
         shape = read_shape(config.model.name)
-    except ModelError as error:
+        settings = plan_settings(config, device=device, native_context=shape.native_context, processes=processes)
+        fixed.require_known_targets(shape, settings)
+    except (UnplannedError, ModelError) as error:
         on_event(Event("phase", f"no memory plan: {error}"))
         return config, None
-    settings = plan_settings(config, device=device, native_context=shape.native_context)
-    limits = machine_limits(device, run_dir)
+    limits = machine_limits(device, run_dir, processes=processes)
     given = frozenset(name for name, key in KEYS.items() if key in config.given())
     rungs, changed = climb(shape, settings, limits, fixed=given, silent=True)
     plan = plan_shape(shape, changed, limits, name=config.model.name, rates=read_rates(device.type), fixed=given)
@@ -87,14 +102,28 @@ def plan_run(
     return config, plan
 
 
+def _require_planned(config: RunConfig, device: torch.device, parallelism: str) -> None:
+    """Raise UnplannedError for what trains but has no plan, whatever the model."""
+    if config.engine.engine == "plain":
+        raise UnplannedError("engine plain differentiates whole layers; only swept training is planned")
+    if device.type not in ("cpu", "cuda"):
+        raise UnplannedError(f"device {device.type}: only a CPU or a CUDA device is planned")
+    if parallelism not in PLANNED_PARALLELISM:
+        raise UnplannedError(f"{parallelism}: of several processes only whole replicas (DDP) are planned, no shards")
+
+
 def keys_of(rung: Rung) -> dict[str, Any]:
     """Return a rung's changes under the names of a run's settings."""
     return {KEYS[name]: value for name, value in rung.changes.items()}
 
 
-def machine_limits(device: torch.device, run_dir: Path) -> dict[str, int]:
-    """Bytes that a run may take: those free now, and those of the libraries that are imported already."""
-    limits = {"host": int(psutil.virtual_memory().available) + HOST_BASE_BYTES}
+def machine_limits(device: torch.device, run_dir: Path, *, processes: int = 1) -> dict[str, int]:
+    """Bytes that a process may take: those free now, and those of the libraries that it has imported already.
+
+    Processes of a data-parallel run share the host, as far as they are on this machine (``LOCAL_WORLD_SIZE``).
+    """
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    limits = {"host": int(psutil.virtual_memory().available) // sharing + HOST_BASE_BYTES}
     if device.type == "cuda":
         limits["accelerator"] = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
@@ -166,7 +195,7 @@ class Room:
         return self.run(function)
 
     def _next_rung(self) -> Rung | None:
-        if self._spent or self._plan is None or self._shape is None or self._plan.settings.stream != "none":
+        if self._spent or self._plan is None or self._shape is None:
             return None
         return step_down(self._shape, self._plan.settings, self._plan.device_place)
 

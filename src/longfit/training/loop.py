@@ -57,7 +57,7 @@ from longfit.training.prepare import (
     pack_documents,
     read_data,
     stream_frozen,
-    sweep,
+    sweep_with_less,
 )
 from longfit.training.schedule import learning_rate
 
@@ -181,7 +181,14 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     if resume:
         run_directory.require_same_data(run_dir, digest)
 
-    config, plan = fit.plan_run(config, run_dir, device=accelerator.device, on_event=notify)
+    config, plan = fit.plan_run(
+        config,
+        run_dir,
+        device=accelerator.device,
+        on_event=notify,
+        processes=accelerator.num_processes,
+        parallelism=accelerator.distributed_type.value,
+    )
     notify(Event("phase", f"loading {config.model.name}"))
     model, tokenizer = load_base(config, accelerator.device)
     for line in str(load_report(model)).splitlines():
@@ -232,7 +239,7 @@ def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool)
     notify(Event("phase", text, {"total_steps": config.train.steps, "step": state.step, "run_dir": str(run_dir)}))
     room = fit.Room(
         plan,
-        lambda rung: sweep(model, config.replace(fit.keys_of(rung), origin="out of memory"), on_event=notify),
+        lambda rung: sweep_with_less(model, config.replace(fit.keys_of(rung), origin="out of memory")),
         notify,
     )
     return _Run(
@@ -398,7 +405,7 @@ def _scaled_gradients(run: _Run, batches: list["_Batch"], num_trained: float) ->
 def _differentiate(run: _Run, batches: list["_Batch"], num_trained: float, scale: float) -> float:
     """Put the gradients of a step's micro-batches in their place; return this process's part of the loss."""
     accelerator, loss = run.accelerator, 0.0
-    run.optimizer.zero_grad(set_to_none=True)
+    loss_scale.begin(run.parameters, num_processes=accelerator.num_processes)
     for number, batch in enumerate(batches):
         torch.manual_seed(_seed(run.config.train.seed, run.state.step, number, accelerator.process_index))
         with nullcontext() if number == len(batches) - 1 else accelerator.no_sync(run.loss_module):

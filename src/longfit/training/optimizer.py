@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longfit.config import RunConfig
 from longfit.optim.adamw import PagedAdamW
+from longfit.training import loss_scale
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
@@ -95,11 +96,14 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, *, scale: floa
     """Scale all gradients so that their global norm is at most ``max_norm``; sums in float32 whatever their dtype.
 
     Args:
-        parameters: their ``.grad`` is changed in place, unless the norm is not finite.
+        parameters: their ``.grad`` is changed in place, unless the norm is not finite; a float16 one becomes float32,
+            for without its scale it would be too small for float16.
         max_norm: the largest norm.
         scale: what the loss was multiplied by (`loss_scale.py`); it is taken out of the gradients and of the norm.
     Returns: the norm before clipping.
     """
+    parameters = list(parameters)
+    loss_scale.widen(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return 0.0

@@ -19,11 +19,12 @@ from longfit.engine.arena import Arena, FileArena
 from longfit.engine.arena_pinned import PinnedArena
 from longfit.engine.doors import base_model
 from longfit.engine.stream import stream_weights
-from longfit.engine.sweep import enable_sweep
+from longfit.engine.sweep import change_sweep, enable_sweep
 from longfit.errors import ConfigError, ModelError
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters
 from longfit.model.context import ContextReport, extend_context
+from longfit.model.fused import fuse
 from longfit.model.load import load, read_config
 from longfit.model.save import load_adapter
 from longfit.training import run_directory
@@ -87,7 +88,7 @@ def extend(model: Any, tokenizer: Any, config: RunConfig) -> ContextReport:
 
 
 def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
-    """Add adapters and choose how layers are differentiated.
+    """Add adapters, choose what computes norms and MLPs on a card, and how layers are differentiated.
 
     Returns: the PeftModel.
     """
@@ -102,6 +103,9 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
         train_embeddings=adapter.train_embeddings,
         train_norms=adapter.train_norms,
     )
+    fused = fuse(model, kernels=config.engine.fused)
+    if model.device.type == "cuda":
+        on_event(Event("phase", str(fused), {"modules": fused.modules}))
     if config.engine.engine == "sweep":
         sweep(model, config, on_event=on_event)
     else:
@@ -110,12 +114,18 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
 
 
 def sweep(model: Any, config: RunConfig, *, on_event: OnEvent) -> None:
-    """Sweep the layers from now on, as ``engine`` says; again with other settings in the middle of a run."""
+    """Sweep the layers from now on, as ``engine`` says."""
     engine = config.engine
     arena = make_arena(config, model.device)
     report = enable_sweep(model, tile=engine.tile, arena=arena, kept_bytes=engine.keep_attention)
     text = f"sweeping {len(report.layers)} layers, {report.tile:,} tokens at a time"
     on_event(Event("phase", text, {"tile": report.tile, "fallback": report.fallback}))
+
+
+def sweep_with_less(model: Any, config: RunConfig) -> None:
+    """Go on sweeping as the config says by now: another tile, another place for layer inputs, less attention kept."""
+    engine = config.engine
+    change_sweep(model, tile=engine.tile, arena=make_arena(config, model.device), kept_bytes=engine.keep_attention)
 
 
 def make_arena(config: RunConfig, device: torch.device) -> Arena | None:

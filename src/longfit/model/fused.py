@@ -1,0 +1,155 @@
+"""Fused RMSNorm, rotary embedding and SwiGLU (or GeGLU) on a card, through liger-kernel where it is installed.
+
+Written in torch, each of the three is a chain of small operations that read and write a tile of activations again and
+again: an RMS norm makes a float32 copy of its input, the rotary embedding copies queries and keys, SwiGLU keeps three
+tensors of the intermediate size. Liger's Triton kernels read once and write once, and their backward writes over what
+was saved. Source: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024, section 3.2.
+
+The door is the one that ``Trainer(use_liger_kernel=True)`` takes: ``transformers.integrations.liger``. It gives the
+norms and MLPs of *this* model another forward. Two things it does beyond that are undone or narrowed here:
+
+- It exchanges the classes from which later models of the family would be built. They are put back.
+- The rotary embedding is a function of the family's module, shared by all its models in the process. It stays
+  exchanged, by one that takes liger's kernel for tensors on a card and the family's own function for all others. Both
+  compute the same.
+
+Not here: the loss, which is longfit's own (``engine/loss.py``); attention; and anything on a CPU.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longfit.engine.doors import base_model
+from longfit.errors import BackendError
+from longfit.kernels import triton_device
+
+KERNELS = ("auto", "none", "liger")
+
+ACTIVATIONS = {
+    **dict.fromkeys(("llama", "mistral", "phi3", "qwen2", "qwen3"), ("hidden_act", ("silu", "swish"))),
+    **dict.fromkeys(("gemma2", "gemma3_text"), ("hidden_activation", ("gelu_pytorch_tanh",))),
+}
+"""By model type: the config key of the MLP's activation, and the names under which it is the one that liger computes.
+
+Liger knows more families. These are the ones whose gradients are tested here, tile by tile, and it does not look at the
+activation itself.
+"""
+
+
+@dataclass(frozen=True)
+class FusedReport:
+    """What computes norms, rotary embedding and SwiGLU.
+
+    Attributes:
+        kernels: name and version of the package, or None where the model's own torch operations stay.
+        reason: why they stay; empty otherwise.
+        modules: names of the modules that compute in another way now.
+    """
+
+    kernels: str | None
+    reason: str = ""
+    modules: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """Say it in one line."""
+        if self.kernels is None:
+            return f"norms, rotary, SwiGLU: the model's own ({self.reason})"
+        return f"norms, rotary, SwiGLU: {self.kernels}, {len(self.modules)} modules"
+
+
+def fuse(model: nn.Module, *, kernels: str = "auto") -> FusedReport:
+    """Let a model on a card compute norms, rotary embedding and SwiGLU in fused kernels.
+
+    Call it after ``add_adapters``, which replaces modules. There is no way back for this model, and it must stay on its
+    card.
+
+    Args:
+        model: a transformers causal language model, or a PeftModel around one.
+        kernels: ``"auto"`` takes liger-kernel where it can, ``"liger"`` insists on it, ``"none"`` leaves the model.
+    Returns: what was done, or why nothing.
+    Raises: BackendError: ``kernels`` is unknown, or liger-kernel was insisted on and cannot be used; says why.
+    """
+    if kernels not in KERNELS:
+        raise BackendError(f"fused kernels {kernels!r}: must be one of {', '.join(KERNELS)}")
+    if kernels == "none":
+        return FusedReport(None, "as asked")
+    base = base_model(model)
+    obstacle = not_installed() or not_on_card(base.device) or not_known(base)
+    if obstacle is None:
+        return FusedReport(f"liger-kernel {version('liger-kernel')}", modules=_apply(base))
+    if kernels == "liger":
+        raise BackendError(f"fused kernels 'liger': {obstacle}; use auto or none")
+    return FusedReport(None, obstacle)
+
+
+def not_installed() -> str | None:
+    """Return why liger-kernel cannot be imported, or None."""
+    return None if find_spec("liger_kernel") else "liger-kernel is not installed: pip install 'longfit[cuda]'"
+
+
+def not_on_card(device: torch.device) -> str | None:
+    """Return why Triton kernels do not run on a device, or None."""
+    return triton_device.unavailable() if device.type == "cuda" else f"liger-kernel needs a card, this is {device.type}"
+
+
+def not_known(base: Any) -> str | None:
+    """Return what about the model liger's kernels do not compute, or None."""
+    family, config = base.config.model_type, base.config
+    if family not in ACTIVATIONS:
+        return f"not tested with liger-kernel for {family}, only for {', '.join(sorted(ACTIVATIONS))}"
+    key, names = ACTIVATIONS[family]
+    activation = config.to_dict()[key]
+    if activation not in names:
+        return f"{key} is {activation}, liger-kernel computes {names[0]}"
+    return None if _compiles(base.dtype, base.device) else f"liger-kernel has no kernels for {base.dtype} here"
+
+
+def _compiles(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether Triton reads and writes a dtype on a device: no float64 in liger, no bfloat16 on cards before Ampere."""
+    return triton_device.kernel_dtype(dtype, device) == dtype
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A family's ``apply_rotary_pos_emb`` for all its models: fused where the tensors are on a card."""
+
+    own: Callable[..., tuple[Tensor, Tensor]]
+    fused: Callable[..., tuple[Tensor, Tensor]]
+    device_type: str
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        """Rotate queries ``[B, H, T, D]`` and keys ``[B, K, T, D]``."""
+        if q.device.type == self.device_type and _compiles(q.dtype, q.device):
+            return self.fused(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        return self.own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+
+
+def _apply(base: Any) -> tuple[str, ...]:
+    """Put liger's kernels into a model and leave the rest of its family as it was; return the names of its modules."""
+    from transformers.integrations.liger import apply_liger_kernel
+
+    family = sys.modules[type(base).__module__]
+    found = dict(vars(family))
+    forwards = {name: vars(module).get("forward") for name, module in base.named_modules()}
+    apply_liger_kernel(base, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    for name, value in found.items():
+        if vars(family)[name] is not value and name != "apply_rotary_pos_emb":
+            setattr(family, name, value)
+    own, fused = found["apply_rotary_pos_emb"], vars(family)["apply_rotary_pos_emb"]
+    own = own.own if isinstance(own, Rotary) else own
+    if fused is not own:
+        vars(family)["apply_rotary_pos_emb"] = Rotary(own, fused, base.device.type)
+    changed = tuple(n for n, module in base.named_modules() if vars(module).get("forward") is not forwards[n])
+    if not changed or fused is own:
+        raise BackendError(
+            f"liger-kernel {version('liger-kernel')} changed nothing in a {base.config.model_type} model; "
+            "install a newer one, or use fused kernels 'none'"
+        )
+    return changed

@@ -1,0 +1,185 @@
+"""Liger's kernels in swept layers: the gradients of the model's own torch operations, and the rest of its family kept.
+
+The kernels run on a card, or on the CPU under Triton's interpreter.
+"""
+
+import copy
+import importlib
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.exact_norms import exact_norms
+from tests.tiny_models import VOCABULARY, tiny_model
+from torch import Tensor, nn
+
+from longfit.engine.attention import attention_key
+from longfit.engine.doors import base_model
+from longfit.engine.loss import training_loss
+from longfit.engine.sweep import enable_sweep
+from longfit.errors import BackendError
+from longfit.layers.linear4bit import Linear4bit
+from longfit.model import fused
+from longfit.model.adapters import add_adapters
+
+FAMILIES = ("gemma2", "gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3")
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A card, or a CPU that passes for one."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is missing; it comes with the dev extra on Linux")
+    if (request.param == "cuda") != torch.cuda.is_available():
+        pytest.skip("Triton compiles where there is a card, and interprets elsewhere")
+    if request.param == "interpreter":
+        _teach_interpreter(monkeypatch)
+        monkeypatch.setattr(fused, "not_on_card", lambda device: None)
+    return "cpu" if request.param == "interpreter" else "cuda"
+
+
+def _teach_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give Triton's interpreter what liger asks of a compiler: floats as fp32, two functions of CUDA's library."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def with_floats(argument: Any) -> Any:
+        if not isinstance(argument, float):
+            return convert(argument)
+        return tl.tensor(interpreter.TensorHandle(np.array([argument], np.float32), tl.float32), tl.float32)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", with_floats)
+    norms, geglu = (importlib.import_module(f"liger_kernel.ops.{name}") for name in ("rms_norm", "geglu"))
+    monkeypatch.setattr(norms, "rsqrt", lambda x: tl.rsqrt(x))
+    monkeypatch.setattr(geglu, "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
+
+
+@pytest.fixture(autouse=True)
+def _families_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the exchanged rotary embedding out of transformers again after each test."""
+    for family in FAMILIES:
+        modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
+
+
+def quantized(family: str, device: str = "cpu") -> Any:
+    """A tiny QLoRA model in float32 that trains its norms; its adapters do something, its epsilon shows."""
+    model = tiny_model(family, dtype=torch.float32, rms_norm_eps=1e-2, num_heads=3, num_kv_heads=1)
+    for parent in list(model.model.layers.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, Linear4bit.from_linear(child))
+    model = add_adapters(model, rank=3, train_norms=True)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return model.to(device)
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+
+
+def own_loss(model: Any, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    return float((value.double() - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize(("family", "engine"), [*((family, "sweep") for family in FAMILIES), ("qwen3", "plain")])
+def test_gradients_are_those_of_the_models_own_operations(card: str, family: str, engine: str) -> None:
+    """Against the truth in float64, liger's kernels err as the model's own float32 does.
+
+    Both make the same products and sums in another order: as many roundings, with other signs. How far they carry is
+    measured on the model itself, as the worst relative error of its own float32. Some gradients are eight numbers, and
+    one random sum may well be several times another: ten times are allowed. A norm whose backward writes over a
+    gradient that the residual still needs is wrong by 1.
+    """
+    ids = torch.randint(3, VOCABULARY, (2, 3), device=card)
+    model = quantized(family, card)
+    exact = exact_norms(copy.deepcopy(model).double())
+    truth, own = gradients(exact, own_loss(exact, ids)), gradients(model, own_loss(model, ids))
+
+    report = fused.fuse(model, kernels="liger")
+    if engine == "sweep":
+        enable_sweep(model, tile=2)
+    else:
+        base_model(model).set_attn_implementation(attention_key())
+        base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    fast = gradients(model, training_loss(model, ids))
+
+    norms = {name.removesuffix(".modules_to_save.default") for name in report.modules if name.endswith("default")}
+    assert norms == {
+        name for name, module in base_model(model).named_modules() if "ModulesToSave" in repr(type(module))
+    }
+    assert sum(name.endswith(".mlp") for name in report.modules) == 2
+    own_error = max(relative_error(own[name], value) for name, value in truth.items())
+    assert own_error < 1e-4, "more than rounding"
+    for name, value in truth.items():
+        assert relative_error(fast[name], value) <= 10 * own_error, name
+
+
+def test_the_rest_of_the_family_is_as_it_was(card: str) -> None:
+    """Later models are built from transformers' classes; the rotary embedding asks where its tensors are."""
+    model = quantized("llama", card)
+    family = sys.modules[type(base_model(model)).__module__]
+    before = dict(vars(family))
+    fused.fuse(model)
+    fused.fuse(quantized("llama", card))
+    changed = {name for name, value in vars(family).items() if before.get(name) is not value}
+    assert changed == {"apply_rotary_pos_emb"}
+    rotary = family.apply_rotary_pos_emb
+    assert (rotary.own, rotary.device_type) == (before["apply_rotary_pos_emb"], card)
+    q, k, angle = (torch.randn(1, heads, 3, 8, dtype=torch.float64) for heads in (2, 1, 1))
+    cos, sin = angle[:, 0].cos(), angle[:, 0].sin()
+    for mine, own in zip(rotary(q, k, cos, sin), rotary.own(q, k, cos, sin), strict=True):
+        assert mine.dtype == torch.float64
+        assert torch.equal(mine, own)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        ("mixtral", {}, "not tested with liger-kernel for mixtral, only for gemma2, gemma3_text, llama, mistral"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act is gelu, liger-kernel computes silu"),
+        ("llama", {"dtype": torch.float64}, "liger-kernel has no kernels for torch.float64"),
+    ],
+)
+def test_what_liger_does_not_compute_is_left_to_the_model(
+    monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any], reason: str
+) -> None:
+    for question in ("not_installed", "not_on_card"):
+        monkeypatch.setattr(fused, question, lambda *_: None)
+    model = tiny_model(family, **{"dtype": torch.float32, **settings})
+    report = fused.fuse(model)
+    assert reason in str(report)
+    assert (report.kernels, report.modules) == (None, ())
+    assert not any("forward" in vars(module) for module in model.modules())
+    with pytest.raises(BackendError, match=f"fused kernels 'liger': {reason}.*; use auto or none"):
+        fused.fuse(model, kernels="liger")
+
+
+def test_without_a_card_or_the_package_the_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", dtype=torch.float32)
+    assert str(fused.fuse(model, kernels="none")) == "norms, rotary, SwiGLU: the model's own (as asked)"
+    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    with pytest.raises(BackendError, match=r"liger-kernel is not installed: pip install 'longfit\[cuda\]'"):
+        fused.fuse(model, kernels="liger")
+    monkeypatch.setattr(fused, "not_installed", lambda: None)
+    assert "liger-kernel needs a card, this is cpu" in str(fused.fuse(model))
+    with pytest.raises(BackendError, match="fused kernels 'triton': must be one of auto, none, liger"):
+        fused.fuse(model, kernels="triton")
+
+
+def test_a_version_that_changes_nothing_is_an_error(card: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", lambda model, kernels: None)
+    with pytest.raises(BackendError, match="changed nothing in a llama model; install a newer one"):
+        fused.fuse(quantized("llama", card))
