@@ -32,7 +32,7 @@ from longfit.numerics.double_quant import DoubleQuant
 from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat
 
-ABI = 3  # LONGFIT_ABI of csrc/longfit.h
+ABI = 4  # LONGFIT_ABI of csrc/longfit.h
 
 # Up to this many rows of x, dot products of x and rows of W take less time than a GEMM; and than our own GEMM in bf16.
 FEW_ROWS = 16
