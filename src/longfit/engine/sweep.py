@@ -39,6 +39,7 @@ from longfit.engine import mapping
 from longfit.engine.arena import Arena, MemoryArena
 from longfit.engine.attention import attention_key
 from longfit.engine.doors import base_model, decoder
+from longfit.engine.fused import Fused, find_fused, fused_forwards
 from longfit.engine.handover import Receiver, is_promised, promise, receiver_of
 from longfit.engine.kept import KeptAttention, KeptBudget
 from longfit.engine.layer_call import LayerCall, layer_call
@@ -236,12 +237,16 @@ class Sweeper:
     arena: Arena
     kept: KeptBudget
     swept: set[nn.Module] = field(default_factory=set)
+    fused: dict[nn.Module, tuple[Fused, ...]] = field(default_factory=dict)
     weights: Weights | None = None
     evaluating: bool = False
 
-    def present(self, module: nn.Module, *, backward: bool = False) -> AbstractContextManager[None]:
-        """Have a module's weights at hand, wherever they wait."""
-        return nullcontext() if self.weights is None else self.weights.use(module, backward=backward)
+    @contextmanager
+    def present(self, module: nn.Module, *, backward: bool = False) -> Iterator[None]:
+        """Have a module's weights at hand, wherever they wait, and its fused forwards in place."""
+        weights = nullcontext() if self.weights is None else self.weights.use(module, backward=backward)
+        with weights, fused_forwards(self.fused.get(module, ())):
+            yield
 
     def tile_for(self, hidden: Tensor) -> int:
         """Tokens per row and tile: the user's, or the chosen number shared by the rows of the batch."""
@@ -309,6 +314,8 @@ def enable_sweep(
     reasons = probe_layers(base, inner, embedding.device)
     names = {module: name for name, module in base.named_modules()}
     sweeper.swept.update(layer for layer, reason in reasons.items() if reason is None)
+    if embedding.device.type == "cpu":
+        sweeper.fused = {layer: find_fused(layer) for layer in sweeper.swept}
     fallback = tuple((names[layer], reason) for layer, reason in reasons.items() if reason is not None)
     if not sweeper.swept and not fallback:
         fallback = ((type(base).__name__, "its layers do not call the gradient-checkpointing function"),)

@@ -15,7 +15,7 @@ import ctypes
 import math
 import os
 import threading
-from ctypes import c_int, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from longfit.numerics.double_quant import DoubleQuant
 from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat
 
-ABI = 3  # LONGFIT_ABI of csrc/longfit.h
+ABI = 4  # LONGFIT_ABI of csrc/longfit.h
 
 # Up to this many rows of x, dot products of x and rows of W take less time than a GEMM; and than our own GEMM in bf16.
 FEW_ROWS = 16
@@ -82,6 +82,11 @@ _SIGNATURES: dict[str, list[Any]] = {
     "adamw_maps": [c_void_p, c_void_p, c_void_p, c_void_p],
     "attention_forward": [c_void_p] * 6,
     "attention_backward": [c_void_p] * 10,
+    "rms_norm_forward": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int],
+    "rms_norm_backward": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int],
+    "swiglu_forward": [c_void_p, c_void_p, c_int64, c_void_p, c_int],
+    "cross_entropy": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
+    "swiglu_backward": [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int],
 }  # fmt: skip
 
 

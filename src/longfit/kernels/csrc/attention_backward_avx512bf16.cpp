@@ -4,8 +4,9 @@
 //
 // with S^T = K Q^T recomputed and delta = rowsum(dO * O).  FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 //
-// Segments come one after the other. In each, threads first pack Q and dO, then work on blocks of keys: a thread owns the dK and dV of its
-// blocks and sums dQ in a buffer of its own, so nothing is shared; last, the buffers are added up.
+// Segments come one after the other, and in each runs of queries that stay in the cache while all keys pass. In a run, threads first pack Q
+// and dO, then work on blocks of keys: a thread owns the dK and dV of its blocks and sums dQ in a buffer of its own, so nothing is shared;
+// last, the buffers are added up.
 #include "attention_softmax.h"
 #include "parallel.h"
 
@@ -14,18 +15,34 @@ namespace {
 constexpr int64_t kKeyBlock = 128;      // keys that are packed at once
 constexpr int64_t kKeyGroup = 24;       // keys whose scores are still in the first-level cache when their gradient is taken
 constexpr int64_t kStrip = 2 * kPanel;  // queries summed over at once for dK and dV
+constexpr int64_t kRunBytes = 1280 << 10;  // packed rows and dQ of a run, most of a second-level cache: 512 queries of three heads of 64
 
 struct Backward {
     const longfit_attention_tile& tile;
     const longfit_attention_view &grad_out, &q, &k, &v, &out;
     const float* lse;
     const longfit_attention_view &grad_q, &grad_k, &grad_v;
-    int64_t width;   // head_dim padded to a multiple of 16
-    int64_t panels;  // of one head
+    int64_t width;     // head_dim padded to a multiple of 16
+    int64_t run;       // panels of a run, all heads of a segment: what the cache holds, but at least a strip of every head
+    int64_t capacity;  // as many, or fewer where the tile has no more
     int64_t threads;
 };
 
-// What the threads share of a segment; a panel's number is  head of the segment * panels + query / 64.
+// The queries [first, last) of all heads of a segment; a panel's number is  head of the segment * panels + (query - first) / 64.
+struct Run {
+    Segment segment;
+    int64_t first, last, panels;  // panels of one head
+
+    int64_t head_of(int64_t panel) const { return segment.head + panel / panels; }
+    int64_t query_of(int64_t panel) const { return first + panel % panels * kPanel; }
+};
+
+inline Run run_from(const Backward& b, const Segment& segment, int64_t first) {
+    const int64_t strips = most(1, b.run / segment.heads / (kStrip / kPanel)), last = least(first + strips * kStrip, b.tile.queries);
+    return {segment, first, last, blocks_of(last - first, kPanel)};
+}
+
+// What the threads share of a run.
 struct Packed {
     bf16 *q_columns, *grad_columns;  // [panel][width / 2][64][2]
     bf16 *q_pairs, *grad_pairs;      // [panel][32][width][2]
@@ -33,16 +50,14 @@ struct Packed {
     float* grad_q;                   // [thread][panel][width][64]
 };
 
-int64_t packed_panels(const Backward& b) { return b.tile.query_heads / b.tile.kv_heads * b.panels; }
-
 int64_t packed_bytes(const Backward& b) {
-    const int64_t elements = packed_panels(b) * kPanel * b.width;
-    return 4 * Scratch::size<bf16>(elements) + 2 * Scratch::size<float>(packed_panels(b) * kPanel) +
+    const int64_t elements = b.capacity * kPanel * b.width;
+    return 4 * Scratch::size<bf16>(elements) + 2 * Scratch::size<float>(b.capacity * kPanel) +
            b.threads * Scratch::size<float>(elements);
 }
 
 Packed take_packed(const Backward& b, Scratch& memory) {
-    const int64_t rows = packed_panels(b) * kPanel, elements = rows * b.width;
+    const int64_t rows = b.capacity * kPanel, elements = rows * b.width;
     Packed p;
     p.q_columns = memory.take<bf16>(elements), p.grad_columns = memory.take<bf16>(elements);
     p.q_pairs = memory.take<bf16>(elements), p.grad_pairs = memory.take<bf16>(elements);
@@ -65,8 +80,9 @@ float dot_row(const Rows& a, const Rows& b, int64_t row) {
     return _mm512_reduce_add_ps(sum);
 }
 
-void pack_panel(const Backward& b, const Segment& segment, const Packed& packed, int64_t panel) {
-    const int64_t head = segment.head + panel / b.panels, query = panel % b.panels * kPanel, count = least(kPanel, b.tile.queries - query);
+void pack_panel(const Backward& b, const Run& run, const Packed& packed, int64_t panel) {
+    const Segment& segment = run.segment;
+    const int64_t head = run.head_of(panel), query = run.query_of(panel), count = least(kPanel, run.last - query);
     const int64_t at = panel * kPanel * b.width;
     const Rows q = rows_of(b.q, segment.batch, head, query, count, b.tile.head_dim);
     const Rows grad = rows_of(b.grad_out, segment.batch, head, query, count, b.tile.head_dim);
@@ -83,9 +99,10 @@ void pack_panel(const Backward& b, const Segment& segment, const Packed& packed,
 }
 
 // Adds up the threads' dQ^T, applies the scaling, stores bf16.
-void store_grad_q(const Backward& b, const Segment& segment, const Packed& packed, int64_t panel) {
-    const int64_t head = segment.head + panel / b.panels, query = panel % b.panels * kPanel, count = least(kPanel, b.tile.queries - query);
-    const int64_t elements = kPanel * b.width, buffer = packed_panels(b) * elements;
+void store_grad_q(const Backward& b, const Run& run, const Packed& packed, int64_t panel) {
+    const Segment& segment = run.segment;
+    const int64_t head = run.head_of(panel), query = run.query_of(panel), count = least(kPanel, run.last - query);
+    const int64_t elements = kPanel * b.width, buffer = b.capacity * elements;
     float* sum = packed.grad_q + panel * elements;
     for (int64_t thread = 1; thread < b.threads; ++thread)
         for (int64_t i = 0; i < elements; ++i) sum[i] += sum[thread * buffer + i];
@@ -137,16 +154,17 @@ class BackwardWorker {
 
     bool failed() const { return memory_.failed(); }
 
-    // Keys [low, low + count) against all queries of the segment; dQ^T goes to grad_q [panel][width][64].
-    void run(const Segment& segment, const Packed& packed, int64_t low, int64_t count, float* grad_q) {
+    // Keys [low, low + count) against all queries of the run; dQ^T goes to grad_q [panel][width][64].
+    void work(const Run& run, const Packed& packed, int64_t low, int64_t count, float* grad_q) {
+        const Segment& segment = run.segment;
         const Rows k = rows_of(b_.k, segment.batch, segment.kv_head, low, count, b_.tile.head_dim);
         pack_rows(k, kKeyBlock, b_.width, k_);
         pack_columns(k, kKeyBlock, b_.width, k_columns_);
         pack_rows(rows_of(b_.v, segment.batch, segment.kv_head, low, count, b_.tile.head_dim), kKeyBlock, b_.width, v_);
         for (int64_t i = 0; i < kKeyBlock * b_.width; ++i) grad_k_[i] = grad_v_[i] = 0;
         for (int64_t head = 0; head < segment.heads; ++head)
-            for (int64_t panel = 0; panel < b_.panels; panel += kStrip / kPanel)
-                add_strip(segment, packed, low, count, head * b_.panels + panel, least(kStrip / kPanel, b_.panels - panel), grad_q);
+            for (int64_t panel = 0; panel < run.panels; panel += kStrip / kPanel)
+                add_strip(run, packed, low, count, head * run.panels + panel, least(kStrip / kPanel, run.panels - panel), grad_q);
         add_rows(grad_k_, b_.tile.scaling, count, b_.grad_k, segment, low);
         add_rows(grad_v_, 1.f, count, b_.grad_v, segment, low);
     }
@@ -159,8 +177,9 @@ class BackwardWorker {
     }
 
     // Two neighbouring panels of a head (one at the end), so that dK and dV are loaded and stored half as often.
-    void add_strip(const Segment& segment, const Packed& packed, int64_t low, int64_t count, int64_t first, int64_t panels, float* grad_q) {
-        const int64_t query = first % b_.panels * kPanel, queries = least(panels * kPanel, b_.tile.queries - query);
+    void add_strip(const Run& run, const Packed& packed, int64_t low, int64_t count, int64_t first, int64_t panels, float* grad_q) {
+        const Segment& segment = run.segment;
+        const int64_t query = run.query_of(first), queries = least(panels * kPanel, run.last - query);
         const Seen seen = seen_of_block(b_.tile, segment, query, queries, low, count);
         if (seen.rows == 0) return;
         const int64_t width = b_.width, elements = kPanel * width, here = seen.low * width;
@@ -200,6 +219,32 @@ class BackwardWorker {
     bf16* grad_s_pairs_;         // [64][64][2]
 };
 
+void differentiate(const Backward& b, const Run& run, const Packed& packed) {
+    const int64_t panels = run.segment.heads * run.panels, threads = b.threads;
+    const Range keys = visible_keys(b.tile, run.segment, run.first, run.last);
+    parallel_for(panels, 1, int(threads), [&](int64_t from, int64_t to) {
+        for (int64_t panel = from; panel < to; ++panel) pack_panel(b, run, packed, panel);
+    });
+    // Which blocks are summed in which buffer is fixed, so that dQ has the same bits every time. The first keys are seen by most
+    // queries, so turns go forth and back: 0 1 1 0 0 1 ...
+    parallel_for(threads, 1, int(threads), [&](int64_t from, int64_t to) {
+        BackwardWorker worker(b);
+        if (worker.failed()) return report_out_of_memory(b.tile);
+        for (int64_t share = from; share < to; ++share) {
+            float* grad_q = packed.grad_q + share * b.capacity * kPanel * b.width;
+            for (int64_t i = 0; i < panels * kPanel * b.width; ++i) grad_q[i] = 0;
+            for (int64_t turn = 0;; ++turn) {
+                const int64_t block = turn * threads + (turn % 2 ? threads - 1 - share : share), low = keys.low + block * kKeyBlock;
+                if (low >= keys.high) break;
+                worker.work(run, packed, low, least(kKeyBlock, keys.high - low), grad_q);
+            }
+        }
+    });
+    parallel_for(panels, 1, int(threads), [&](int64_t from, int64_t to) {
+        for (int64_t panel = from; panel < to; ++panel) store_grad_q(b, run, packed, panel);
+    });
+}
+
 }  // namespace
 
 void longfit_attention_backward_avx512_bf16(const longfit_attention_tile* tile, const longfit_attention_view* grad_out,
@@ -207,37 +252,21 @@ void longfit_attention_backward_avx512_bf16(const longfit_attention_tile* tile, 
                                             const longfit_attention_view* v, const longfit_attention_view* out, const float* lse,
                                             const longfit_attention_view* grad_q, const longfit_attention_view* grad_k,
                                             const longfit_attention_view* grad_v) {
-    const int64_t width = blocks_of(tile->head_dim, 16) * 16, panels = blocks_of(tile->queries, kPanel);
+    const int64_t width = blocks_of(tile->head_dim, 16) * 16, group = tile->query_heads / tile->kv_heads;
+    const int64_t panel_bytes = kPanel * width * int64_t(4 * sizeof(bf16) + sizeof(float));
+    const int64_t run = most(group * kStrip / kPanel, kRunBytes / panel_bytes), capacity = least(group * blocks_of(tile->queries, kPanel), run);
     const int64_t threads = most(1, least(tile->threads, blocks_of(tile->keys, kKeyBlock)));
-    const Backward b{*tile, *grad_out, *q, *k, *v, *out, lse, *grad_q, *grad_k, *grad_v, width, panels, threads};
+    const Backward b{*tile, *grad_out, *q, *k, *v, *out, lse, *grad_q, *grad_k, *grad_v, width, run, capacity, threads};
     Scratch memory(packed_bytes(b));
     if (memory.failed()) return report_out_of_memory(*tile);
     const Packed packed = take_packed(b, memory);
-    const int64_t buffer = packed_panels(b) * kPanel * width;
     for (int64_t number = 0; number < num_segments(*tile); ++number) {
         const Segment segment = segment_at(*tile, number);
         if (segment.heads == 0) continue;
-        const Range keys = visible_keys(*tile, segment, 0, tile->queries);
-        parallel_for(segment.heads * panels, 1, int(threads), [&](int64_t from, int64_t to) {
-            for (int64_t panel = from; panel < to; ++panel) pack_panel(b, segment, packed, panel);
-        });
-        // Which blocks are summed in which buffer is fixed, so that dQ has the same bits every time. The first keys are seen by most
-        // queries, so turns go forth and back: 0 1 1 0 0 1 ...
-        parallel_for(threads, 1, int(threads), [&](int64_t from, int64_t to) {
-            BackwardWorker worker(b);
-            if (worker.failed()) return report_out_of_memory(*tile);
-            for (int64_t share = from; share < to; ++share) {
-                float* grad_q_sum = packed.grad_q + share * buffer;
-                for (int64_t i = 0; i < buffer; ++i) grad_q_sum[i] = 0;
-                for (int64_t turn = 0;; ++turn) {
-                    const int64_t block = turn * threads + (turn % 2 ? threads - 1 - share : share), low = keys.low + block * kKeyBlock;
-                    if (low >= keys.high) break;
-                    worker.run(segment, packed, low, least(kKeyBlock, keys.high - low), grad_q_sum);
-                }
-            }
-        });
-        parallel_for(segment.heads * panels, 1, int(threads), [&](int64_t from, int64_t to) {
-            for (int64_t panel = from; panel < to; ++panel) store_grad_q(b, segment, packed, panel);
-        });
+        for (int64_t first = 0; first < tile->queries;) {
+            const Run next = run_from(b, segment, first);
+            differentiate(b, next, packed);
+            first = next.last;
+        }
     }
 }

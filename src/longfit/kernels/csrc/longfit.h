@@ -17,8 +17,8 @@
 #define LONGFIT_JOIN(name, isa) LONGFIT_JOIN2(name, isa)
 #define KERNEL(name) LONGFIT_JOIN(name, LONGFIT_ISA)
 
-// Raised by one whenever the meaning of an exported function changes; kernels/cpu.py refuses a library with another number.
-#define LONGFIT_ABI 3
+// Raised by one whenever an exported function comes or changes its meaning; kernels/cpu.py refuses a library with another number.
+#define LONGFIT_ABI 4
 
 // Size of a table of longfit_nearest_table.
 #define LONGFIT_NEAREST_BYTES (44 << 10)
