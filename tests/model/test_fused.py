@@ -6,6 +6,7 @@ The kernels run on a card, or on the CPU under Triton's interpreter.
 import copy
 import importlib
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,14 +67,14 @@ def _families_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
 
 
-def quantized(family: str, device: str = "cpu") -> Any:
-    """A tiny QLoRA model in float32 that trains its norms; its adapters do something, its epsilon shows."""
+def quantized(family: str, device: str = "cpu", *, train_norms: bool = True) -> Any:
+    """A tiny QLoRA model in float32; its adapters do something, its epsilon shows."""
     model = tiny_model(family, dtype=torch.float32, rms_norm_eps=1e-2, num_heads=3, num_kv_heads=1)
     for parent in list(model.model.layers.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
                 setattr(parent, name, Linear4bit.from_linear(child))
-    model = add_adapters(model, rank=3, train_norms=True)
+    model = add_adapters(model, rank=3, train_norms=train_norms)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
@@ -94,8 +95,13 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return float((value.double() - truth).norm() / truth.norm())
 
 
-@pytest.mark.parametrize(("family", "engine"), [*((family, "sweep") for family in FAMILIES), ("qwen3", "plain")])
-def test_gradients_are_those_of_the_models_own_operations(card: str, family: str, engine: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "engine", "train_norms"),
+    [*((family, "sweep", True) for family in FAMILIES), ("llama", "sweep", False), ("qwen3", "plain", True)],
+)
+def test_gradients_are_those_of_the_models_own_operations(
+    card: str, family: str, engine: str, train_norms: bool
+) -> None:
     """Against the truth in float64, liger's kernels err as the model's own float32 does.
 
     Both make the same products and sums in another order: as many roundings, with other signs. How far they carry is
@@ -104,7 +110,7 @@ def test_gradients_are_those_of_the_models_own_operations(card: str, family: str
     gradient that the residual still needs is wrong by 1.
     """
     ids = torch.randint(3, VOCABULARY, (2, 3), device=card)
-    model = quantized(family, card)
+    model = quantized(family, card, train_norms=train_norms)
     exact = exact_norms(copy.deepcopy(model).double())
     truth, own = gradients(exact, own_loss(exact, ids)), gradients(model, own_loss(model, ids))
 
@@ -116,10 +122,9 @@ def test_gradients_are_those_of_the_models_own_operations(card: str, family: str
         base_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     fast = gradients(model, training_loss(model, ids))
 
-    norms = {name.removesuffix(".modules_to_save.default") for name in report.modules if name.endswith("default")}
-    assert norms == {
-        name for name, module in base_model(model).named_modules() if "ModulesToSave" in repr(type(module))
-    }
+    changed = {name.removesuffix(".modules_to_save.default").rsplit(".", 1)[-1] for name in report.modules}
+    norms = [name for name, _ in base_model(model).named_modules() if name.rsplit(".", 1)[-1].endswith("norm")]
+    assert {name.rsplit(".", 1)[-1] for name in norms} <= changed
     assert sum(name.endswith(".mlp") for name in report.modules) == 2
     own_error = max(relative_error(own[name], value) for name, value in truth.items())
     assert own_error < 1e-4, "more than rounding"
@@ -165,6 +170,14 @@ def test_what_liger_does_not_compute_is_left_to_the_model(
     assert not any("forward" in vars(module) for module in model.modules())
     with pytest.raises(BackendError, match=f"fused kernels 'liger': {reason}.*; use auto or none"):
         fused.fuse(model, kernels="liger")
+
+
+def test_bfloat16_on_a_card_without_it_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    config = tiny_model("llama", dtype=torch.float32).config
+    for dtype, problem in ((torch.bfloat16, "liger-kernel has no kernels for torch.bfloat16 here"), (torch.half, None)):
+        base = SimpleNamespace(config=config, dtype=dtype, device=torch.device("cuda"))
+        assert fused.not_known(base) == problem
 
 
 def test_without_a_card_or_the_package_the_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
