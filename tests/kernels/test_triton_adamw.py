@@ -28,6 +28,7 @@ PAIRS = [
     (torch.bfloat16, torch.bfloat16),
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
 ]
 
 

@@ -176,6 +176,15 @@ def test_places_hold_what_is_sent_there() -> None:
     assert all(set(c.by_phase) <= set(PHASES) for c in on_cpu.components)
 
 
+def test_float16_norms_and_embeddings_have_float32_gradients() -> None:
+    shape = ModelShape.of(config("SmolLM2-135M"))
+    settings = PlanSettings(1024, train_embeddings=True, train_norms=True)
+    plans = [memory_plan(shape, settings.changed({"dtype": dtype})) for dtype in ("bfloat16", "float16")]
+    kept = [next(c for c in plan.components if c.name == "gradients").by_phase["step"] for plan in plans]
+    trained = 49_152 * 576 + (2 * 30 + 1) * 576
+    assert kept[1] - kept[0] == 2 * trained
+
+
 def test_replicas_hold_buckets_of_all_gradients() -> None:
     shape = ModelShape.of(config("SmolLM2-135M"))
     alone = PlanSettings(4096, train_embeddings=True, train_norms=True)

@@ -184,20 +184,21 @@ class Gradients:
 
 
 def gradients(shape: ModelShape, parts: Trained, settings: PlanSettings, *, loss_tile: int) -> Gradients:
-    """Count gradients: adapters in float32, the rest in the dtype of the base.
+    """Count gradients: adapters in float32, the rest in the dtype of the base, or in float32 where that is float16.
 
     Args:
         loss_tile: bytes of a tile of logits, which are gone when the output matrix' float32 sum becomes narrow.
     """
     e = settings.element_bytes
+    collected, narrow = (4, e) if settings.dtype == "float16" else (e, 0)  # training/loss_scale.py
     product = min(GRADIENT_ROWS, shape.vocab_size) * shape.hidden_size * (e + (4 if settings.device == "cpu" else 0))
-    steady = 4 * parts.adapter_params + e * sum(parts.norm_sizes)
-    share = e * parts.vocabulary
+    steady = 4 * parts.adapter_params + collected * sum(parts.norm_sizes)
+    share = collected * parts.vocabulary
     waiting = share if parts.head else 0
     return Gradients(
         loss=(4 * parts.vocabulary + max(product, share - loss_tile)) if parts.head else 0,
         tiles=steady + waiting,
-        whole=steady + waiting + share,
+        whole=steady + waiting + share + narrow * parts.vocabulary,
         kept=steady + share,
     )
 
