@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from tests.tiny_models import VOCABULARY, tiny_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longfit.engine.doors import base_model
 from longfit.engine.fused import GatedMlp, Norm, as_gated_mlp, as_norm, find_fused, fused_forwards
@@ -37,6 +38,12 @@ def test_llama_and_its_kin_are_recognised(family):
 def test_other_functions_keep_their_own_forward():
     assert kinds("gemma2") == {}  # weights of one plus w, gelu
     assert set(kinds("phi3").values()) == {Norm}  # gate and up are one projection
+
+
+@runs_here
+def test_nothing_is_asked_of_a_model_without_numbers():
+    with FakeTensorMode():
+        assert find_fused(nn.Sequential(Mlp(lambda _, gate, up: F.silu(gate) * up))) == ()
 
 
 class Mlp(nn.Module):

@@ -89,12 +89,16 @@ Fused = Norm | GatedMlp
 
 
 def find_fused(layer: nn.Module) -> tuple[Fused, ...]:
-    """The modules of a layer whose function the kernels compute; none where the kernels cannot run."""
-    if cpu_elementwise.supported() is not None:
+    """The modules of a layer whose function the kernels compute; none without kernels, on a card or in a trace."""
+    if cpu_elementwise.supported() is not None or not all(map(_is_plain, layer.parameters())):
         return ()
     with torch.no_grad(), random_state_kept(torch.device("cpu")):
         found = [as_norm(module) or as_gated_mlp(module) for module in layer.modules()]
     return tuple(fused for fused in found if fused is not None)
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    return type(parameter.data) is Tensor and parameter.device.type == "cpu"
 
 
 @contextmanager

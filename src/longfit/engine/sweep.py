@@ -314,8 +314,7 @@ def enable_sweep(
     reasons = probe_layers(base, inner, embedding.device)
     names = {module: name for name, module in base.named_modules()}
     sweeper.swept.update(layer for layer, reason in reasons.items() if reason is None)
-    if embedding.device.type == "cpu":
-        sweeper.fused = {layer: find_fused(layer) for layer in sweeper.swept}
+    sweeper.fused = {layer: find_fused(layer) for layer in sweeper.swept}
     fallback = tuple((names[layer], reason) for layer, reason in reasons.items() if reason is not None)
     if not sweeper.swept and not fallback:
         fallback = ((type(base).__name__, "its layers do not call the gradient-checkpointing function"),)
