@@ -139,6 +139,7 @@ def layer_rows(bench: Bench) -> None:
     )
     quantised_peer.load_state_dict(dense.state_dict())
     holder = nn.ModuleDict({"linear": quantised_peer}).to(bench.device)
+    holder.is_loaded_in_4bit = True  # by which PEFT chooses its layer for bitsandbytes
     peer = get_peft_model(holder, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["linear"])).base_model.model
     peer_s = bench.seconds(lambda: peer["linear"](x).backward(grad))
     bench.report.add("layer", f"{name}, times faster than PEFT and bitsandbytes", peer_s / seconds, "x")

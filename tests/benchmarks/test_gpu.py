@@ -48,6 +48,34 @@ def test_all_of_it_runs_on_small_sizes(tmp_path: Path) -> None:
     assert markdown.count("\n| ") == len(rows) + 1
 
 
+CARDS = r"""
+import json, types
+import torch
+from gpu import GIB, card_rows
+from gpu_bench import REAL, Bench
+from gpu_report import Line, Report
+
+torch.cuda.get_device_properties = lambda device: types.SimpleNamespace(total_memory=80 * GIB)
+report = Report({}, limit_s=0)
+bench = Bench(torch.device("cpu"), REAL, report)
+bench.cuda = True
+card_rows(bench, 1e-14, {8192: 7 * GIB}, {"exact": Line(2 * GIB, 32_000.0)})
+print(json.dumps([[row.name, row.value, row.met, row.note] for row in report.rows]))
+"""
+
+
+def test_cards_are_predicted_from_what_was_measured() -> None:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'benchmarks'}"}
+    run = subprocess.run([sys.executable, "-c", CARDS], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = {name: rest for name, *rest in json.loads(run.stdout.splitlines()[-1])}
+    context = int((0.97 * 24 * 2**30 - 750 * 2**20 - (7 * 2**30 - 32_000 * 8192)) / 32_000) // 1024 * 1024
+    assert rows["24 GiB, exact, longest context"][0] == context
+    assert rows["24 GiB, exact, times the peer's 78,475"][:2] == [context / 78_475, context >= 4 * 78_475]
+    assert "the card is smaller" in rows["141 GiB, exact, tried"][2]
+    assert "s are left" in rows["80 GiB, exact, tried"][2]
+
+
 def test_targets_and_what_there_is_no_time_for(capsys: pytest.CaptureFixture[str]) -> None:
     report = Report({"device": "none"}, limit_s=10)
     report.add("memory", "slope", 28.7, "kB", most=32)
