@@ -15,7 +15,7 @@ Not here: label smoothing, z-loss; where labels come from is ``loss.py``.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longfit.engine.handover import promise, receiver_of
+from longfit.engine.logits_room import LogitsRoom
 from longfit.engine.sizes import CPU_LOGITS, DEVICE_LOGITS, GRADIENT_ROWS
 from longfit.errors import DataError
+from longfit.kernels import cpu_elementwise
 
 IGNORED = -100
 """The label of a token that is not trained on (the convention of torch and transformers)."""
@@ -39,11 +41,15 @@ class _Head:
     softcap: float | None
     scale: float
     sum_dtype: torch.dtype
+    room: LogitsRoom | None = None  # where the logits of training are made
 
     def logits(self, hidden: Tensor, words: slice) -> Tensor:
         """Logits of some tokens for some words, in the dtype of the sums: [t, D] -> [t, v]."""
         bias = None if self.bias is None else self.bias[words]
-        logits = F.linear(hidden, self.weight[words], bias).to(self.sum_dtype)
+        if self.room is None:
+            logits = F.linear(hidden, self.weight[words], bias).to(self.sum_dtype)
+        else:
+            logits = self.room.logits(hidden, self.weight[words], bias)
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:
@@ -129,7 +135,8 @@ class _Gradients:
         """Take the gradient of some logits [t, v]; returns its share of the tile's hidden gradient, [t, D]."""
         if self.bias is not None:
             self.bias[words] += d_logits.sum(0)
-        d_logits = d_logits.to(tile.dtype)
+        if d_logits.dtype != tile.dtype:
+            d_logits = d_logits.to(tile.dtype) if head.room is None else head.room.narrowed(d_logits)
         if self.weight is not None:
             for part, d_part in zip(
                 self.weight[words].split(GRADIENT_ROWS), d_logits.T.split(GRADIENT_ROWS), strict=True
@@ -156,6 +163,10 @@ def _tile_loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Losses [t] of one token tile, and its hidden gradient [t, D]."""
     words = tiles.words()
+    if len(words) == 1 and head.room is not None and _fits_kernel(head, hidden):
+        d_logits = head.room.products(hidden, head.weight, None)  # in bf16, and their gradient in their place
+        losses = cpu_elementwise.cross_entropy_(d_logits, labels, factor=float(factor))
+        return losses, gradients.add(head, hidden, d_logits, words[0])
     if len(words) == 1:  # the logits of the sum serve the gradient: one exponential, no second product
         logits = head.logits(hidden, words[0])
         label, slope, largest = _label_logits(logits, labels, words[0]), head.slope(logits), logits.amax(1)
@@ -172,6 +183,12 @@ def _tile_loss_and_gradient(
         probabilities = logits.sub_(log_sum[:, None]).exp_()
         d_hidden += gradients.add(head, hidden, _d_logits(head, probabilities, slope, labels, part, factor), part)
     return log_sum - label, d_hidden
+
+
+def _fits_kernel(head: _Head, hidden: Tensor) -> bool:
+    """Whether the kernel makes the gradient from the logits: bf16 on the CPU, and logits that are products alone."""
+    plain = head.bias is None and head.softcap is None and head.scale == 1.0
+    return plain and cpu_elementwise.takes(hidden) and cpu_elementwise.supported() is None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -196,6 +213,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = _head(weight, bias, rule, compute_dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_gradient = any(ctx.needs_input_grad)
+        if needs_gradient:
+            num_logits = min(tiles.token_tile, len(tiles.rows)) * tiles.vocab_tile
+            dtypes = {"dtype": compute_dtype, "sum_dtype": head.sum_dtype}
+            head = replace(head, room=LogitsRoom(hidden, num_logits=num_logits, **dtypes))
         d_hidden = hidden if overwrite_hidden or not needs_hidden else hidden.new_empty(hidden.shape)
         rows_of_hidden, rows_of_gradient = hidden.flatten(0, -2), d_hidden.view(-1, hidden.shape[-1])
         gradients = _Gradients(

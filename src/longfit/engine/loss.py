@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longfit.engine.doors import base_model, hidden_states, output_head
+from longfit.engine.heap import give_back
 from longfit.engine.linear_cross_entropy import IGNORED, linear_cross_entropy
 from longfit.engine.schedule import document_starts
 from longfit.engine.sweep import sweeper_of
@@ -74,6 +75,7 @@ def training_loss(
             "the model is in eval mode, so its layers are neither swept nor checkpointed; call model.train() first",
             stacklevel=2,
         )
+    give_back(input_ids.device)
     hidden, norm = hidden_states(
         model,
         input_ids=input_ids,
@@ -82,6 +84,7 @@ def training_loss(
         use_cache=False,
         return_dict=True,
     )
+    give_back(input_ids.device)
     head_module = base_model(model).get_output_embeddings()
     with nullcontext() if sweeper is None else sweeper.present(head_module, backward=torch.is_grad_enabled()):
         head = output_head(model)
