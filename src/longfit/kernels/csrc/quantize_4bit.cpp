@@ -5,61 +5,97 @@
 
 namespace {
 
+template <bool> struct Bool {};
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 #if defined(LONGFIT_AVX512)
 
-inline __m512 load16(const float* x, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, x); }
-inline __m512 load16(const bf16* x, __mmask16 mask) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x)), 16));
+// 64 values in the order that packing wants: even and odd values of the first 32, even and odd values of the last 32. Lanes beyond `count`
+// are 0.
+inline void load64(const bf16* x, int64_t count, __m512 out[4]) {
+    const uint64_t lanes = count >= 64 ? ~0ull : (1ull << count) - 1;
+    for (int i = 0; i < 2; ++i) {
+        const __m512i pairs = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(lanes >> (32 * i)), x + 32 * i);
+        out[2 * i] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+        out[2 * i + 1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+    }
 }
-inline __m512 load16(const fp16* x, __mmask16 mask) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, x)); }
+inline __m512 load16(const float* x, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, x); }
+inline __m512 load16(const fp16* x, __mmask16 lanes) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes, x)); }
+template <class T> inline void load64(const T* x, int64_t count, __m512 out[4]) {  // fp32, fp16
+    const uint64_t lanes = count >= 64 ? ~0ull : (1ull << count) - 1;
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    for (int i = 0; i < 2; ++i) {
+        const __m512 low = load16(x + 32 * i, static_cast<__mmask16>(lanes >> (32 * i)));
+        const __m512 high = load16(x + 32 * i + 16, static_cast<__mmask16>(lanes >> (32 * i + 16)));
+        out[2 * i] = _mm512_permutex2var_ps(low, even, high);
+        out[2 * i + 1] = _mm512_permutex2var_ps(low, odd, high);
+    }
+}
 
-// Where the thresholds lie further apart than 1/15, as in NF4, [-1, 1] is cut into 31 buckets with at most one threshold each: the bucket
-// knows how many thresholds lie below it, and one comparison does the rest. Otherwise (FP4) four halvings find the rank. Both read their
-// tables from registers.
+// Finds "places" of values, one byte each, and what code stands for a place.
+//
+// Where the thresholds lie further apart than 1/15, as in NF4, [-1, 1] is cut into 31 buckets with at most one threshold each, and a place
+// is a bucket and whether the value lies above its threshold. Otherwise (FP4) four halvings find the rank, which is the place. All tables
+// are in registers.
 class Quantizer {
   public:
     explicit Quantizer(const Ranking& ranking) {
         alignas(64) float t[16], edge[32];
-        alignas(64) int32_t code[16], below[32] = {};
+        alignas(64) uint8_t code[64] = {};
         for (float& e : edge) e = float_of(0x7f800000);
-        for (int i = 0; i < 16; ++i) {
-            t[i] = ranking.thresholds[i < 15 ? i : 14];
-            code[i] = ranking.code_of_rank[i];
-        }
+        for (int i = 0; i < 16; ++i) t[i] = ranking.thresholds[i < 15 ? i : 14];
         for (int i = 0; i < 15; ++i) {
-            const bool inside = t[i] >= -1 && t[i] <= 1;
-            const int own = inside ? bucket_of(t[i]) : t[i] < 0 ? -16 : 16;
-            for (int bucket = own + 1; bucket < 16; ++bucket) ++below[bucket & 31];
-            if (!inside) continue;
-            in_buckets = in_buckets && edge[own & 31] > 1;
-            edge[own & 31] = t[i];
+            if (t[i] < -1 || t[i] > 1) continue;  // moved to infinity
+            float& own = edge[bucket_of(t[i]) & 31];
+            in_buckets = in_buckets && own > 1;
+            own = t[i];
+        }
+        if (in_buckets) {
+            int rank = 0;
+            while (rank < 15 && t[rank] < -1) ++rank;
+            for (int bucket = -15; bucket < 16; ++bucket) {
+                code[bucket & 63] = ranking.code_of_rank[rank];
+                rank += edge[bucket & 31] <= 1;
+                code[(bucket & 63) ^ kAbove] = ranking.code_of_rank[rank];
+            }
+        } else {
+            memcpy(code, ranking.code_of_rank, 16);
         }
         edge_low = _mm512_load_ps(edge), edge_high = _mm512_load_ps(edge + 16);
-        below_low = _mm512_load_si512(below), below_high = _mm512_load_si512(below + 16);
         first = _mm512_load_ps(t);
         second = _mm512_castsi512_ps(_mm512_permutexvar_epi32(  // second[i] = t[i + 1]
             _mm512_setr_epi32(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 15), _mm512_castps_si512(first)));
         t3 = _mm512_set1_ps(t[3]), t7 = _mm512_set1_ps(t[7]), t11 = _mm512_set1_ps(t[11]);
         codes = _mm512_load_si512(code);
     }
-    // Values scaled by `factor` -> bytes of two codes; the lanes beyond an odd count read as 0.
-    template <class T> void pack(const T* x, __m512 factor, int64_t count, uint8_t* out) const {
-        if (in_buckets) pack_ranked<true>(x, factor, count, out);
-        else pack_ranked<false>(x, factor, count, out);
+    // Calls work(Bool<...>{}) with what tells pack() how to search, so that the loop over the blocks is compiled for either.
+    template <class Work> void with_search(const Work& work) const {
+        if (in_buckets) work(Bool<true>{});
+        else work(Bool<false>{});
+    }
+    // Values scaled by `factor` -> bytes of two codes; the half of a byte beyond an odd count is that of a 0.
+    template <bool buckets, class T> void pack(Bool<buckets>, const T* x, float factor, int64_t count, uint8_t* out) const {
+        const __m512 factors = _mm512_set1_ps(factor);
+        for (; count >= 64; count -= 64, x += 64, out += 32) pack64<buckets>(x, factors, 64, out);
+        if (count > 0) pack64<buckets>(x, factors, count, out);
     }
 
   private:
-    // 15.25 x rounded to a whole number, which the last bits of the sum hold; a table of 32 looks at the last 5.
+    // 15.25 x rounded to a whole number, -15 to 15, which the last bits of the sum hold: a table of 32 looks at the last 5. Of the last 6,
+    // kAbove then flips the first, and no two places are the same.
     static constexpr float kBuckets = 15.25f, kRound = 12582912.0f;  // 1.5 * 2^23
+    static constexpr int kAbove = 32;
     static int bucket_of(float x) { return static_cast<int>(__builtin_fmaf(x, kBuckets, kRound) - kRound); }
 
-    __m512i bucketed_rank(__m512 s) const {
+    __m512i bucketed_place(__m512 s) const {
         const __m512i bucket = _mm512_castps_si512(_mm512_fmadd_ps(s, _mm512_set1_ps(kBuckets), _mm512_set1_ps(kRound)));
         const __mmask16 above = _mm512_cmp_ps_mask(s, _mm512_permutex2var_ps(edge_low, bucket, edge_high), _CMP_GT_OQ);
-        const __m512i rank = _mm512_permutex2var_epi32(below_low, bucket, below_high);
-        return _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(1));
+        return _mm512_mask_xor_epi32(bucket, above, bucket, _mm512_set1_epi32(kAbove));
     }
-    __m512i halved_rank(__m512 s) const {
+    __m512i halved_place(__m512 s) const {
         const __mmask16 m8 = _mm512_cmp_ps_mask(s, t7, _CMP_GT_OQ);
         const __mmask16 m4 = _mm512_cmp_ps_mask(s, _mm512_mask_mov_ps(t3, m8, t11), _CMP_GT_OQ);
         __m512i rank = _mm512_maskz_set1_epi32(m8, 8);
@@ -69,23 +105,43 @@ class Quantizer {
         const __mmask16 m1 = _mm512_cmp_ps_mask(s, _mm512_permutexvar_ps(rank, first), _CMP_GT_OQ);
         return _mm512_mask_add_epi32(rank, m1, rank, _mm512_set1_epi32(1));
     }
-    template <bool buckets> __m128i pairs(__m512 x, __m512 factor) const {
-        const __m512 s = _mm512_mul_ps(x, factor);
-        const __m512i code = _mm512_permutexvar_epi32(buckets ? bucketed_rank(s) : halved_rank(s), codes);
-        return _mm512_cvtepi64_epi8(_mm512_or_si512(_mm512_slli_epi64(code, 4), _mm512_srli_epi64(code, 32)));
+    // The last 6 bits of each byte -> codes.
+    __m512i look_up(__m512i places) const {
+#if defined(LONGFIT_AVX512_BF16)
+        return _mm512_permutexvar_epi8(places, codes);
+#else
+        const __m512i quarter = _mm512_and_si512(_mm512_srli_epi16(places, 4), _mm512_set1_epi8(3));
+        const __m512i place = _mm512_and_si512(places, _mm512_set1_epi8(15));  // bit 7 would make it 0
+        __m512i found = _mm512_setzero_si512();
+        const __m512i tables[4] = {_mm512_shuffle_i32x4(codes, codes, 0x00), _mm512_shuffle_i32x4(codes, codes, 0x55),
+                                   _mm512_shuffle_i32x4(codes, codes, 0xaa), _mm512_shuffle_i32x4(codes, codes, 0xff)};
+        for (int i = 0; i < 4; ++i)
+            found = _mm512_mask_shuffle_epi8(found, _mm512_cmpeq_epi8_mask(quarter, _mm512_set1_epi8(static_cast<char>(i))), tables[i], place);
+        return found;
+#endif
     }
-    template <bool buckets, class T> void pack_ranked(const T* x, __m512 factor, int64_t count, uint8_t* out) const {
-        for (; count >= 16; count -= 16, x += 16, out += 8)
-            _mm_storel_epi64(reinterpret_cast<__m128i*>(out), pairs<buckets>(load16(x, 0xffff), factor));
-        if (count > 0) {
-            const __m128i tail = pairs<buckets>(load16(x, static_cast<__mmask16>((1u << count) - 1)), factor);
-            _mm_mask_storeu_epi8(out, static_cast<__mmask16>((1u << ((count + 1) / 2)) - 1), tail);
+    // A dword gathers the places of four values, one byte each: of an even and an odd value, twice. They become codes, then two bytes.
+    template <bool buckets, class T> inline void pack64(const T* x, __m512 factor, int64_t count, uint8_t* out) const {
+        __m512 value[4];
+        __m512i place[4];
+        load64(x, count, value);
+        for (int i = 0; i < 4; ++i) {
+            const __m512 s = _mm512_mul_ps(value[i], factor);
+            place[i] = buckets ? bucketed_place(s) : halved_place(s);
         }
+        __m512i places = _mm512_mask_blend_epi8(0x2222222222222222, place[0], _mm512_slli_epi32(place[1], 8));
+        places = _mm512_mask_blend_epi8(0x4444444444444444, places, _mm512_slli_epi32(place[2], 16));
+        places = _mm512_mask_blend_epi8(0x8888888888888888, places, _mm512_slli_epi32(place[3], 24));
+        const __m512i bytes = _mm512_maddubs_epi16(look_up(places), _mm512_set1_epi16(0x0110));  // 16 even + odd
+        const __m128i first_half = _mm512_cvtepi32_epi8(bytes), last_half = _mm512_cvtepi32_epi8(_mm512_srli_epi32(bytes, 16));
+        const __m256i all = _mm256_inserti128_si256(_mm256_castsi128_si256(first_half), last_half, 1);
+        if (count >= 64) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), all);
+        else _mm256_mask_storeu_epi8(out, static_cast<__mmask32>((1ull << ((count + 1) / 2)) - 1), all);
     }
 
     bool in_buckets = true;
     __m512 edge_low, edge_high, first, second, t3, t7, t11;
-    __m512i below_low, below_high, codes;
+    __m512i codes;
 };
 
 #else
@@ -97,7 +153,8 @@ class Quantizer {
         for (int i = 0; i < 15; ++i) t[i] = ranking.thresholds[i];
         for (int i = 0; i < 16; ++i) code_of_rank[i] = ranking.code_of_rank[i];
     }
-    template <class T> void pack(const T* x, float factor, int64_t count, uint8_t* out) const {
+    template <class Work> void with_search(const Work& work) const { work(Bool<false>{}); }
+    template <class T> void pack(Bool<false>, const T* x, float factor, int64_t count, uint8_t* out) const {
         for (; count >= kChunk; count -= kChunk, x += kChunk, out += kChunk / 2) chunk(x, factor, out);
         if (count > 0) {
             T rest[kChunk] = {};
@@ -130,24 +187,30 @@ class Quantizer {
 
 #endif
 
-template <class T> void quantize_block(const Quantizer& quantizer, uint8_t highest, const T* x, int64_t count, uint8_t* packed, float* absmax) {
-    const float top = absmax_of(x, count);
-    if (!finite(top)) {
-        *absmax = float_of(kNaN);
-        memset(packed, highest << 4 | highest, (count + 1) / 2);
-        return;
+// Up to kGroup blocks, of which the last may be short.
+template <class Search, class T>
+inline void quantize_group(const Quantizer& quantizer, Search search, uint8_t highest, const T* x, int64_t numel, int64_t block_size,
+                           uint8_t* packed, float* absmax) {
+    float factor[kGroup];
+    const int64_t blocks = (numel + block_size - 1) / block_size;
+    if (numel == kGroup * block_size) absmax_of_group(x, block_size, absmax);
+    else for (int64_t i = 0; i < blocks; ++i) absmax[i] = absmax_of(x + i * block_size, least(block_size, numel - i * block_size));
+    for (int64_t i = 0; i < blocks; ++i) factor[i] = reciprocal_of(absmax[i]);
+    for (int64_t i = 0; i < blocks; ++i, x += block_size, packed += block_size / 2, numel -= block_size) {
+        const int64_t count = least(block_size, numel);
+        if (finite(absmax[i])) {
+            if (count == 64) quantizer.pack(search, x, factor[i], 64, packed);  // the usual size, without a loop
+            else quantizer.pack(search, x, factor[i], count, packed);
+        } else {
+            absmax[i] = float_of(kNaN);
+            memset(packed, highest << 4 | highest, (count + 1) / 2);
+        }
     }
-    *absmax = top;
-#if defined(LONGFIT_AVX512)
-    quantizer.pack(x, _mm512_set1_ps(reciprocal_of(top)), count, packed);
-#else
-    quantizer.pack(x, reciprocal_of(top), count, packed);
-#endif
 }
 
 }  // namespace
 
-// packed: (numel + 1) / 2 bytes; an odd numel leaves the code of level 0 in the last nibble. block_size is even.
+// packed: (numel + 1) / 2 bytes; an odd numel leaves the code of level 0 in the last nibble. block_size is a multiple of 32.
 LONGFIT_EXPORT void KERNEL(longfit_quantize_4bit)(const void* values, int64_t numel, int dtype, const float* codebook, int64_t block_size,
                                                   uint8_t* packed, float* absmax, int threads) {
     const Ranking ranking(codebook, 16);
@@ -156,13 +219,14 @@ LONGFIT_EXPORT void KERNEL(longfit_quantize_4bit)(const void* values, int64_t nu
     with_type(dtype, [&](auto type) {
         using T = decltype(type);
         const T* x = static_cast<const T*>(values);
-        const int64_t blocks = (numel + block_size - 1) / block_size;
-        parallel_for(blocks, 16383 / block_size + 1, threads, [&](int64_t begin, int64_t end) {
-            for (int64_t block = begin; block < end; ++block) {
-                const int64_t start = block * block_size;
-                const int64_t count = numel - start < block_size ? numel - start : block_size;
-                quantize_block(quantizer, highest, x + start, count, packed + start / 2, absmax + block);
-            }
+        const int64_t group = kGroup * block_size;
+        parallel_for((numel + group - 1) / group, 16383 / group + 1, threads, [&](int64_t begin, int64_t end) {
+            const Quantizer own = quantizer;  // its tables stay in registers
+            own.with_search([&](auto search) {
+                for (int64_t start = begin * group; start < least(end * group, numel); start += group)
+                    quantize_group(own, search, highest, x + start, least(group, numel - start), block_size, packed + start / 2,
+                                   absmax + start / block_size);
+            });
         });
         if (numel % 2) {
             uint8_t zero = 0;
