@@ -46,7 +46,7 @@ template <class T> struct Levels {
     }
 #if defined(LONGFIT_AVX512_BF16)
     static __m512i pack_plain(__m512 x, bf16) {  // the instruction takes subnormals for 0, else it rounds as we do
-        return _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(x));
+        return (__m512i)_mm512_cvtne2ps_pbh(x, x);
     }
 #else
     static __m512i pack_plain(__m512 x, bf16) { return pack(x, bf16{}); }

@@ -16,50 +16,72 @@
 
 namespace {
 
-using ForkJoin = void (*)(void (*)(void*), void*, unsigned, unsigned);
-
 std::atomic<bool> forked{false};
 
-ForkJoin find_fork_join() {
-    pthread_atfork(nullptr, nullptr, [] { forked = true; });
-    return reinterpret_cast<ForkJoin>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+struct OpenMP {
+    void (*fork_join)(void (*)(void*), void*, unsigned, unsigned);
+    int (*thread_number)();
+
+    OpenMP() {
+        pthread_atfork(nullptr, nullptr, [] { forked = true; });
+        fork_join = reinterpret_cast<decltype(fork_join)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+        thread_number = reinterpret_cast<decltype(thread_number)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+        if (!thread_number) fork_join = nullptr;
+    }
+};
+
+const OpenMP& openmp() {
+    static const OpenMP found;
+    return found;
 }
 
+constexpr int kMostThreads = 256;
+
+// The parts are dealt to the threads in runs, and a thread that is through with its own takes those of others, so it does not matter
+// how many threads really came. Dealt alike at every call, they meet what the same core left in its cache.
 struct Job {
     void (*work)(void*, int64_t, int64_t);
     void* context;
     int64_t count;
     int64_t parts;  // their lengths differ by one at most
-    std::atomic<int64_t> next{0};
-};
+    int threads;
+    std::atomic<int64_t> taken[kMostThreads];  // of each thread's run
 
-// Every thread takes the next part until none is left, so it does not matter how many threads really came.
-void take_parts(void* data) {
-    Job& job = *static_cast<Job*>(data);
-    for (int64_t part; (part = job.next.fetch_add(1)) < job.parts;)
-        job.work(job.context, part * job.count / job.parts, (part + 1) * job.count / job.parts);
-}
+    Job(void (*work)(void*, int64_t, int64_t), void* context, int64_t count, int64_t parts, int threads)
+        : work(work), context(context), count(count), parts(parts), threads(threads) {
+        for (int i = 0; i < threads; ++i) taken[i].store(0, std::memory_order_relaxed);
+    }
+    void take_parts(int thread) {
+        for (int i = 0; i < threads; ++i) {
+            const int owner = (thread + i) % threads;
+            const int64_t first = owner * parts / threads, last = (owner + 1) * parts / threads;
+            for (int64_t part; (part = first + taken[owner].fetch_add(1, std::memory_order_relaxed)) < last;)
+                work(context, part * count / parts, (part + 1) * count / parts);
+        }
+    }
+};
 
 }  // namespace
 
 extern "C" void longfit_parallel(void (*work)(void*, int64_t, int64_t), void* context, int64_t count, int64_t grain, int threads) {
-    static const ForkJoin fork_join = find_fork_join();
+    const OpenMP& omp = openmp();
     if (count <= 0) return;
     const int64_t most = count > grain ? count / grain : 1;
+    if (threads > kMostThreads) threads = kMostThreads;
     if (threads > most) threads = static_cast<int>(most);
     if (threads <= 1 || forked) {
         work(context, 0, count);
         return;
     }
     // Four parts a thread let a thread that started late be helped out, and still cost few calls.
-    Job job{work, context, count, most < 4 * threads ? most : 4 * threads};
-    if (fork_join) {
-        fork_join(take_parts, &job, static_cast<unsigned>(threads), 0);
+    Job job(work, context, count, most < 4 * threads ? most : 4 * threads, threads);
+    if (omp.fork_join) {
+        omp.fork_join([](void* data) { static_cast<Job*>(data)->take_parts(openmp().thread_number()); }, &job, static_cast<unsigned>(threads), 0);
         return;
     }
     std::vector<std::thread> helpers;
-    for (int i = 1; i < threads; ++i) helpers.emplace_back(take_parts, &job);
-    take_parts(&job);
+    for (int i = 1; i < threads; ++i) helpers.emplace_back([&job, i] { job.take_parts(i); });
+    job.take_parts(0);
     for (std::thread& helper : helpers) helper.join();
 }
 
