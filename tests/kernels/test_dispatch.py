@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longfit.errors import BackendError
 from longfit.kernels import cpu, dispatch, triton_device
 from longfit.kernels.dispatch import Dispatcher, backends, use_backend
+from longfit.kernels.ops import format_fields
 from longfit.numerics import quant_state, row_format
 from longfit.numerics.codebooks import dynamic_map
 from longfit.numerics.row_format import RowFormat
@@ -240,7 +241,7 @@ def test_schemas_and_shapes_for_tracing() -> None:
     """torch's own check: what tracing computes has the shapes and types of the real results, and nothing is mutated."""
     rows, constants, fmt = weight_in_rows()
     packed, state = quant_state.quantize_4bit(torch.randn(30, 70), double_quant=False)
-    fields = dispatch._fields(fmt)
+    fields = format_fields(fmt)
     ops = torch.ops.longfit
     checks = ("test_schema", "test_faketensor")
     for op, args in (

@@ -187,25 +187,7 @@ def quantize_4bit(
 
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """Turn packed 4-bit codes back into a weight; see `longfit.numerics.quant_state.dequantize_4bit`."""
-    absmax = state.absmax
-    if isinstance(absmax, DoubleQuant):
-        scales, nested, offset = absmax.codes, absmax.absmax, absmax.offset
-        storage, absmax_block_size = absmax.storage, absmax.absmax_block_size
-    else:
-        scales, nested, offset, storage, absmax_block_size = absmax, None, None, "float32", 256
-    return _call(
-        "dequantize_4bit",
-        packed,
-        scales,
-        nested,
-        offset,
-        state.shape,
-        state.quant_type,
-        state.block_size,
-        storage,
-        absmax_block_size,
-        state.dtype if dtype is None else dtype,
-    )
+    return _call("dequantize_4bit", packed, state, state.dtype if dtype is None else dtype)
 
 
 def quantize_8bit(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
@@ -222,7 +204,7 @@ def dequantize_rows(
     rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype | None = None, *, first_row: int = 0
 ) -> Tensor:
     """De-quantise rows of a weight; see `longfit.numerics.row_format.dequantize_rows`."""
-    return _call("dequantize_rows", rows, constants, *_fields(fmt), fmt.dtype if dtype is None else dtype, first_row)
+    return _call("dequantize_rows", rows, constants, fmt, fmt.dtype if dtype is None else dtype, first_row)
 
 
 def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
@@ -234,7 +216,7 @@ def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> T
     Returns: ``[..., out_features]`` in the dtype of ``x``. No bias.
     Raises: ValueError, TypeError: the arguments do not go together.
     """
-    return _call("linear_4bit", x, rows, constants, *_fields(fmt))
+    return _call("linear_4bit", x, rows, constants, fmt)
 
 
 def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
@@ -246,7 +228,7 @@ def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: R
     Returns: ``[..., in_features]`` in the dtype of ``grad``.
     Raises: ValueError, TypeError: the arguments do not go together.
     """
-    return _call("linear_4bit_grad_input", grad, rows, constants, *_fields(fmt))
+    return _call("linear_4bit_grad_input", grad, rows, constants, fmt)
 
 
 def adamw_step(updates: Sequence[RunUpdate]) -> None:
@@ -256,17 +238,6 @@ def adamw_step(updates: Sequence[RunUpdate]) -> None:
     """
     if updates:
         dispatcher().function("adamw_step", updates[0].param.device)(updates)
-
-
-def _fields(fmt: RowFormat) -> tuple[int, int, str, int, bool, int]:
-    return (
-        fmt.out_features,
-        fmt.in_features,
-        fmt.quant_type,
-        fmt.block_size,
-        fmt.double_quant,
-        fmt.absmax_block_size,
-    )
 
 
 def _why_not(backend: str, op: str, device: str) -> str | None:

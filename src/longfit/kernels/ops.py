@@ -1,12 +1,13 @@
 """The operations as torch operators ``longfit::<name>``: schema, argument checks, shapes for tracing.
 
-A torch operator takes tensors and plain values, so `QuantState` and `RowFormat` arrive here taken apart (`dispatch.py`
-does that). Per operation there are two functions: ``_check_*`` refuses what does not go together and returns the
-arguments of the backend, which trusts them; ``_empty_*`` turns those into empty results, which is all that tracing
-needs.
+A torch operator takes tensors and plain values, so `QuantState` and `RowFormat` are taken apart on the way into one
+(``split``) and put together behind it (``join``). Per operation there are two functions: ``_check_*`` refuses what does
+not go together and returns the arguments of the backend, which trusts them; ``_empty_*`` turns those into empty
+results, which is all that tracing needs.
 
 On the way through torch's dispatcher a call of an operator written in Python takes some 10 microseconds, as long as a
-small de-quantisation. So a call that nobody watches, which is nearly every one, goes from the checks to the backend.
+small de-quantisation. So a call that nobody watches, which is nearly every one, goes to the checks and the backend as
+it is.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,16 +39,22 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
+def _as_they_are(*args: Any) -> tuple[Any, ...]:
+    return args
+
+
 @dataclass(frozen=True)
 class _Operator:
     """What torch must know of an operation.
 
     Attributes:
         schema: arguments and results as torch writes them.
-        check: the operator's arguments -> those of the backend.
+        check: the caller's arguments -> those of the backend.
         empty: the backend's arguments -> results of the right shapes and types.
         check_values: looks at the numbers, of which tracing has none.
         results: what the backend returns -> tensors.
+        split: the caller's arguments -> the operator's.
+        join: the operator's arguments -> the caller's.
     """
 
     schema: str
@@ -55,6 +62,8 @@ class _Operator:
     empty: Callable[..., Any]
     check_values: Callable[..., None] | None = None
     results: Callable[[Any], Any] = _unchanged
+    split: Callable[..., tuple[Any, ...]] = _as_they_are
+    join: Callable[..., tuple[Any, ...]] = _as_they_are
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         positional, named = self.check(*args)
@@ -63,14 +72,14 @@ class _Operator:
         return self.results(function(*positional, **named))
 
     def trace(self, *args: Any) -> Any:
-        positional, named = self.check(*args)
+        positional, named = self.check(*self.join(*args))
         return self.empty(*positional, **named)
 
 
 def register(find: Find) -> Callable[..., Any]:
     """Define all operators; each call of one asks ``find`` for the function that does the work.
 
-    Returns: the function that calls an operator: its name, then its arguments.
+    Returns: the function that calls an operator: its name, then the caller's arguments.
     """
 
     def run(name: str, *args: Any) -> Any:
@@ -78,12 +87,14 @@ def register(find: Find) -> Callable[..., Any]:
 
     def call(name: str, *args: Any) -> Any:
         if _watched(args[0]):
-            return getattr(torch.ops.longfit, name).default(*args)
+            return getattr(torch.ops.longfit, name).default(*_OPERATORS[name].split(*args))
         return run(name, *args)
 
     for name, operator in _OPERATORS.items():
         LIBRARY.define(name + operator.schema)
-        LIBRARY.impl(name, lambda *args, name=name: run(name, *args), "CompositeExplicitAutograd")
+        LIBRARY.impl(
+            name, lambda *args, name=name: run(name, *_OPERATORS[name].join(*args)), "CompositeExplicitAutograd"
+        )
         torch.library.register_fake(f"longfit::{name}", operator.trace, lib=LIBRARY)
     return call
 
@@ -129,22 +140,33 @@ def _take_apart(result: tuple[Tensor, QuantState]) -> tuple[Tensor, Tensor, Tens
     return packed, state.absmax, state.absmax.new_empty(0), state.absmax.new_zeros(())
 
 
-def _check_dequantize_4bit(
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    offset: Tensor | None,
-    shape: Sequence[int],
-    quant_type: str,
-    block_size: int,
-    storage: str,
-    absmax_block_size: int,
-    dtype: torch.dtype,
-) -> Arguments:
-    state = _state(scales, nested, offset, shape, quant_type, block_size, storage, absmax_block_size, dtype)
+def _check_dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Arguments:
     _check_packed(packed, state)
     _check_dtype(dtype)
     return (packed, state, dtype), {}
+
+
+def _split_state(packed: Tensor, state: QuantState, dtype: torch.dtype) -> tuple[Any, ...]:
+    absmax = state.absmax
+    if isinstance(absmax, DoubleQuant):
+        constants = absmax.codes, absmax.absmax, absmax.offset
+        storage, absmax_block_size = absmax.storage, absmax.absmax_block_size
+    else:
+        constants, storage, absmax_block_size = (absmax, None, None), "float32", 256  # type: ignore[assignment]
+    return (
+        packed,
+        *constants,
+        state.shape,
+        state.quant_type,
+        state.block_size,
+        storage,
+        absmax_block_size,
+        dtype,
+    )
+
+
+def _join_state(packed: Tensor, *parts: Any) -> tuple[Any, ...]:
+    return packed, _state(*parts), parts[-1]
 
 
 def _empty_dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
@@ -186,12 +208,13 @@ def _empty_dequantize_8bit(
     return codes.new_empty(codes.numel(), dtype=dtype)
 
 
-def _check_dequantize_rows(rows: Tensor, constants: Tensor, *fields: Any) -> Arguments:
-    *weight, dtype, first_row = fields
-    layout = _layout(*weight)
+def _check_dequantize_rows(
+    rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype, first_row: int
+) -> Arguments:
+    layout = _layout(fmt)
     _check_rows(rows, constants, layout, first_row)
     _check_dtype(dtype)
-    return (rows, constants, layout.fmt, dtype), {"first_row": first_row}
+    return (rows, constants, fmt, dtype), {"first_row": first_row}
 
 
 def _empty_dequantize_rows(
@@ -200,24 +223,53 @@ def _empty_dequantize_rows(
     return rows.new_empty(rows.shape[0] * fmt.columns // fmt.in_features, fmt.in_features, dtype=dtype)
 
 
-def _check_linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Arguments:
-    layout = _layout(*weight)
-    _check_matmul("x", x, layout.fmt.in_features, rows, constants, layout)
-    return (x, rows, constants, layout.fmt), {}
+def _check_linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Arguments:
+    _check_matmul("x", x, fmt.in_features, rows, constants, _layout(fmt))
+    return (x, rows, constants, fmt), {}
 
 
 def _empty_linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
     return x.new_empty(*x.shape[:-1], fmt.out_features)
 
 
-def _check_linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, *weight: Any) -> Arguments:
-    layout = _layout(*weight)
-    _check_matmul("grad", grad, layout.fmt.out_features, rows, constants, layout)
-    return (grad, rows, constants, layout.fmt), {}
+def _check_linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Arguments:
+    _check_matmul("grad", grad, fmt.out_features, rows, constants, _layout(fmt))
+    return (grad, rows, constants, fmt), {}
 
 
 def _empty_linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], fmt.in_features)
+
+
+def _split_format(*args: Any) -> tuple[Any, ...]:
+    """Put a format's fields in its place: the third of `dequantize_rows`, the fourth of the matmuls."""
+    at = 2 if isinstance(args[2], RowFormat) else 3
+    return *args[:at], *format_fields(args[at]), *args[at + 1 :]
+
+
+def format_fields(fmt: RowFormat) -> tuple[int, int, str, int, bool, int]:
+    """Return what an operator takes of a row format; the dtype of the weight is not part of its layout."""
+    return (
+        fmt.out_features,
+        fmt.in_features,
+        fmt.quant_type,
+        fmt.block_size,
+        fmt.double_quant,
+        fmt.absmax_block_size,
+    )
+
+
+def _join_rows(rows: Tensor, constants: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return rows, constants, _format(*rest[:6]), *rest[6:]
+
+
+def _join_matmul(x: Tensor, rows: Tensor, constants: Tensor, *fields: Any) -> tuple[Any, ...]:
+    return x, rows, constants, _format(*fields)
+
+
+@cache
+def _format(*fields: Any) -> RowFormat:
+    return RowFormat(*fields)
 
 
 _ROWS = (
@@ -237,6 +289,8 @@ _OPERATORS = {
         " int block_size, str storage, int absmax_block_size, ScalarType dtype) -> Tensor",
         _check_dequantize_4bit,
         _empty_dequantize_4bit,
+        split=_split_state,
+        join=_join_state,
     ),
     "quantize_8bit": _Operator(
         "(Tensor values, Tensor codebook, int block_size) -> (Tensor codes, Tensor absmax)",
@@ -250,11 +304,25 @@ _OPERATORS = {
         _empty_dequantize_8bit,
     ),
     "dequantize_rows": _Operator(
-        f"({_ROWS}, ScalarType dtype, int first_row) -> Tensor", _check_dequantize_rows, _empty_dequantize_rows
+        f"({_ROWS}, ScalarType dtype, int first_row) -> Tensor",
+        _check_dequantize_rows,
+        _empty_dequantize_rows,
+        split=_split_format,
+        join=_join_rows,
     ),
-    "linear_4bit": _Operator(f"(Tensor x, {_ROWS}) -> Tensor", _check_linear_4bit, _empty_linear_4bit),
+    "linear_4bit": _Operator(
+        f"(Tensor x, {_ROWS}) -> Tensor",
+        _check_linear_4bit,
+        _empty_linear_4bit,
+        split=_split_format,
+        join=_join_matmul,
+    ),
     "linear_4bit_grad_input": _Operator(
-        f"(Tensor grad, {_ROWS}) -> Tensor", _check_linear_4bit_grad_input, _empty_linear_4bit_grad_input
+        f"(Tensor grad, {_ROWS}) -> Tensor",
+        _check_linear_4bit_grad_input,
+        _empty_linear_4bit_grad_input,
+        split=_split_format,
+        join=_join_matmul,
     ),
 }
 
@@ -262,15 +330,14 @@ _OPERATORS = {
 class _Layout:
     """A row format and the sizes that every call is checked against, computed once per format."""
 
-    def __init__(self, *fields: Any) -> None:
-        self.fmt = RowFormat(*fields)
-        self.rows, self.row_bytes, self.constant_bytes = self.fmt.rows, self.fmt.row_bytes, self.fmt.constant_bytes
+    def __init__(self, fmt: RowFormat) -> None:
+        self.fmt, self.rows, self.row_bytes, self.constant_bytes = fmt, fmt.rows, fmt.row_bytes, fmt.constant_bytes
 
 
 @cache
-def _layout(*fields: Any) -> _Layout:
-    """Return the layout with these fields; cached, as a matmul in generation takes only some microseconds."""
-    return _Layout(*fields)
+def _layout(fmt: RowFormat) -> _Layout:
+    """Return a format's layout; cached, as a matmul in generation takes only some microseconds."""
+    return _Layout(fmt)
 
 
 def _state(
