@@ -6,7 +6,8 @@ First the gate: on every shape the kernels must have the bits of `numerics`, and
 product of the same weight; nothing is timed on a red gate. Then peers and longfit take turns in one process, so that
 whatever else the machine does meets all of them; medians are compared. "existing memory" leaves out the allocation of
 the result, which costs more than the work on large shapes (the peer offers no such call on the CPU: its own C function
-is called after its own decoding of the constants); "new tensor" is what a caller of the function pays.
+is called after its own decoding of the constants); "new tensor" is what a caller of the function pays. What of that the
+system takes for handing out memory, whoever writes to it, is the row "first touch of as many fresh bytes".
 
 Bandwidth rows count bytes moved: 0.5 read for the codes, 2 written, and the constants, against a copy that moves as
 many. Rows with a target say whether it is met. Writes results/kernels_cpu.json and .md; rows that longfit loses stay
@@ -102,6 +103,10 @@ class Weight:
         numel = self.dense.numel()
         cpu._dequantize(self.described, (0, 1), (0, numel), self.result, numel)
 
+    def touch_fresh_memory(self) -> None:
+        """Write one value all over memory that is allocated as a new result's is: the least that a new tensor takes."""
+        cpu.library().empty(self.dense.numel(), dtype=self.dense.dtype).fill_(1)
+
     def fill_bnb_result(self) -> None:
         """What bitsandbytes does in `dequantize_4bit`, less the allocation of the result."""
         state = self.bnb_state
@@ -182,7 +187,10 @@ def quantisation_rows(weight: Weight, repeats: int) -> list[Row]:
         "de-quantise NF4 + double quantisation to bf16, new tensor",
         weight.shape,
         lambda: dispatch.dequantize_4bit(weight.packed, weight.state),
-        {"bitsandbytes": lambda: bnb.dequantize_4bit(weight.bnb_packed, weight.bnb_state)},
+        {
+            "bitsandbytes": lambda: bnb.dequantize_4bit(weight.bnb_packed, weight.bnb_state),
+            "first touch of as many fresh bytes": weight.touch_fresh_memory,
+        },
         repeats,
         {"bitsandbytes": DEQUANTISE[weight.size]},
     )
