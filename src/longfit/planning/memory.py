@@ -34,7 +34,7 @@ CUDA_CONTEXT_BYTES = 750 << 20
 """CUDA context, libraries and the workspaces of matrix products; derived, not measured by this project."""
 
 HOST_BASE_BYTES = 640 << 20
-"""Python with torch, transformers and PEFT, the tokenizer, and what loads when first used: 566 MB were resident in one
+"""Python with torch, transformers and PEFT, the tokenizer, and what loads when first used: 580 MB were resident in one
 script on Linux (``benchmarks/plan_cpu.py``); a run imports a little more, so this is an estimate on the safe side."""
 
 FRAGMENTS = 0.03
