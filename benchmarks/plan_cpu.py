@@ -7,9 +7,10 @@ before that step, is read after it. Growth counts from a process that has everyt
 libraries, the tokenizer. The table also shows the long step alone: its peak over what was resident before it. Memory
 only: cells may run beside other work.
 
-A long cell whose layer inputs are in memory stops its backward pass after three layers: every layer that is through
-gives back its input, ``context x 1,152`` bytes, and adds gradients of some hundred kilobytes, so that no later layer
-can hold more. Cells with a file, and all short ones, run to their end.
+A cell of 16,384 tokens or more stops its backward pass after three layers. Every layer that is through gives back its
+attention, ``context x 1,188`` bytes, and its input, as much again, if that is in memory, and adds gradients of half a
+megabyte to five; so no later layer can hold more. What a trained embedding adds at the end is less than the loss held.
+All shorter cells run to their end.
 
     python benchmarks/plan_cpu.py            every cell; finished cells of the JSON are not run again
     python benchmarks/plan_cpu.py --quick    the shortest cells, a minute
@@ -69,7 +70,7 @@ class Cell:
 
     @property
     def stops_early(self) -> bool:
-        return self.arena == "device" and self.context >= 32_768
+        return self.context >= 16_384
 
 
 CELLS = (
@@ -151,21 +152,21 @@ class PeakPassedError(Exception):
 
 
 class StoppingArena:
-    """The arena in memory, which ends the backward pass when some layers are through."""
-
-    aliases = True
+    """An arena which ends the backward pass when some layers are through."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.closed = inner, 0
+        self.aliases = inner.aliases
 
     def open(self, num_tiles: int) -> Any:
-        stay, close = self.inner.open(num_tiles), None
-        close = stay.close
+        stay = self.inner.open(num_tiles)
+        close, counts = stay.close, [1]  # a file's stay closes itself once more when it goes
 
         def counted() -> None:
             close()
-            self.closed += 1
-            if self.closed == STOPPED_LAYERS:
+            self.closed += counts.pop() if counts else 0
+            if not counts and self.closed == STOPPED_LAYERS:
+                self.closed += 1
                 raise PeakPassedError
 
         stay.close = counted
@@ -245,6 +246,12 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ all cells
+def commit() -> str:
+    """What is checked out; all cells of a table come from one commit."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def planned(cell: Cell) -> dict[str, Any]:
     """The plan for a cell: growth of the step, its phase, and what is in it."""
     plan = memory_plan(read_shape(model_path()), cell.settings)
@@ -287,7 +294,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# Planned and measured memory, SmolLM2-135M on a CPU",
         "",
-        f"{results['machine']}, torch {results['torch']}, {results['threads']} thread(s).",
+        f"{results['machine']}, torch {results['torch']}, {results['threads']} thread(s), commit {results['commit']}.",
         "Growth of resident memory in a training step over a process that has everything but the weights, in MB (10^6",
         "bytes). `benchmarks/plan_cpu.py` says how.",
         "",
@@ -333,6 +340,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{NAME}{'_quick' if words.quick else ''}.json"
     empty = {
+        "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
