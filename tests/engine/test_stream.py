@@ -8,10 +8,11 @@ from peft import LoraConfig, get_peft_model
 from tests.tiny_models import VOCABULARY, tiny_model
 
 import longfit
+from longfit.engine.arena import FileArena
 from longfit.engine.attention import attention_key
 from longfit.engine.loss import training_loss
 from longfit.engine.stream import _FileStore, _install, stream_weights
-from longfit.engine.sweep import enable_sweep, sweeper_of
+from longfit.engine.sweep import change_sweep, enable_sweep, sweeper_of
 from longfit.errors import ConfigError
 from longfit.layers.linear4bit import Linear4bit
 
@@ -116,6 +117,24 @@ def test_a_mapped_layer_is_let_go_after_its_use(tmp_path):
         value.sum()
     # one mapping holds all units, so only the difference is this one's
     assert resident_bytes(start, end) - mapped >= first.num_bytes - 4096
+
+
+def test_a_sweep_that_is_changed_goes_on_streaming(tmp_path):
+    model, ids = quantised(), torch.randint(3, VOCABULARY, (1, 20))
+    enable_sweep(model, tile=7)
+    stream_weights(model, folder=tmp_path)
+    expected, stream = gradients(model, ids), sweeper_of(model).weights
+    change_sweep(model, tile=7, arena=FileArena(tmp_path), kept_bytes=0)
+    assert sweeper_of(model).weights is stream
+    got = gradients(model, ids)
+    assert torch.equal(got[0], expected[0])
+    assert all(torch.equal(got[1][name], gradient) for name, gradient in expected[1].items())
+    change_sweep(model, tile=3)
+    assert sweeper_of(model).tile_for(torch.empty(1, 20, 1)) == 3
+    with pytest.raises(ValueError, match="tile 0"):
+        change_sweep(model, tile=0)
+    with pytest.raises(ValueError, match="enable_sweep first"):
+        change_sweep(quantised(), tile=3)
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path):
