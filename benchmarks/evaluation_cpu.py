@@ -101,6 +101,7 @@ def table(results: dict[str, Any]) -> str:
         "",
         f"{results['machine']}, torch {results['torch']}. Memory is resident memory of the whole process."
         " `benchmarks/evaluation_cpu.py` says how.",
+        "Windows are read beside other work, so their clock counts waiting too; `longfit eval` is timed alone.",
         "",
         "| what | peak memory (MB, 10^6 bytes) | by the clock (s) | of the processor (s) | aim | reached |",
         "|---|---|---|---|---|---|",

@@ -15,8 +15,7 @@ from tests.fake_tensors import HostArena, LiveBytes, tile_backward, tile_forward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longfit.engine import loss as loss_module
-from longfit.engine import sweep_probe
+from longfit.engine import linear_cross_entropy, sweep_probe
 from longfit.engine import walk as walk_module
 from longfit.engine.attention import attention_key
 from longfit.engine.loss import training_loss
@@ -70,7 +69,7 @@ def step_peaks(num_tokens, shape, group_size):
             patch.setattr(module, "tile_forward", tile_forward)
         patch.setattr(walk_module, "tile_backward", tile_backward)
         patch.setattr(walk_module.Visible, "of", lambda schedule, tile: visible)
-        patch.setattr(loss_module, "_trained_rows", lambda labels, num_words: torch.arange(len(labels)))
+        patch.setattr(linear_cross_entropy, "_trained_rows", lambda labels, num_words: torch.arange(len(labels)))
         patch.setattr(RandomState, "same", lambda self, other: True)
         fill(model)
         report = enable_sweep(model, tile=TILE, arena=HostArena(), kept_bytes=0)  # as on an accelerator

@@ -1,9 +1,10 @@
 """``longfit train MODEL DATA [run.yaml] [section.key=value]``: fine-tune, or resume."""
 
+import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -17,6 +18,65 @@ if TYPE_CHECKING:
 CONTEXT, MEMORY, TRAINING, RUN = "Context", "Memory", "Training", "Run"
 
 
+class Setting(NamedTuple):
+    """An option that sets one key of the config: ``group_size`` is ``--group-size``."""
+
+    name: str
+    key: str
+    panel: str
+    help: str
+    kind: type = str  # a text is converted by the config, which says what is allowed
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+SETTINGS = (
+    Setting("context", "context.context", CONTEXT, "Tokens in a window; 16k = 16,384."),
+    Setting("rope", "context.rope", CONTEXT, "yarn, linear, ntk, theta or none."),
+    Setting("attention", "context.attention", CONTEXT, "exact or shifted."),
+    Setting("group_size", "context.group_size", CONTEXT, "Tokens in a shifted group."),
+    Setting("quant", "model.quant", MEMORY, "nf4, fp4, int4 or none."),
+    Setting("engine", "engine.engine", MEMORY, "sweep or plain."),
+    Setting("arena", "engine.arena", MEMORY, "device, ram, pinned or file."),
+    Setting("stream", "engine.stream", MEMORY, "Frozen weights wait in ram or file."),
+    Setting("optim", "optim.optim", MEMORY, "adamw or adamw8bit."),
+    Setting("optim_budget", "optim.budget", MEMORY, "Resident state, as 2GiB."),
+    Setting("optim_file", "optim.file", MEMORY, "File for paged-out state."),
+    Setting("rank", "adapter.rank", TRAINING, "Rank of the adapters."),
+    Setting("alpha", "adapter.alpha", TRAINING, "alpha / rank scales them."),
+    Setting("train_embeddings", "adapter.train_embeddings", TRAINING, "Train embeddings too.", bool),
+    Setting("train_norms", "adapter.train_norms", TRAINING, "Train norms too.", bool),
+    Setting("validation", "data.validation", TRAINING, "Held-out text: a path."),
+    Setting("steps", "train.steps", TRAINING, "Optimiser steps."),
+    Setting("epochs", "train.epochs", TRAINING, "Passes over the data."),
+    Setting("batch_size", "train.batch_size", TRAINING, "Windows in one pass."),
+    Setting("gradient_accumulation", "train.gradient_accumulation", TRAINING, "Passes a step."),
+    Setting("learning_rate", "train.learning_rate", TRAINING, "Peak learning rate."),
+    Setting("seed", "train.seed", TRAINING, "Decides everything random."),
+    Setting("run_dir", "output.run_dir", RUN, "Directory of the run."),
+)
+"""In the order of ``--help``. The other keys of the config have no option: ``section.key=value`` sets them."""
+
+
+def takes_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Show typer, which reads a command's signature, an option for each of ``SETTINGS`` in place of ``**settings``."""
+    first, *others, _ = inspect.signature(command, eval_str=True).parameters.values()
+    shown = [
+        inspect.Parameter(
+            setting.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[setting.kind | None, typer.Option(help=setting.help, rich_help_panel=setting.panel)],
+        )
+        for setting in SETTINGS
+    ]
+    command.__signature__ = inspect.Signature([first, *shown, *others])  # type: ignore[attr-defined]
+    return command
+
+
+@takes_settings
 def train(
     arguments: Annotated[
         list[str] | None,
@@ -26,35 +86,7 @@ def train(
             show_default=False,
         ),
     ] = None,
-    context: Annotated[
-        str | None, typer.Option(help="Tokens in a window; 16k = 16,384.", rich_help_panel=CONTEXT)
-    ] = None,
-    rope: Annotated[str | None, typer.Option(help="yarn, linear, ntk, theta or none.", rich_help_panel=CONTEXT)] = None,
-    attention: Annotated[str | None, typer.Option(help="exact or shifted.", rich_help_panel=CONTEXT)] = None,
-    group_size: Annotated[str | None, typer.Option(help="Tokens in a shifted group.", rich_help_panel=CONTEXT)] = None,
-    quant: Annotated[str | None, typer.Option(help="nf4, fp4, int4 or none.", rich_help_panel=MEMORY)] = None,
-    engine: Annotated[str | None, typer.Option(help="sweep or plain.", rich_help_panel=MEMORY)] = None,
-    arena: Annotated[str | None, typer.Option(help="device, ram, pinned or file.", rich_help_panel=MEMORY)] = None,
-    stream: Annotated[
-        str | None, typer.Option(help="Frozen weights wait in ram or file.", rich_help_panel=MEMORY)
-    ] = None,
-    optim: Annotated[str | None, typer.Option(help="adamw or adamw8bit.", rich_help_panel=MEMORY)] = None,
-    optim_budget: Annotated[str | None, typer.Option(help="Resident state, as 2GiB.", rich_help_panel=MEMORY)] = None,
-    optim_file: Annotated[str | None, typer.Option(help="File for paged-out state.", rich_help_panel=MEMORY)] = None,
-    rank: Annotated[str | None, typer.Option(help="Rank of the adapters.", rich_help_panel=TRAINING)] = None,
-    alpha: Annotated[str | None, typer.Option(help="alpha / rank scales them.", rich_help_panel=TRAINING)] = None,
-    train_embeddings: Annotated[
-        bool | None, typer.Option(help="Train embeddings too.", rich_help_panel=TRAINING)
-    ] = None,
-    train_norms: Annotated[bool | None, typer.Option(help="Train norms too.", rich_help_panel=TRAINING)] = None,
-    validation: Annotated[str | None, typer.Option(help="Held-out text: a path.", rich_help_panel=TRAINING)] = None,
-    steps: Annotated[str | None, typer.Option(help="Optimiser steps.", rich_help_panel=TRAINING)] = None,
-    epochs: Annotated[str | None, typer.Option(help="Passes over the data.", rich_help_panel=TRAINING)] = None,
-    batch_size: Annotated[str | None, typer.Option(help="Windows in one pass.", rich_help_panel=TRAINING)] = None,
-    gradient_accumulation: Annotated[str | None, typer.Option(help="Passes a step.", rich_help_panel=TRAINING)] = None,
-    learning_rate: Annotated[str | None, typer.Option(help="Peak learning rate.", rich_help_panel=TRAINING)] = None,
-    seed: Annotated[str | None, typer.Option(help="Decides everything random.", rich_help_panel=TRAINING)] = None,
-    run_dir: Annotated[str | None, typer.Option(help="Directory of the run.", rich_help_panel=RUN)] = None,
+    *,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --run-dir.", rich_help_panel=RUN)
     ] = False,
@@ -63,37 +95,14 @@ def train(
         typer.Option("--explain", help="Show every setting, its value and origin; train nothing.", rich_help_panel=RUN),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.", rich_help_panel=RUN)] = False,
+    **settings: object,
 ) -> None:
     """Fine-tune MODEL on DATA with low-rank adapters on a quantised base.
 
     Settings come from defaults, run.yaml, section.key=value and options; later ones win.
     """
-    options = {
-        "--context": ("context.context", context),
-        "--rope": ("context.rope", rope),
-        "--attention": ("context.attention", attention),
-        "--group-size": ("context.group_size", group_size),
-        "--quant": ("model.quant", quant),
-        "--engine": ("engine.engine", engine),
-        "--arena": ("engine.arena", arena),
-        "--stream": ("engine.stream", stream),
-        "--optim": ("optim.optim", optim),
-        "--optim-budget": ("optim.budget", optim_budget),
-        "--optim-file": ("optim.file", optim_file),
-        "--rank": ("adapter.rank", rank),
-        "--alpha": ("adapter.alpha", alpha),
-        "--train-embeddings": ("adapter.train_embeddings", train_embeddings),
-        "--train-norms": ("adapter.train_norms", train_norms),
-        "--validation": ("data.validation", validation),
-        "--steps": ("train.steps", steps),
-        "--epochs": ("train.epochs", epochs),
-        "--batch-size": ("train.batch_size", batch_size),
-        "--gradient-accumulation": ("train.gradient_accumulation", gradient_accumulation),
-        "--learning-rate": ("train.learning_rate", learning_rate),
-        "--seed": ("train.seed", seed),
-        "--run-dir": ("output.run_dir", run_dir),
-    }
-    config = read_settings(arguments or [], options, resume=resume)
+    flags = {s.flag: (s.key, settings[s.name]) for s in SETTINGS if settings[s.name] is not None}
+    config = read_settings(arguments or [], flags, resume=resume)
     if explain:
         _print_explained(config, as_json=as_json)
         return
@@ -112,9 +121,13 @@ def train(
         raise typer.Exit(130)
 
 
-def read_settings(words: list[str], options: Mapping[str, tuple[str, object]], *, resume: bool) -> "RunConfig":
+def read_settings(words: list[str], flags: Mapping[str, tuple[str, object]], *, resume: bool) -> "RunConfig":
     """Sort positional words into model, data, config file and overrides, and read the config.
 
+    Args:
+        words: what is not an option.
+        flags: ``{flag: (key, value)}`` of the options that were given.
+        resume: whether the run in ``--run-dir`` goes on: its settings come first.
     Raises: ConfigError: too many words, or settings that are wrong.
     """
     from longfit.config import load_config
@@ -125,8 +138,7 @@ def read_settings(words: list[str], options: Mapping[str, tuple[str, object]], *
     if len(names) > 2 or len(files) > 1:
         extra = (names[2:] + files[1:])[0]
         raise ConfigError(f"{extra!r}: one word too many; longfit train MODEL DATA [run.yaml] [section.key=value]...")
-    flags = {flag: (key, value) for flag, (key, value) in options.items() if value is not None}
-    flags |= {word: (key, name) for (word, key), name in zip(_NAMES, names, strict=False)}
+    flags = {**flags, **{word: (key, name) for (word, key), name in zip(_NAMES, names, strict=False)}}
     if not resume:
         return load_config(*files, overrides=overrides, flags=flags)
     if "--run-dir" not in flags:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from longfit.engine.doors import hidden_states, output_head
-from longfit.engine.loss import token_losses
+from longfit.engine.linear_cross_entropy import token_losses
 from longfit.errors import ConfigError, DataError
 from longfit.evaluation.exact import measured, require_known
 

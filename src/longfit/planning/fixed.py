@@ -167,17 +167,19 @@ def state_bytes(parts: Trained, settings: PlanSettings) -> int:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Bytes of gradients at three moments.
+    """Bytes of gradients at the moments when they are most.
 
     Attributes:
         loss: in the loss, that of an output matrix which is the trained embedding: a float32 sum, and what is added to
             it or becomes of it.
-        tiles: while layers are differentiated: adapters, norms, and the output matrix' share waiting.
+        first: while the first layer is differentiated: its adapters and norms, and the output matrix' share waiting.
+        tiles: while the last one is: those of all layers.
         whole: when backward ends: the embedding's own share has come, before the two are one.
         kept: ``.grad`` of everything, until the next step begins.
     """
 
     loss: int
+    first: int
     tiles: int
     whole: int
     kept: int
@@ -197,6 +199,7 @@ def gradients(shape: ModelShape, parts: Trained, settings: PlanSettings, *, loss
     waiting = share if parts.head else 0
     return Gradients(
         loss=(4 * parts.vocabulary + max(product, share - loss_tile)) if parts.head else 0,
+        first=steady // shape.num_layers + waiting,
         tiles=steady + waiting,
         whole=steady + waiting + share + narrow * parts.vocabulary,
         kept=steady + share,

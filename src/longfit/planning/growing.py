@@ -120,15 +120,20 @@ def loss_bytes(shape: ModelShape, settings: PlanSettings, *, gradient: bool) -> 
         per_word = 8 + narrow  # probabilities, the cap's slope, the narrow copy that meets the matrix
     else:
         per_word = 4 + narrow
-    return tokens * (words * per_word + shape.hidden_size * (4 * e + 4))
+    # beside the logits the last norm: what it is given and makes, in both directions, and float32 copies of that
+    return tokens * (words * per_word + shape.hidden_size * (4 * e + 6 * 4))
 
 
-def kept_bytes(shape: ModelShape, settings: PlanSettings) -> int:
-    """Bytes of attention outputs kept from forward to backward, as far as their budget goes (``engine/kept.py``)."""
+def kept_bytes(shape: ModelShape, settings: PlanSettings) -> tuple[int, int]:
+    """Bytes of attention outputs kept from forward to backward, as far as their budget goes (``engine/kept.py``).
+
+    Returns: those of the first layer, which is served first and differentiated last; those of all others.
+    """
     tokens = settings.context * settings.batch_size
-    every = shape.num_layers * tokens * (settings.element_bytes * shape.query_width + 4 * shape.num_heads)
+    layer = tokens * (settings.element_bytes * shape.query_width + 4 * shape.num_heads)
     allowed = KEPT_BYTES[settings.device] if settings.keep_attention is None else settings.keep_attention
-    return min(allowed, every)
+    first = min(allowed, layer)
+    return first, min(allowed, shape.num_layers * layer) - first
 
 
 def bookkeeping_bytes(shape: ModelShape, settings: PlanSettings) -> int:
