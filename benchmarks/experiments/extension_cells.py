@@ -31,9 +31,9 @@ def training(*, context: int, window: int, steps: int, document: str, tokens: in
         ("linear", LORA, "shifted", 0),
         ("linear", NORMS, "exact", 0),
         ("linear", EMBEDDINGS, "exact", 0),
-        ("yarn", LORA, "exact", 0),
         ("linear", LORA, "exact", 1),
         ("linear", LORA, "shifted", 1),
+        ("yarn", LORA, "exact", 0),
         ("linear", LORA, FINISHED, 0),
         ("yarn", LORA, "shifted", 0),
         ("linear", NORMS, "exact", 1),
@@ -62,18 +62,17 @@ def all_cells() -> Iterator[Settings]:
     """All of it, the most telling first: a run may be broken off at any time."""
     near, far = 2 * NATIVE, 4 * NATIVE
     trainings = list(training(context=near, window=2048, steps=8, document="tarfile", tokens=TRAINED_READ))
-    depths, trials = (0.0, 0.5, 1.0), (1, 2, 5)
     yield from short_context(near, "tarfile")
     yield from short_context(far, "tarfile")
     yield from trainings[:4]
     yield from positions(near, "tarfile")
+    yield from (retrieval(rope, near, 12_288, (0.5, 1.0), (1, 5)) for rope in ("yarn", "none"))
     yield from trainings[4:8]
-    yield from (retrieval(rope, near, 12_288, depths, trials) for rope in ("yarn", "none"))
-    yield from (retrieval(rope, near, 4096, depths, trials) for rope in ("yarn", "none", "linear"))
+    yield from (retrieval(rope, near, 4096, (0.0, 0.5, 1.0), (2, 2, 5)) for rope in ("yarn", "none", "linear"))
     yield from trainings[8:]
     yield from positions(far, "turtle")
     yield from positions(near, "turtle")
-    yield retrieval("linear", near, 12_288, depths, trials)
+    yield retrieval("linear", near, 12_288, (0.5, 1.0), (1, 5))
 
 
 def quick_cells() -> Iterator[Settings]:

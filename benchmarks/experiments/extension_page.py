@@ -119,11 +119,11 @@ def halves(buckets: Buckets) -> tuple[str, str]:
 
 def table_of_retrieval(found: Cells) -> str:
     """Pass keys found of those hidden, and the loss of the key, by length, depth and scaling."""
-    head, body = ["length", "positions", "found", "loss of the key (nats) by depth"], []
+    head, body = ["length", "positions", "found", "loss of the key (nats) by depth, and trials"], []
     for record in sorted(found.select(part="passkey"), key=lambda record: record["settings"]["length"]):
         cells = record["result"]["cells"]
         won, trials = (sum(cell[name] for cell in cells) for name in ("num_correct", "num_trials"))
-        by_depth = ", ".join(f"{cell['depth']:.0%}: {cell['key_nll']:.1f}" for cell in cells)
+        by_depth = ", ".join(f"{cell['depth']:.0%}: {cell['key_nll']:.1f} ({cell['num_trials']})" for cell in cells)
         settings = record["settings"]
         body.append([f"{settings['length']:,}", NAMES[settings["rope"]], f"{won} of {trials}", by_depth])
     return rows(head, body)
