@@ -247,7 +247,7 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------ all cells
 def commit() -> str:
-    """What is checked out; all cells of a table come from one commit."""
+    """What is checked out."""
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -278,7 +278,7 @@ def run(cells: tuple[Cell, ...], results: dict[str, Any], target: Path) -> None:
             print(f"{cell.key}: failed\n{done.stderr[-2000:]}", file=sys.stderr, flush=True)
             continue
         results["cells"][cell.key] = json.loads(done.stdout.splitlines()[-1])
-        results["cells"][cell.key]["cell"] = asdict(cell)
+        results["cells"][cell.key] |= {"cell": asdict(cell), "commit": commit()}
         target.write_text(json.dumps(results, indent=1) + "\n")
         seconds = time.perf_counter() - start
         plan, found = planned(cell)["peak_bytes"], results["cells"][cell.key]["step_peak_bytes"]
@@ -291,10 +291,11 @@ def run(cells: tuple[Cell, ...], results: dict[str, Any], target: Path) -> None:
 
 def table(results: dict[str, Any]) -> str:
     """Every measured cell, in Markdown."""
+    commits = ", ".join(dict.fromkeys(found["commit"] for found in results["cells"].values()))
     lines = [
         "# Planned and measured memory, SmolLM2-135M on a CPU",
         "",
-        f"{results['machine']}, torch {results['torch']}, {results['threads']} thread(s), commit {results['commit']}.",
+        f"{results['machine']}, torch {results['torch']}, {results['threads']} thread(s), measured at {commits}.",
         "Growth of resident memory in a training step over a process that has everything but the weights, in MB (10^6",
         "bytes). `benchmarks/plan_cpu.py` says how.",
         "",
@@ -340,7 +341,6 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{NAME}{'_quick' if words.quick else ''}.json"
     empty = {
-        "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
