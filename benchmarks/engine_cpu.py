@@ -204,6 +204,12 @@ def in_a_process(arguments: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def commit() -> str:
+    """The commit that runs; cells of one table may come from several, as a run goes on where it stopped."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def machine() -> dict[str, Any]:
     import torch
 
@@ -211,13 +217,11 @@ def machine() -> dict[str, Any]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     packages = ("torch", "transformers", "peft", "bitsandbytes")
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "commit": commit.strip(),
         **{name: version(name) for name in packages},
     }
 
@@ -268,17 +272,21 @@ def table(results: dict[str, Any]) -> str:
         + ", ".join(f"{name} {value}" for name, value in results["machine"].items())
         + ".",
         "",
-        "| tool | tokens | attention | layer inputs | tokens/s | peak RSS GB | loss |",
-        "|---|---|---|---|---|---|---|",
+        "| tool | tokens | attention | layer inputs | tokens/s | peak RSS GB | loss | commit |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for key, value in results["cells"].items():
+    order = [cell.key for cell in CELLS + MORE_CELLS + QUICK_CELLS]
+    for key in sorted(results["cells"], key=order.index):
+        value = results["cells"][key]
         tool, context, attention, arena = key.split("-")
         start = f"| {tool} | {int(context):,} | {attention} | {arena if tool == 'longfit' else 'ram'} |"
         if "error" in value:
-            lines.append(f"{start} failed: {value['error'][0]} | | |")
+            lines.append(f"{start} failed: {value['error'][0]} | | | {value['commit']} |")
         else:
             peak = value["peak_rss_bytes"] / 1e9
-            lines.append(f"{start} {value['tokens_per_s']:.0f} | {peak:.2f} | {value['loss']:.3f} |")
+            lines.append(
+                f"{start} {value['tokens_per_s']:.0f} | {peak:.2f} | {value['loss']:.3f} | {value['commit']} |"
+            )
     lines += ["", "| target | measured | met |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in verdicts(results["cells"])]
     return "\n".join(lines) + "\n"
@@ -341,7 +349,8 @@ def run(cells: tuple[Cell, ...], path: Path, *, fresh: bool, scratch: Path | Non
         for cell in cells:
             if "error" not in results["cells"].get(cell.key, {"error": "not run"}):
                 continue
-            results["cells"][cell.key] = in_a_process(["--cell", json.dumps(asdict(cell)), *common])
+            outcome = in_a_process(["--cell", json.dumps(asdict(cell)), *common])
+            results["cells"][cell.key] = {**outcome, "commit": commit()}
             save(results, path)
             print(cell.key, results["cells"][cell.key], flush=True)
             agree(results["cells"], cell.context)
