@@ -34,6 +34,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from longfit.planning.machines import fused_kernels_here
 from longfit.planning.memory import memory_plan
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import read_shape
@@ -42,6 +43,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 NAME = "plan_cpu"
 STOPPED_LAYERS = 3
 BASE = "Python and its libraries"
+RUNS: dict[str, Any] = {"device": "cpu", "fused_kernels": fused_kernels_here(), "evaluates": False}
 STAYS = (
     *("4-bit layers", "embedding and output matrix", "norms and the rest", "adapters", "optimiser state"),
     *("trained copies of embeddings and norms", "gradients"),
@@ -66,7 +68,7 @@ class Cell:
 
     @property
     def settings(self) -> PlanSettings:
-        return PlanSettings(**asdict(self), device="cpu", train_norms=self.train_embeddings, evaluates=False)
+        return PlanSettings(**asdict(self), **RUNS, train_norms=self.train_embeddings)
 
     @property
     def stops_early(self) -> bool:

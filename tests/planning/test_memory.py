@@ -186,6 +186,20 @@ def test_float16_norms_and_embeddings_have_float32_gradients() -> None:
     assert kept[1] - kept[0] == 2 * trained
 
 
+def test_kernels_of_a_cpu_keep_no_float32_copies() -> None:
+    shape, settings = ModelShape.of(config("SmolLM2-135M")), PlanSettings(8192, device="cpu", fused_kernels=True)
+    plain = settings.changed({"fused_kernels": False})
+    tiles = [growing.tile_bytes(shape, s, tokens=1).mlp for s in (plain, settings)]
+    assert tiles[0] - tiles[1] == 2 * 4 * 576 + 2 * 1536  # the copies of two norms, and silu's output
+    logits = [growing.loss_bytes(shape, s, gradient=True) for s in (plain, settings)]
+    assert logits[0] - logits[1] == 341 * 49_152 * 4
+    for refused in ({"dtype": "float32"}, {"device": "cuda"}):
+        changed = settings.changed(refused)
+        assert memory_plan(shape, changed) == memory_plan(shape, changed.changed({"fused_kernels": False}))
+    trained = growing.tile_bytes(shape, settings.changed({"train_norms": True}), tokens=1)
+    assert trained.mlp > tiles[1] + 2 * 4 * 576  # a norm that trains runs in torch
+
+
 def test_replicas_hold_buckets_of_all_gradients() -> None:
     shape = ModelShape.of(config("SmolLM2-135M"))
     alone = PlanSettings(4096, train_embeddings=True, train_norms=True)

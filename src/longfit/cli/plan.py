@@ -84,9 +84,10 @@ def plan(
 
 
 def _settings(**values: Any) -> "PlanSettings":
+    from longfit.planning.machines import fused_kernels_here
     from longfit.planning.settings import PlanSettings
 
-    return PlanSettings(**values)
+    return PlanSettings(fused_kernels=fused_kernels_here(), **values)
 
 
 def _limits(*, vram: str | None, ram: str | None, disk: str | None, gpus: str | None, cpu: bool) -> dict[str, int]:

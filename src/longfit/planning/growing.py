@@ -64,9 +64,11 @@ def tile_bytes(shape: ModelShape, settings: PlanSettings, *, tokens: int) -> Til
     """Count the activations of a tile of ``tokens`` tokens, all rows of the batch together."""
     e, hidden, inner = settings.element_bytes, shape.hidden_size, shape.intermediate_size
     queries, keys, family = shape.query_width, shape.kv_width, shape.family
-    norm_input = 4 * hidden if e < 4 else 0  # the float32 copy that a norm keeps; of float32 there is none
+    fused_norms = settings.fuses and not family.wide_norms and not settings.train_norms  # engine/fused.py
+    copies = e < 4 and not fused_norms
+    norm_input = 4 * hidden if copies else 0  # the float32 copy that a norm keeps; of float32 there is none
     trained_norm = (4 if family.wide_norms else e) * hidden if settings.train_norms else 0
-    per_head = (4 if e < 4 else 0) * (queries + keys) if family.qk_norm else 0
+    per_head = (4 if copies else 0) * (queries + keys) if family.qk_norm else 0
     adapters = sum(matrix.adapted(settings.targets) for matrix in shape.layer_matrices)
 
     # act, up (with gate, if one matrix makes both) and their product; residual, its norm, the last tile's output
@@ -78,7 +80,8 @@ def tile_bytes(shape: ModelShape, settings: PlanSettings, *, tokens: int) -> Til
         *(per_head, adapters * e * settings.rank, _dropped_bytes(shape, settings)),
     )
     saved = sum(held)
-    product = 6 * e * inner  # gate, up, act, product; the gradients of the product and of up
+    # gate, up, act, product; the gradients of the product and of up. Fused: gate, up; gradients of all three
+    product = (5 if settings.fuses and not (family.wide_norms or family.fused) else 6) * e * inner
     if family.norms == 4:  # the norm behind the MLP: five float32 and two narrow temporaries before anything is let go
         after_norm = 4 * e * inner + (5 * 4 + 2 * e) * hidden - 2 * e * hidden
         mlp = saved + max(product - norm_input, after_norm)
@@ -119,7 +122,7 @@ def loss_bytes(shape: ModelShape, settings: PlanSettings, *, gradient: bool) -> 
     elif shape.softcap:
         per_word = 8 + narrow  # probabilities, the cap's slope, the narrow copy that meets the matrix
     else:
-        per_word = 4 + narrow
+        per_word = narrow if settings.fuses else 4 + narrow
     # beside the logits the last norm: what it is given and makes, in both directions, and float32 copies of that
     return tokens * (words * per_word + shape.hidden_size * (4 * e + 6 * 4))
 

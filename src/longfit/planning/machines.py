@@ -56,6 +56,12 @@ def this_gpu_bytes() -> int | None:
     return int(first[0]) << 20 if answer.returncode == 0 and first and first[0].isdigit() else None
 
 
+def fused_kernels_here() -> bool:
+    """Whether this machine's CPU and this installation have the kernels that ``PlanSettings.fused_kernels`` means."""
+    library, flags = Path(__file__).parents[1] / "kernels" / "_longfit.so", Path("/proc/cpuinfo")
+    return library.is_file() and flags.is_file() and "avx512_bf16" in flags.read_text(encoding="ascii", errors="ignore")
+
+
 # ------------------------------------------------------------------------------------------------ rates and time
 @dataclass(frozen=True)
 class Rates:

@@ -7,7 +7,7 @@ from typing import Any
 
 from longfit.errors import ConfigError
 from longfit.planning.ladder import Rung, climb, excess, longest_context
-from longfit.planning.machines import Rates, step_seconds
+from longfit.planning.machines import Rates, fused_kernels_here, step_seconds
 from longfit.planning.memory import PLACES, MemoryPlan, memory_plan
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape, read_shape
@@ -100,7 +100,7 @@ def plan(
             raise ConfigError(f"{name} {value}: must be a positive number of bytes, such as 24GiB")
     shape = read_shape(model)
     device = settings.pop("device", "cpu" if vram is None else "cuda")
-    defaults = PlanSettings(context=max(1, context), device=device)
+    defaults = PlanSettings(context=max(1, context), device=device, fused_kernels=fused_kernels_here())
     chosen = defaults.changed({"context": context, **settings})
     limits = {"accelerator": vram, "host": ram, "disk": disk}
     known = {place: limit for place, limit in limits.items() if limit is not None}

@@ -43,6 +43,7 @@ class PlanSettings:
         evaluates: whether there is validation text.
         targets: "all-linear", or the names of the layers that get an adapter.
         dropout: on the input of the adapters.
+        fused_kernels: on a CPU, whether norms, gated products and the loss are kernels that keep no float32 copies.
         processes: data-parallel replicas, each with a device of its own; the plan is of one of them.
     """
 
@@ -71,6 +72,7 @@ class PlanSettings:
     evaluates: bool = False
     targets: str | tuple[str, ...] = "all-linear"
     dropout: float = 0.0
+    fused_kernels: bool = False
     processes: int = 1
 
     def __post_init__(self) -> None:
@@ -109,6 +111,11 @@ class PlanSettings:
             if name not in known:
                 raise ConfigError(f"{name}: a plan has no such setting; allowed: {', '.join(sorted(known))}")
         return replace(self, **changes)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether those kernels take the run's numbers (``kernels/cpu_elementwise.py``)."""
+        return self.fused_kernels and self.device == "cpu" and self.dtype == "bfloat16"
 
     @property
     def element_bytes(self) -> int:

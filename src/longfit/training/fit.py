@@ -23,7 +23,7 @@ from longfit.config import RunConfig
 from longfit.errors import ModelError, PlanError
 from longfit.planning import fixed
 from longfit.planning.ladder import KEYS, Rung, climb, step_down
-from longfit.planning.machines import read_rates
+from longfit.planning.machines import fused_kernels_here, read_rates
 from longfit.planning.memory import HOST_BASE_BYTES
 from longfit.planning.plan import Plan, ladder_lines, plan_shape
 from longfit.planning.settings import PlanSettings, UnplannedError
@@ -51,6 +51,7 @@ def plan_settings(config: RunConfig, *, device: torch.device, native_context: in
         "file": flat["file"] is not None,
         "evaluates": bool(flat["validation"] or flat["validation_fraction"]),
         "targets": flat["targets"] if isinstance(flat["targets"], str) else tuple(flat["targets"]),
+        "fused_kernels": fused_kernels_here(),
         "processes": processes,
     }
     return PlanSettings(**taken)
