@@ -45,7 +45,8 @@ STOPPED_LAYERS = 3
 BASE = "Python and its libraries"
 RUNS: dict[str, Any] = {"device": "cpu", "fused_kernels": fused_kernels_here(), "evaluates": False}
 STAYS = (
-    *("4-bit layers", "embedding and output matrix", "norms and the rest", "adapters", "optimiser state"),
+    *("4-bit layers", "embedding and output matrix", "norms and the rest", "adapters"),
+    *("modules of adapters", "optimiser state"),
     *("trained copies of embeddings and norms", "gradients"),
 )
 """What is there before the long step begins; the gradients are those of the short one."""
