@@ -64,10 +64,10 @@ def all_cells() -> Iterator[Settings]:
     trainings = list(training(context=near, window=2048, steps=8, document="tarfile", tokens=TRAINED_READ))
     yield from short_context(near, "tarfile")
     yield from short_context(far, "tarfile")
-    yield from trainings[:4]
+    yield from trainings[:3]
     yield from positions(near, "tarfile")
     yield from (retrieval(rope, near, 12_288, (0.5, 1.0), (1, 5)) for rope in ("yarn", "none"))
-    yield from trainings[4:8]
+    yield from trainings[3:8]
     yield from (retrieval(rope, near, 4096, (0.0, 0.5, 1.0), (2, 2, 5)) for rope in ("yarn", "none", "linear"))
     yield from trainings[8:]
     yield from positions(far, "turtle")

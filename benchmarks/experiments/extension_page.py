@@ -8,8 +8,17 @@ from collections.abc import Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.experiments.cells import Cells
-from benchmarks.experiments.extension_cells import EMBEDDINGS, FINISHED, LORA, NATIVE, NORMS, ROPES, TRAINED_READ
+from benchmarks.experiments.cells import Cells, Settings
+from benchmarks.experiments.extension_cells import (
+    EMBEDDINGS,
+    FINISHED,
+    LORA,
+    NATIVE,
+    NORMS,
+    ROPES,
+    TRAINED_READ,
+    all_cells,
+)
 from benchmarks.experiments.figures import count_tokens, panels
 from benchmarks.experiments.pages import rows
 
@@ -196,12 +205,61 @@ def finish(axes: Any, title: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the page
+def table_of_missing(found: Cells) -> str:
+    """The cells that were not measured yet, in the order in which the command goes on."""
+    left: dict[str, list[str]] = {}
+    for cell in all_cells():
+        if found.find(cell) is None:
+            left.setdefault(cell["part"], []).append(_in_words(cell))
+    return rows(["part", "not measured yet"], [[part, "; ".join(cells)] for part, cells in left.items()])
+
+
+def _in_words(cell: Settings) -> str:
+    rope = NAMES[cell["rope"]]
+    if cell["part"] == "training":
+        return f"{rope}, {cell['trained']}, {cell['attention']}, seed {cell['seed']}"
+    if cell["part"] == "passkey":
+        return f"{rope}, {cell['length']:,} tokens"
+    return f"{rope} for {cell['context']:,} on {cell['document']}, {cell.get('tokens', cell['context']):,} tokens"
+
+
 def page_values(found: Cells) -> dict[str, str]:
     """The numbers of docs/explanation/extension.md."""
+    none, yarn = _needed(untrained(found, "none")), _needed(untrained(found, "yarn"))
+    inside = [
+        math.exp(scaled["nll"] - plain["nll"]) - 1
+        for scaled, plain in zip(yarn, none, strict=True)
+        if plain["stop"] <= NATIVE
+    ]
+    exact = _needed(trained(found, "linear", LORA, "exact", 0))["by_position"]
+    untrained_linear = found.select(part="positions", rope="linear", context=NEAR, document="tarfile")[0]["result"]
+    shifted, shifted_error = against_exact(found, LORA, "shifted")
     return {
         "positions": table_of_positions(found, NEAR, "tarfile"),
         "short context": table_of_short_context(found),
         "trainings": table_of_trainings(found),
         "retrieval": table_of_retrieval(found),
+        "missing": table_of_missing(found),
         "guess": f"{GUESS_NATS:.1f}",
+        "last none": number(math.exp(none[-1]["nll"])),
+        "last yarn": number(math.exp(yarn[-1]["nll"])),
+        "cost inside": f"{min(inside):.0%} to {max(inside):.0%}",
+        "linear first": number(math.exp(untrained_linear["by_position"][0]["nll"])),
+        "linear trained first": number(math.exp(exact[0]["nll"])),
+        "linear trained": number(mean_perplexity(exact, 0, NATIVE)),
+        "yarn inside": number(mean_perplexity(yarn, 0, NATIVE)),
+        "shifted": f"{shifted:.2f}",
+        "shifted error": f"{shifted_error:.2f}",
     }
+
+
+def against_exact(found: Cells, what: str, attention: str, seed: int = 0) -> tuple[float, float]:
+    """Loss of a training with linear positions over that of adapters alone with exact attention; standard error."""
+    ours, theirs = (_needed(trained(found, "linear", *recipe, seed)) for recipe in ((what, attention), (LORA, "exact")))
+    return paired(ours["by_position"], theirs["by_position"])
+
+
+def _needed(result: Any) -> Any:
+    if result is None:
+        raise LookupError("a cell that the page speaks of was not measured yet; run this without --draw")
+    return result

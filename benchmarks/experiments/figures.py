@@ -25,5 +25,8 @@ def panels(name: str, count: int) -> Iterator[list[Any]]:
 
 
 def count_tokens(axes: Any) -> None:
-    """Positions along the horizontal axis, written with thousands."""
+    """Positions along the horizontal axis: every 4,096 tokens, written with thousands."""
+    from matplotlib.ticker import MultipleLocator
+
+    axes.xaxis.set_major_locator(MultipleLocator(4096))
     axes.xaxis.set_major_formatter("{x:,.0f}")

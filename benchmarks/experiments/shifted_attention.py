@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from benchmarks.experiments.cells import RESULTS, Cells, Settings
 from benchmarks.experiments.extension_cells import LORA, NATIVE
-from benchmarks.experiments.extension_page import mean_nll
+from benchmarks.experiments.extension_page import against_exact, mean_nll
 from benchmarks.experiments.figures import panels
 from benchmarks.experiments.pages import rows, write
 from benchmarks.experiments.texts import reference
@@ -131,10 +131,19 @@ def table_of_trainings(extension: Cells) -> str:
 
 def page_values(found: Cells, extension: Cells) -> dict[str, str]:
     """The numbers of docs/explanation/shifted-attention.md."""
+    behind, error = against_exact(extension, LORA, "shifted")
+    steps_s = [
+        sum(record["result"]["step_cpu_s"])
+        for attention in ("exact", "shifted")
+        for record in extension.select(part="training", rope="linear", trained=LORA, attention=attention, seed=0)
+    ]
     gains = {settings["window"]: step_gain(found, settings) for settings in by_window(found)}
     return {
         "times": table(found),
         "trainings": table_of_trainings(extension),
+        "behind": f"{behind:.2f}",
+        "behind error": f"{error:.2f}",
+        "time saved": f"{1 - steps_s[1] / steps_s[0]:.0%}",
         "spread": f"{spread(found):.0%}",
         "gain at 4k": f"{gains[4096]:.1f}",
         "gain at 16k": f"{gains[16_384]:.1f}",
