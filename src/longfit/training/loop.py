@@ -31,7 +31,8 @@ from torch import Tensor
 from longfit.config import RunConfig
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset
-from longfit.engine.loss import IGNORED, TrainingLoss, shifted_labels
+from longfit.engine.linear_cross_entropy import IGNORED
+from longfit.engine.loss import TrainingLoss, shifted_labels
 from longfit.engine.sweep import swept_evaluation
 from longfit.errors import ConfigError, PlanError, RunError
 from longfit.model.load import load_report
