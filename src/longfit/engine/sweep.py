@@ -41,10 +41,11 @@ from longfit.engine.attention import attention_key
 from longfit.engine.doors import base_model, decoder
 from longfit.engine.fused import Fused, find_fused, fused_forwards
 from longfit.engine.handover import Receiver, is_promised, promise, receiver_of
+from longfit.engine.heap import give_back
 from longfit.engine.kept import KeptAttention, KeptBudget
 from longfit.engine.layer_call import LayerCall, layer_call
 from longfit.engine.replay import Autocast, RandomState, random_state_kept
-from longfit.engine.sizes import CPU_KEPT_BYTES, tile_tokens
+from longfit.engine.sizes import CPU_KEPT_BYTES, TRIMMED_LAYERS, tile_tokens
 from longfit.engine.sweep_probe import probe_layers
 from longfit.engine.walk import LayerWalk, TileLeft, Visible
 from longfit.kernels.workspace import weights_held
@@ -108,6 +109,7 @@ class _SweepLayer(Receiver, torch.autograd.Function):
         if grad_hidden is not None:
             promise(ctx.receiver, grad_hidden)
         totals = iter(sums.totals())
+        ctx.plan.layer_differentiated(grad_out.device)
         return grad_hidden, None, None, *(next(totals) if needed else None for needed in ctx.needs_input_grad[3:])
 
 
@@ -240,6 +242,7 @@ class Sweeper:
     fused: dict[nn.Module, tuple[Fused, ...]] = field(default_factory=dict)
     weights: Weights | None = None
     evaluating: bool = False
+    differentiated: int = 0
 
     @contextmanager
     def present(self, module: nn.Module, *, backward: bool = False) -> Iterator[None]:
@@ -247,6 +250,12 @@ class Sweeper:
         weights = nullcontext() if self.weights is None else self.weights.use(module, backward=backward)
         with weights, fused_forwards(self.fused.get(module, ())):
             yield
+
+    def layer_differentiated(self, device: torch.device) -> None:
+        """Give the heap's holes back once in a few layers: each leaves some that no later one fits into."""
+        self.differentiated += 1
+        if self.differentiated % TRIMMED_LAYERS == 0:
+            give_back(device)
 
     def tile_for(self, hidden: Tensor) -> int:
         """Tokens per row and tile: the user's, or the chosen number shared by the rows of the batch."""
