@@ -27,6 +27,7 @@ from longfit.evaluation.report import GUESS_NATS
 Buckets = Sequence[dict[str, float]]
 NAMES = {"none": "none", "yarn": "YaRN", "linear": "linear", "ntk": "NTK", "theta": "theta"}
 COLOURS = {"none": "black", "yarn": "C0", "linear": "C1", "ntk": "C2", "theta": "C4"}
+SEEDS = (0, 1)
 NEAR, FAR = 2 * NATIVE, 4 * NATIVE
 
 
@@ -135,7 +136,7 @@ def table_of_retrieval(found: Cells) -> str:
         by_depth = ", ".join(f"{cell['depth']:.0%}: {cell['key_nll']:.1f} ({cell['num_trials']})" for cell in cells)
         settings = record["settings"]
         body.append([f"{settings['length']:,}", NAMES[settings["rope"]], f"{won} of {trials}", by_depth])
-    return rows(head, body)
+    return rows(head, body or [["not measured yet", "", "", ""]])
 
 
 def number(value: float) -> str:
@@ -232,6 +233,7 @@ def page_values(found: Cells) -> dict[str, str]:
         if plain["stop"] <= NATIVE
     ]
     exact = _needed(trained(found, "linear", LORA, "exact", 0))["by_position"]
+    yarn_trained = _needed(trained(found, "yarn", LORA, "exact", 0))["by_position"]
     untrained_linear = found.select(part="positions", rope="linear", context=NEAR, document="tarfile")[0]["result"]
     shifted, shifted_error = against_exact(found, LORA, "shifted")
     return {
@@ -240,6 +242,7 @@ def page_values(found: Cells) -> dict[str, str]:
         "trainings": table_of_trainings(found),
         "retrieval": table_of_retrieval(found),
         "missing": table_of_missing(found),
+        **gain_of_norms(found),
         "guess": f"{GUESS_NATS:.1f}",
         "last none": number(math.exp(none[-1]["nll"])),
         "last yarn": number(math.exp(yarn[-1]["nll"])),
@@ -248,15 +251,31 @@ def page_values(found: Cells) -> dict[str, str]:
         "linear trained first": number(math.exp(exact[0]["nll"])),
         "linear trained": number(mean_perplexity(exact, 0, NATIVE)),
         "yarn inside": number(mean_perplexity(yarn, 0, NATIVE)),
+        "yarn trained": number(
+            mean_perplexity(_needed(trained(found, "yarn", LORA, "exact", 0))["by_position"], 0, NATIVE)
+        ),
         "shifted": f"{shifted:.2f}",
         "shifted error": f"{shifted_error:.2f}",
     }
 
 
-def against_exact(found: Cells, what: str, attention: str, seed: int = 0) -> tuple[float, float]:
-    """Loss of a training with linear positions over that of adapters alone with exact attention; standard error."""
-    ours, theirs = (_needed(trained(found, "linear", *recipe, seed)) for recipe in ((what, attention), (LORA, "exact")))
-    return paired(ours["by_position"], theirs["by_position"])
+def against_exact(
+    found: Cells, what: str, attention: str, *, rope: str = "linear", seed: int = 0
+) -> tuple[float, float]:
+    """Loss of a training over that of adapters alone with exact attention and the same seed; standard error."""
+    ours, theirs = (trained(found, rope, *recipe, seed) for recipe in ((what, attention), (LORA, "exact")))
+    return paired(_needed(ours)["by_position"], _needed(theirs)["by_position"])
+
+
+def gain_of_norms(found: Cells) -> dict[str, str]:
+    """What norms bring, seed by seed, in the pairs of trainings that were measured."""
+    values = {}
+    for rope in ("linear", "yarn"):
+        both = [seed for seed in SEEDS if all(trained(found, rope, what, "exact", seed) for what in (NORMS, LORA))]
+        gains = [against_exact(found, NORMS, "exact", rope=rope, seed=seed) for seed in both]
+        words = " and ".join(f"{-gain:.3f} ± {error:.3f} nats" for gain, error in gains)
+        values[f"norms, {rope}"] = words or "not measured yet"
+    return values
 
 
 def _needed(result: Any) -> Any:
