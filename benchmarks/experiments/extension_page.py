@@ -233,7 +233,6 @@ def page_values(found: Cells) -> dict[str, str]:
         if plain["stop"] <= NATIVE
     ]
     exact = _needed(trained(found, "linear", LORA, "exact", 0))["by_position"]
-    yarn_trained = _needed(trained(found, "yarn", LORA, "exact", 0))["by_position"]
     untrained_linear = found.select(part="positions", rope="linear", context=NEAR, document="tarfile")[0]["result"]
     shifted, shifted_error = against_exact(found, LORA, "shifted")
     return {
