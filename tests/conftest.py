@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,17 @@ def _same_numbers_every_time() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``model``, a tiny base model, and ``texts``; only read."""
+    from tests.training.tiny import save_tiny_model, write_texts
+
+    folder = tmp_path_factory.mktemp("workplace")
+    save_tiny_model(folder / "model")
+    write_texts(folder / "texts")
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.training.tiny import save_tiny_model, write_texts
 
 import longfit
 from longfit.cli import doctor
@@ -15,14 +14,6 @@ from longfit.cli.app import main
 from longfit.errors import BackendError
 
 SOURCES = str(Path(longfit.__file__).parent.parent)
-
-
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("workplace")
-    save_tiny_model(folder / "model")
-    write_texts(folder / "texts")
-    return folder
 
 
 @pytest.fixture

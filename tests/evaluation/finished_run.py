@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from tests.model_folders import byte_tokenizer, llama
+from tests.model_folders import save_model
 
 from longfit.config import RunConfig
 from longfit.training.loop import train
@@ -20,9 +20,7 @@ def prose(num_chars: int, *, start: int = 0) -> str:
 
 def make_run(folder: Path) -> Path:
     """Write ``model``, ``texts``, ``held-out.txt`` and the finished ``run`` into a folder; returns the run."""
-    model = llama(dtype=torch.float32)
-    model.save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
+    save_model(folder / "model", dtype=torch.float32)
     (folder / "texts").mkdir()
     (folder / "texts" / "book.txt").write_text(prose(1023))
     (folder / "held-out.txt").write_text(prose(1100, start=5))

@@ -4,16 +4,13 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from tests.model_folders import byte_tokenizer, llama
+from tests.model_folders import save_model
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A dense bfloat16 model with its tokenizer; q_proj has biases."""
-    path = tmp_path / "base"
-    llama(attention_bias=True).save_pretrained(path)
-    byte_tokenizer().save_pretrained(path)
-    return path
+    return save_model(tmp_path / "base", attention_bias=True)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.model_folders import byte_tokenizer, llama
+from tests.model_folders import byte_tokenizer, llama, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, ViTConfig
 
 from longfit.errors import ModelError
@@ -63,8 +63,7 @@ def test_other_data_types(folder: Path, quant: str) -> None:
 
 
 def test_tied_weights_stay_dense_and_tied(tmp_path: Path) -> None:
-    llama(tied=True).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    save_model(tmp_path, tied=True)
     model, _ = load(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert load_report(model).dense["lm_head"] == "shares its weight with the embeddings"

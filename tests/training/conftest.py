@@ -1,23 +1,13 @@
-"""A tiny base model and some texts, made once, and a short way to a config about them."""
+"""A short way to a config about a tiny base model and some texts."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.training.tiny import save_tiny_model, write_texts
 
 from longfit.config import RunConfig
 
 MakeConfig = Callable[..., RunConfig]
-
-
-@pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``model`` and ``texts``."""
-    folder = tmp_path_factory.mktemp("workplace")
-    save_tiny_model(folder / "model")
-    write_texts(folder / "texts")
-    return folder
 
 
 @pytest.fixture

@@ -1,17 +1,18 @@
-"""A tiny Llama with a tokenizer, saved as a folder: a base model that `longfit train` takes like any other."""
+"""A tiny base model of single characters in a folder, texts to train it on, and the losses of a run."""
 
 import json
 from pathlib import Path
 
 import torch
+from tests.model_folders import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .,\n"
 
 
-def save_tiny_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """Write a random two-layer Llama (native context 64) and a tokenizer of single characters."""
+def save_tiny_model(folder: Path) -> Path:
+    """Write a random two-layer Llama, three query heads a key head, and a tokenizer of single characters."""
     vocabulary = {"<s>": 0, "</s>": 1, "<unk>": 2} | {
         character: 3 + index for index, character in enumerate(CHARACTERS)
     }
@@ -19,20 +20,8 @@ def save_tiny_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    shape = {"vocab_size": len(vocabulary), "hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6}
+    llama(dtype=torch.float32, bos_token_id=0, eos_token_id=1, **shape).save_pretrained(folder)
     return folder
 
 
