@@ -268,12 +268,16 @@ def against_exact(
 
 def gain_of_norms(found: Cells) -> dict[str, str]:
     """What norms bring, seed by seed, in the pairs of trainings that were measured."""
-    values = {}
+    values, dearer = {}, []
     for rope in ("linear", "yarn"):
         both = [seed for seed in SEEDS if all(trained(found, rope, what, "exact", seed) for what in (NORMS, LORA))]
         gains = [against_exact(found, NORMS, "exact", rope=rope, seed=seed) for seed in both]
+        for seed in both:
+            times = [sum(_needed(trained(found, rope, what, "exact", seed))["step_cpu_s"]) for what in (NORMS, LORA)]
+            dearer.append(times[0] / times[1] - 1)
         words = " and ".join(f"{-gain:.3f} ± {error:.3f} nats" for gain, error in gains)
         values[f"norms, {rope}"] = words or "not measured yet"
+    values["norms, time"] = f"{mean(dearer):.0%}"
     return values
 
 
