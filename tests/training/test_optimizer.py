@@ -57,8 +57,12 @@ def test_the_optimiser_fits_dtype_and_settings(tmp_path: Path) -> None:
         PageFile(tmp_path / "state.1", run="mine", page_bytes=4 << 20)
 
 
+@pytest.mark.parametrize("part", [1 << 22, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_clipping_scales_to_the_norm_and_never_up(dtype: torch.dtype) -> None:
+def test_clipping_scales_to_the_norm_and_never_up(
+    dtype: torch.dtype, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("longfit.training.optimizer.NORM_PART", part)
     parameters = [torch.zeros(30, 7, dtype=dtype), torch.zeros(5, dtype=torch.float32), torch.zeros(3)]
     for parameter in parameters[:2]:
         parameter.grad = torch.randn_like(parameter)

@@ -88,7 +88,7 @@ def training_loss(
     head_module = base_model(model).get_output_embeddings()
     with nullcontext() if sweeper is None else sweeper.present(head_module, backward=torch.is_grad_enabled()):
         head = output_head(model)
-        return linear_cross_entropy(
+        loss = linear_cross_entropy(
             hidden,
             head.weight,
             targets,
@@ -99,6 +99,8 @@ def training_loss(
             num_items=num_items,
             overwrite_hidden=not hidden.is_leaf and hidden.is_contiguous(),  # the decoder made it for this call alone
         )
+    give_back(input_ids.device)
+    return loss
 
 
 class TrainingLoss(nn.Module):

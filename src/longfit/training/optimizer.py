@@ -11,6 +11,9 @@ from longfit.config import RunConfig
 from longfit.optim.adamw import PagedAdamW
 from longfit.training import loss_scale
 
+NORM_PART = 1 << 22
+"""Numbers of a gradient whose squares are summed at once."""
+
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """Split the trainable parameters: matrices decay, vectors (norms, biases) do not.
@@ -92,6 +95,13 @@ class PagingMeter:
 
 
 @torch.no_grad()
+def _norm(gradient: Tensor) -> Tensor:
+    """The norm of one gradient, in parts: torch makes a float32 copy of all that it sums of a narrow tensor."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    parts = [torch.linalg.vector_norm(part, dtype=wide) for part in gradient.reshape(-1).split(NORM_PART)]
+    return torch.linalg.vector_norm(torch.stack(parts))
+
+
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, *, scale: float = 1.0) -> float:
     """Scale all gradients so that their global norm is at most ``max_norm``; sums in float32 whatever their dtype.
 
@@ -107,7 +117,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, *, scale: floa
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return 0.0
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)) for grad in gradients]
+    norms = [_norm(gradient) for gradient in gradients]
     total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])).item()
     total /= scale
     factor = min(1.0, max_norm / total if total else 1.0) / scale
