@@ -78,6 +78,31 @@ def test_an_mlp_is_recognised_by_what_it_computes(combine, recognised):
     assert {name: dict(vars(module)) for name, module in mlp.named_modules()} == before
 
 
+def test_an_mlp_with_parameters_of_its_own_is_not_recognised():
+    mlp = Mlp(lambda self, gate, up: F.silu(gate) * up * self.scale)
+    mlp.scale = nn.Parameter(torch.ones(20))  # multiplies by 1 now, and trains
+    assert as_gated_mlp(mlp) is None
+
+
+def test_modules_that_somebody_watches_are_shown_nothing_and_not_passed_by():
+    mlp = Mlp(lambda self, gate, up: self.act(gate) * up)
+    mlp.act = nn.SiLU()
+    fused = as_gated_mlp(mlp)
+    assert fused is not None
+    seen = []
+    hook = mlp.act.register_forward_hook(lambda *_: seen.append("act"))
+    with fused_forwards((fused,)):
+        assert "forward" not in vars(mlp)
+        mlp(torch.zeros(1, 3, 12))
+    assert seen == ["act"]
+    hook.remove()
+    with fused_forwards((fused,)):
+        assert "forward" in vars(mlp)
+    mlp.up_proj.register_forward_pre_hook(lambda *_: seen.append("up"))
+    assert as_gated_mlp(mlp) is None
+    assert seen == ["act"]
+
+
 class TimesOnePlusWeight(nn.Module):
     def __init__(self):
         super().__init__()

@@ -7,7 +7,8 @@ write every element once (``kernels/cpu_elementwise.py``).
 Which modules compute such a function is asked of the modules, not of a list of families: a norm must give, bit for bit,
 what the formula gives, for random weights and rows of every size; of an MLP the inner projections are made to give
 chosen tensors, and what reaches the outer one must be, bit for bit, ``silu(gate) * up``. Gemma's norm, which adds one
-to its weight, or an MLP with another activation, a clamp or a dropout keep their own forward.
+to its weight, or an MLP with another activation, a clamp, a dropout or parameters beside its projections keep their own
+forward.
 
 Nothing is installed in a model. The forward of a module is set aside while its layer is swept, and only there; inputs
 that the kernels do not take (another dtype, a weight that trains) go to the module's own forward.
@@ -86,6 +87,7 @@ class GatedMlp:
 
 
 Fused = Norm | GatedMlp
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def find_fused(layer: nn.Module) -> tuple[Fused, ...]:
@@ -103,8 +105,8 @@ def _is_plain(parameter: Tensor) -> bool:
 
 @contextmanager
 def fused_forwards(modules: tuple[Fused, ...]) -> Iterator[None]:
-    """Compute these modules by the kernels while this lasts; not those whose forward somebody else has replaced."""
-    free = [fused for fused in modules if "forward" not in vars(fused.module)]
+    """Compute these modules by the kernels while this lasts; not those that somebody else has replaced or watches."""
+    free = [fused for fused in modules if "forward" not in vars(fused.module) and not _is_passed_by_watched(fused)]
     try:
         for fused in free:
             fused.module.forward = fused.forward
@@ -114,12 +116,23 @@ def fused_forwards(modules: tuple[Fused, ...]) -> Iterator[None]:
             vars(fused.module).pop("forward", None)
 
 
+def _is_passed_by_watched(fused: Fused) -> bool:
+    """Whether the kernels would pass by a module inside, such as an activation, whose call somebody wants to see."""
+    inside = fused.module.named_children()
+    return any(_is_watched(child) for name, child in inside if name not in PROJECTIONS)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
 # ------------------------------------------------------------------------------------------------ who computes what
 def as_norm(module: nn.Module) -> Norm | None:
     """The module as a norm, if it gives ``w * bf16(x / rms(x))`` bit for bit."""
     eps = vars(module).get("variance_epsilon", vars(module).get("eps"))
     names = [name for name, _ in (*module.named_parameters(), *module.named_buffers(), *module.named_children())]
-    if names != ["weight"] or not isinstance(eps, float) or not _takes_one_tensor(module):
+    if names != ["weight"] or not isinstance(eps, float) or not _takes_one_tensor(module) or _is_watched(module):
         return None
     weight: Any = module.weight
     if weight.dim() != 1:
@@ -135,12 +148,17 @@ def as_norm(module: nn.Module) -> Norm | None:
 def as_gated_mlp(module: nn.Module) -> GatedMlp | None:
     """The module as a gated MLP, if what reaches its outer projection is ``silu(gate) * up`` bit for bit."""
     children = dict(module.named_children())
-    if not {"gate_proj", "up_proj", "down_proj"} <= children.keys() or not _takes_one_tensor(module):
+    if not set(PROJECTIONS) <= children.keys() or not _takes_one_tensor(module):
+        return None
+    if any(map(_is_watched, children.values())):  # who watches must not be shown the tensors chosen below
+        return None
+    tensors = (name for name, _ in (*module.named_parameters(), *module.named_buffers()))
+    if any(name.split(".")[0] not in PROJECTIONS for name in tensors):  # a scale, say, that is 1 now and trains
         return None
     outer, inner = (vars(children[name]).get("in_features") for name in ("gate_proj", "down_proj"))
     if not isinstance(outer, int) or not isinstance(inner, int):
         return None
-    x, gate, up, out = _chosen(outer, 1), _chosen(inner, 2), _chosen(inner, 3), _chosen(outer, 4)
+    x, gate, up, out = (_chosen(size, seed)[None] for seed, size in enumerate((outer, inner, inner, outer), 1))
     expected = F.silu(gate) * up
     for _ in _modes(module):
         given: dict[str, list[Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}

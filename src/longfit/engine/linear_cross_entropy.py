@@ -191,6 +191,11 @@ def _fits_kernel(head: _Head, hidden: Tensor) -> bool:
     return plain and cpu_elementwise.takes(hidden) and cpu_elementwise.supported() is None
 
 
+def _gradient_dtype(tensor: Tensor) -> torch.dtype:
+    """What a gradient is handed on in: a leaf may ask for more than its own dtype (``training/loss_scale.py``)."""
+    return (tensor.grad_dtype or tensor.dtype) if tensor.is_leaf else tensor.dtype
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients are made in forward and only multiplied by the incoming gradient in backward."""
 
@@ -246,7 +251,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_hidden and len(tiles.rows) < len(rows_of_hidden):
             rows_of_gradient.masked_fill_((labels == IGNORED)[:, None], 0.0)
         ctx.gradients = [d_hidden if needs_hidden else None, gradients.weight, gradients.bias, *d_norm]
-        ctx.dtypes = [None if t is None else t.dtype for t in (hidden, weight, bias, *norm_parameters)]
+        ctx.dtypes = [None if t is None else _gradient_dtype(t) for t in (hidden, weight, bias, *norm_parameters)]
         return total / num_items
 
     @staticmethod

@@ -12,7 +12,7 @@ from longfit.optim.adamw import PagedAdamW
 from longfit.training import loss_scale
 
 NORM_PART = 1 << 22
-"""Numbers of a gradient whose squares are summed at once."""
+"""Numbers of a gradient whose squares are summed at once: 16 MB of float32 at a time, and few calls. Not tuned."""
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
@@ -94,7 +94,6 @@ class PagingMeter:
         }
 
 
-@torch.no_grad()
 def _norm(gradient: Tensor) -> Tensor:
     """The norm of one gradient, in parts: torch makes a float32 copy of all that it sums of a narrow tensor."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
@@ -102,6 +101,7 @@ def _norm(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(parts))
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float, *, scale: float = 1.0) -> float:
     """Scale all gradients so that their global norm is at most ``max_norm``; sums in float32 whatever their dtype.
 
