@@ -6,7 +6,17 @@ import pytest
 from tests.planning.configs import config
 
 from longfit.errors import ConfigError
-from longfit.planning.machines import GPUS, Rates, gpu_bytes, read_rates, save_rates, step_flops, step_seconds
+from longfit.kernels import cpu_elementwise
+from longfit.planning.machines import (
+    GPUS,
+    Rates,
+    fused_kernels_here,
+    gpu_bytes,
+    read_rates,
+    save_rates,
+    step_flops,
+    step_seconds,
+)
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
@@ -18,6 +28,12 @@ def test_cards_by_name() -> None:
     assert gpu_bytes(" H100 ") == int(GPUS["h100"] * 2**30)
     with pytest.raises(ConfigError, match="allowed are t4"):
         gpu_bytes("h9000")
+
+
+def test_a_plan_expects_the_kernels_that_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fused_kernels_here() == (cpu_elementwise.supported() is None)
+    monkeypatch.setenv("LONGFIT_ISA", "scalar")
+    assert not fused_kernels_here()
 
 
 def test_rates_are_kept_for_each_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,8 +58,10 @@ def this_gpu_bytes() -> int | None:
 
 def fused_kernels_here() -> bool:
     """Whether this machine's CPU and this installation have the kernels that ``PlanSettings.fused_kernels`` means."""
-    library, flags = Path(__file__).parents[1] / "kernels" / "_longfit.so", Path("/proc/cpuinfo")
-    return library.is_file() and flags.is_file() and "avx512_bf16" in flags.read_text(encoding="ascii", errors="ignore")
+    library, processor = Path(__file__).parents[1] / "kernels" / "_longfit.so", Path("/proc/cpuinfo")
+    if not library.is_file() or not processor.is_file() or os.environ.get("LONGFIT_ISA", "avx512_bf16") != "avx512_bf16":
+        return False
+    return {"avx512_bf16", "avx512vbmi"} <= set(processor.read_text(encoding="ascii", errors="ignore").split())
 
 
 # ------------------------------------------------------------------------------------------------ rates and time
