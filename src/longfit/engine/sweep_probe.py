@@ -76,7 +76,6 @@ def _try(call: LayerCall, hidden: Tensor) -> tuple[Any, str | None]:
         return plain(), f"its attention does not take keyword arguments ({error})"
     if probe.num_calls != 1:
         return out, f"it attends {probe.num_calls} times through the attention interface, not once"
-    first, *others = out if isinstance(out, tuple) else (out,)
-    if any(other is not None for other in others) or first.shape[:2] != hidden.shape[:2]:
-        return out, "it returns more than the hidden states"
+    if not isinstance(out, Tensor) or out.shape[:2] != hidden.shape[:2]:  # a model takes [0] of a tuple, even of one
+        return out, "it does not return the hidden states alone"
     return out, None
