@@ -219,3 +219,13 @@ def test_whole_logits_are_never_held():
     with LargestTensor() as seen:
         token_losses(hidden, weight, labels, token_tile=64)
     assert seen.elements == 64 * 5000
+
+
+def test_a_leaf_that_asks_for_wide_gradients_gets_them():
+    hidden = torch.randn(6, 8, dtype=torch.float16)
+    weight = torch.randn(11, 8, dtype=torch.float16, requires_grad=True)
+    weight.grad_dtype = torch.float32
+    (linear_cross_entropy(hidden, weight, torch.arange(6)) * 2.0**-30).backward()
+    assert weight.grad.dtype == torch.float32
+    # Times 2^-30 the gradients lie below float16's smallest number, 2^-24, and would all be 0 there.
+    assert 0 < weight.grad.abs().max() < 2.0**-24

@@ -11,7 +11,7 @@ to its weight, or an MLP with another activation, a clamp, a dropout or paramete
 forward.
 
 Nothing is installed in a model. The forward of a module is set aside while its layer is swept, and only there; inputs
-that the kernels do not take (another dtype, a weight that trains) go to the module's own forward.
+that the kernels do not take (another dtype, a weight that trains) are computed by torch as the module would.
 
 Not here: rotary embedding, which models compute in a function, not in a module.
 """
