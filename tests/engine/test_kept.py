@@ -75,14 +75,33 @@ def test_evaluation_keeps_nothing(ids):
     assert sweeper_of(model).kept.left == 1 << 20
 
 
-def test_a_tile_is_handed_over_once():
-    kept = KeptBudget(1 << 10).open()
-    out, lse = torch.ones(4), torch.ones(2)
-    kept.put(3, out, lse)
-    assert kept.num_bytes == 24
-    assert all(map(torch.equal, kept.take(3), (out, lse)))
-    assert kept.take(3) is None
-    assert kept.num_bytes == 0
+def attention(num_tokens):
+    """Output and log-sum-exp of a tile as the engine gets them."""
+    return torch.randn(BATCH, num_tokens, 3, 8).transpose(1, 2), torch.randn(BATCH, 3, num_tokens)
+
+
+def test_a_tile_is_handed_over_once_with_its_bits_and_its_order_of_axes():
+    budget = KeptBudget(1 << 20)
+    kept = budget.open(NUM_TILES)
+    tiles = {index: attention(TILE if index < NUM_TILES - 1 else 5) for index in range(NUM_TILES)}
+    for index, (out, lse) in tiles.items():
+        kept.put(index, out, lse)
+    assert kept.num_bytes == sum(out.nbytes + lse.nbytes for out, lse in tiles.values())
+    for index in reversed(range(NUM_TILES)):
+        taken = kept.take(index)
+        assert all(map(torch.equal, taken, tiles[index]))
+        assert [tensor.stride() for tensor in taken] == [tensor.stride() for tensor in tiles[index]]
+        assert kept.take(index) is None
+    assert budget.left == budget.num_bytes
+
+
+def test_a_short_tile_may_be_the_only_one_that_fits():
+    (long_out, long_lse), (out, lse) = attention(TILE), attention(2)
+    kept = KeptBudget(out.nbytes + lse.nbytes).open(2)
+    kept.put(0, long_out, long_lse)
+    kept.put(1, out, lse)
+    assert kept.take(0) is None
+    assert all(map(torch.equal, kept.take(1), (out, lse)))
 
 
 def test_a_negative_number_of_bytes_is_refused():

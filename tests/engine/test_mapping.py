@@ -28,15 +28,6 @@ def test_an_empty_tensor_can_be_written(shape, dtype):
     assert mapping.empty(like, shape).dtype == torch.float32
 
 
-@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2), (2, 0, 1)])
-def test_a_copy_has_the_same_numbers_in_the_same_order_of_axes(axes):
-    x = torch.randn(MANY).permute(axes)
-    copy = mapping.copy_of(x)
-    assert torch.equal(copy, x)
-    assert copy.stride() == x.stride()
-    assert copy.data_ptr() != x.data_ptr()
-
-
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the bytes of the process from /proc")
 def test_a_mapping_goes_back_to_the_system_as_a_whole():
     like = torch.zeros(1)

@@ -35,11 +35,3 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
         raise MemoryError(f"{num_bytes:,} bytes for {list(shape)} in {dtype}: {error.strerror}") from error
     # No view of it: autograd would refuse the next layer, which writes over a layer's output.
     return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape, memory.view(shape).stride())
-
-
-def copy_of(x: Tensor) -> Tensor:
-    """Copy a dense tensor, strides included."""
-    order = sorted(range(x.dim()), key=lambda axis: x.stride(axis), reverse=True)
-    copy = empty(x, tuple(x.shape[axis] for axis in order))
-    back = [order.index(axis) for axis in range(x.dim())]
-    return copy.permute(back).copy_(x)

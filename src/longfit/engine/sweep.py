@@ -62,7 +62,7 @@ class _SweepLayer(Receiver, torch.autograd.Function):
         ctx.autocast = Autocast.now(hidden.device)
         ctx.call, ctx.tile, ctx.plan = call, plan.tile_for(hidden), plan
         num_tiles = -(-hidden.shape[1] // ctx.tile)
-        ctx.stay, ctx.kept = plan.arena.open(num_tiles), plan.kept.open()
+        ctx.stay, ctx.kept = plan.arena.open(num_tiles), plan.kept.open(num_tiles)
         may_overwrite = ctx.receiver is not None and not plan.arena.aliases and not _is_watched(call.layer)
         with plan.present(call.layer), weights_held(hidden.device):
             out, ctx.visible, ctx.random = _forward(hidden, call, ctx.tile, ctx.stay, ctx.kept, may_overwrite)
