@@ -7,11 +7,6 @@ before that step, is read after it. Growth counts from a process that has everyt
 libraries, the tokenizer. The table also shows the long step alone: its peak over what was resident before it. Memory
 only: cells may run beside other work.
 
-A cell of 16,384 tokens or more stops its backward pass after three layers. Every layer that is through gives back its
-attention, ``context x 1,188`` bytes, and its input, as much again, if that is in memory, and adds gradients of half a
-megabyte to five; so no later layer can hold more. What a trained embedding adds at the end is less than the loss held.
-All shorter cells run to their end.
-
     python benchmarks/plan_cpu.py            every cell; finished cells of the JSON are not run again
     python benchmarks/plan_cpu.py --quick    the shortest cells, a minute
     python benchmarks/plan_cpu.py --render   the table from the JSON, plans made anew
@@ -41,7 +36,6 @@ from longfit.planning.shapes import read_shape
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME = "plan_cpu"
-STOPPED_LAYERS = 3
 BASE = "Python and its libraries"
 RUNS: dict[str, Any] = {"device": "cpu", "fused_kernels": fused_kernels_here(), "evaluates": False}
 STAYS = (
@@ -70,10 +64,6 @@ class Cell:
     @property
     def settings(self) -> PlanSettings:
         return PlanSettings(**asdict(self), **RUNS, train_norms=self.train_embeddings)
-
-    @property
-    def stops_early(self) -> bool:
-        return self.context >= 16_384
 
 
 CELLS = (
@@ -150,32 +140,6 @@ def load_libraries(scratch: Path) -> None:
     torch.optim.AdamW([p for p in learned if p.dtype == torch.float32], fused=True).step()
 
 
-class PeakPassedError(Exception):
-    """No later layer can hold more."""
-
-
-class StoppingArena:
-    """An arena which ends the backward pass when some layers are through."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner, self.closed = inner, 0
-        self.aliases = inner.aliases
-
-    def open(self, num_tiles: int) -> Any:
-        stay = self.inner.open(num_tiles)
-        close, counts = stay.close, [1]  # a file's stay closes itself once more when it goes
-
-        def counted() -> None:
-            close()
-            self.closed += counts.pop() if counts else 0
-            if not counts and self.closed == STOPPED_LAYERS:
-                self.closed += 1
-                raise PeakPassedError
-
-        stay.close = counted
-        return stay
-
-
 def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     """Return the growth of resident memory in bytes, by phase."""
     import torch
@@ -208,8 +172,6 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     group = cell.settings.effective_group_size
     base_model(model).set_attn_implementation(attention_key(cell.attention, group))
     arena: Any = FileArena(scratch) if cell.arena == "file" else MemoryArena()
-    if cell.stops_early:
-        arena = StoppingArena(arena)
     report = enable_sweep(model, arena=arena)
     assert not report.fallback, report.fallback
     found["tile"] = report.tile
@@ -228,19 +190,12 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
         optimizer.step()
 
     reset_peak()
-    if cell.stops_early:
-        arena.closed = -(10**6)
     step(ids[:, :512])
     trim()
     found["resident_before_bytes"] = resident("VmRSS") - before
     reset_peak()
     began = time.perf_counter()
-    if cell.stops_early:
-        arena.closed = 0
-    try:
-        step(ids)
-    except PeakPassedError:
-        assert cell.stops_early
+    step(ids)
     found["step_s"] = time.perf_counter() - began
     found["step_peak_bytes"] = resident("VmHWM") - before
     found["resident_after_bytes"] = resident("VmRSS") - before
