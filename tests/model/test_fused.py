@@ -132,6 +132,26 @@ def test_gradients_are_those_of_the_models_own_operations(
         assert relative_error(fast[name], value) <= 10 * own_error, name
 
 
+def test_the_family_is_as_it_was_when_liger_fails_halfway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of liger may raise after it has exchanged some of the classes."""
+    integration = importlib.import_module("transformers.integrations.liger")
+    family = importlib.import_module("transformers.models.llama.modeling_llama")
+    before = dict(vars(family))
+
+    def fails(model: Any, config: Any) -> None:
+        for name in ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb"):
+            setattr(family, name, None)
+        raise TypeError("unexpected keyword")
+
+    monkeypatch.setattr(integration, "apply_liger_kernel", fails)
+    for check in ("not_installed", "not_on_card"):
+        monkeypatch.setattr(fused, check, lambda *_: None)
+    monkeypatch.setattr(fused, "version", lambda name: "0")
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        fused.fuse(quantized("llama"), kernels="liger")
+    assert dict(vars(family)) == before
+
+
 def test_the_rest_of_the_family_is_as_it_was(card: str) -> None:
     """Later models are built from transformers' classes; the rotary embedding asks where its tensors are."""
     model = quantized("llama", card)

@@ -138,11 +138,12 @@ def _apply(base: Any) -> tuple[str, ...]:
     family = sys.modules[type(base).__module__]
     found = dict(vars(family))
     forwards = {name: vars(module).get("forward") for name, module in base.named_modules()}
-    apply_liger_kernel(base, {"cross_entropy": False, "fused_linear_cross_entropy": False})
-    for name, value in found.items():
-        if vars(family)[name] is not value and name != "apply_rotary_pos_emb":
-            setattr(family, name, value)
-    own, fused = found["apply_rotary_pos_emb"], vars(family)["apply_rotary_pos_emb"]
+    try:
+        apply_liger_kernel(base, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    finally:
+        fused = vars(family)["apply_rotary_pos_emb"]
+        vars(family).update(found)
+    own = found["apply_rotary_pos_emb"]
     own = own.own if isinstance(own, Rotary) else own
     if fused is not own:
         vars(family)["apply_rotary_pos_emb"] = Rotary(own, fused, base.device.type)
