@@ -34,7 +34,7 @@ from bitsandbytes.cextension import lib as bnb_library
 from torch import Tensor
 
 from loading_cpu import Loading, loading_rows
-from longfit.kernels import cpu, dispatch
+from longfit.kernels import cpu, cpu_library, dispatch
 from longfit.numerics import quant_state
 from longfit.numerics.codebooks import dynamic_map
 from longfit.numerics.row_format import RowFormat, to_rows
@@ -105,7 +105,7 @@ class Weight:
 
     def touch_fresh_memory(self) -> None:
         """Write one value all over memory that is allocated as a new result's is: the least that a new tensor takes."""
-        cpu.library().empty(self.dense.numel(), dtype=self.dense.dtype).fill_(1)
+        cpu_library.library().empty(self.dense.numel(), dtype=self.dense.dtype).fill_(1)
 
     def fill_bnb_result(self) -> None:
         """What bitsandbytes does in `dequantize_4bit`, less the allocation of the result."""
@@ -316,7 +316,7 @@ def machine() -> dict[str, object]:
     return {
         "cpu": model[0].split(":")[1].strip() if model else platform.processor(),
         "threads": torch.get_num_threads(),
-        "instruction_set": cpu.library().isa,
+        "instruction_set": cpu_library.library().isa,
         "torch": torch.__version__,
         "bitsandbytes": version("bitsandbytes"),
         "commit": commit.strip(),

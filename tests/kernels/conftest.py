@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 
-from longfit.kernels import cpu
+from longfit.kernels import cpu_library
 
 
 @pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16", "neon"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with one instruction set forced; skipped with its reason where it cannot run."""
-    reason = cpu.unavailable()
+    reason = cpu_library.unavailable()
     if reason is not None:
         pytest.skip(reason)
-    library = cpu.library()
+    library = cpu_library.library()
     if request.param not in library.isas:
         pytest.skip(f"this processor and build have {', '.join(library.isas)}")
     before, library.isa = library.isa, request.param

@@ -12,8 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longfit.errors import BackendError
-from longfit.kernels import cpu
+from longfit.kernels import cpu, cpu_library
 from longfit.numerics import blockwise, quant_state, row_format
 from longfit.numerics.codebooks import QUANT_TYPES, dynamic_map, fp8_e4m3_map
 from longfit.numerics.double_quant import DoubleQuant, quantize_absmax
@@ -274,7 +273,7 @@ def test_many_rows(isa: str, block_size: int, shape: tuple[int, int]) -> None:
         x.copy_(torch.randn(x.shape, generator=generator))
         product = call(x, rows, constants, fmt)
         assert_product(product, x, factor)
-        if isa == "avx512_bf16" and cpu.library().multiplies_bf16:
+        if isa == "avx512_bf16" and cpu_library.library().multiplies_bf16:
             # A sum depends neither on the other rows nor on the number of threads.
             torch.set_num_threads(3)
             assert_same_bits(call(x, rows, constants, fmt), product)
@@ -381,8 +380,8 @@ def test_two_python_threads(isa: str) -> None:
 
 def test_works_after_fork() -> None:
     """A forked child has none of the parent's worker threads and must not wait for them."""
-    if cpu.unavailable() is not None:
-        pytest.skip(cpu.unavailable() or "")
+    if cpu_library.unavailable() is not None:
+        pytest.skip(cpu_library.unavailable() or "")
     script = """
 import os, torch
 from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit
@@ -406,19 +405,3 @@ def test_tiles_stay_small_and_cover_the_weight(length: int, depth: int, dtype: t
     tile = cpu._tile(length, depth, dtype)
     assert 1 <= tile <= length
     assert tile * depth * dtype.itemsize <= max(cpu.TILE_BYTES, 8 * depth * dtype.itemsize)
-
-
-class TestLibrary:
-    def test_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(BackendError, match="without a working compiler"):
-            cpu.Library(tmp_path / "_longfit.so")
-
-    def test_broken_file(self, tmp_path: Path) -> None:
-        (tmp_path / "_longfit.so").write_bytes(b"not a library")
-        with pytest.raises(BackendError, match="does not load"):
-            cpu.Library(tmp_path / "_longfit.so")
-
-    def test_unknown_instruction_set(self, isa: str) -> None:
-        with pytest.raises(BackendError, match=r"'sse9'.*scalar"):
-            cpu.library().isa = "sse9"
-        assert cpu.library().isa == isa

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from longfit.kernels import cpu, cpu_adamw
+from longfit.kernels import cpu_adamw, cpu_library
 from longfit.numerics import adamw
 from longfit.numerics.adamw import BLOCK_SIZE, RunState, RunUpdate, step_scalars
 from longfit.numerics.codebooks import dynamic_map
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=f"no C++ library: {cpu.unavailable()}")
+pytestmark = pytest.mark.skipif(
+    cpu_library.unavailable() is not None, reason=f"no C++ library: {cpu_library.unavailable()}"
+)
 
-ISAS = cpu.library().isas if cpu.unavailable() is None else ()
+ISAS = cpu_library.library().isas if cpu_library.unavailable() is None else ()
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Around a block, around the 64 codes of a vector, around a chunk of 2,048, more than a thread's task of 16,384.
@@ -23,10 +25,10 @@ NUMELS = (1, 63, 255, 257, 2049, 33_000)
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = cpu.library().isa
-    cpu.library().isa = request.param
+    before = cpu_library.library().isa
+    cpu_library.library().isa = request.param
     yield request.param
-    cpu.library().isa = before
+    cpu_library.library().isa = before
 
 
 def new_state(numel: int, bits: int, master: bool) -> RunState:

@@ -1,30 +1,16 @@
-"""The C++ kernels: finds the library, chooses the instruction set, passes pointers (ctypes; no torch headers in C++).
-
-``_longfit.so`` lies beside this file; the package's build makes it from ``csrc/``. It holds each kernel once per
-instruction set ("ISA"), named ``longfit_<kernel>_<isa>``; the fastest that the processor runs is used. Two environment
-variables are for tests and bug reports: ``LONGFIT_ISA`` forces an instruction set, ``LONGFIT_LIBRARY`` names another
-library file.
+"""4-bit and 8-bit weights in C++: passes pointers to the kernels of ``cpu_library.py``.
 
 The functions have the bits of `numerics`, which states every rule. What they add: no temporaries, all cores that torch
 uses (``torch.get_num_threads()``), and matmuls that never hold a 16-bit copy of the whole weight.
 """
 
-from __future__ import annotations
-
-import ctypes
-import math
-import os
-import threading
-from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longfit.errors import BackendError
+from longfit.kernels.cpu_library import DTYPES, Weight4, library, unavailable, why
 from longfit.kernels.sizes import TILE_BYTES
 from longfit.numerics import codebooks
 from longfit.numerics.absmax import num_blocks
@@ -32,164 +18,23 @@ from longfit.numerics.double_quant import DoubleQuant
 from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat
 
-ABI = 4  # LONGFIT_ABI of csrc/longfit.h
+__all__ = [
+    "dequantize_4bit",
+    "dequantize_8bit",
+    "dequantize_rows",
+    "linear_4bit",
+    "linear_4bit_grad_input",
+    "quantize_4bit",
+    "quantize_8bit",
+    "unavailable",
+    "why",
+]
 
 # Up to this many rows of x, dot products of x and rows of W take less time than a GEMM; and than our own GEMM in bf16.
 FEW_ROWS = 16
 FEW_ROWS_BF16 = 1
 
 NEAREST_BYTES = 44 << 10  # LONGFIT_NEAREST_BYTES of csrc/longfit.h
-
-# Results from this size on are new memory from the system, not from the allocator's cache.
-HUGE_BYTES = 4 << 20
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-class Weight4(ctypes.Structure):
-    """``longfit_weight4`` of csrc/longfit.h, which explains the fields."""
-
-    _fields_ = [
-        ("codes", c_void_p),
-        ("scales", c_void_p),
-        ("codebook", c_void_p),
-        ("scale_map", c_void_p),
-        ("nested", c_void_p),
-        ("offset", c_void_p),
-        ("element_stride", c_int64),
-        ("code_stride", c_int64),
-        ("scale_stride", c_int64),
-        ("block_stride", c_int64),
-        ("first_block", c_int64),
-        ("block_size", c_int64),
-        ("absmax_block_size", c_int64),
-    ]
-
-
-_SIGNATURES: dict[str, list[Any]] = {
-    "dequantize_4bit": [
-        ctypes.POINTER(Weight4), c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int, c_int,
-    ],
-    "linear_4bit": [ctypes.POINTER(Weight4), c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int],
-    "matmul_4bit": [
-        ctypes.POINTER(Weight4), c_int, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int,
-    ],
-    "quantize_4bit": [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
-    "nearest_table": [c_void_p, c_int, c_void_p],
-    "quantize_8bit": [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
-    "dequantize_8bit": [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int],
-    "adamw": [c_void_p, c_int64, c_int],
-    "adamw_maps": [c_void_p, c_void_p, c_void_p, c_void_p],
-    "attention_forward": [c_void_p] * 6,
-    "attention_backward": [c_void_p] * 10,
-    "rms_norm_forward": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int],
-    "rms_norm_backward": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int],
-    "swiglu_forward": [c_void_p, c_void_p, c_int64, c_void_p, c_int],
-    "cross_entropy": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
-    "swiglu_backward": [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int],
-}  # fmt: skip
-
-
-class Library:
-    """The loaded library and the instruction set in use.
-
-    Attributes:
-        path: the file.
-        isas: what this processor can run of what the file holds, fastest first.
-        isa: the one in use; assign to force another.
-    """
-
-    def __init__(self, path: Path, isa: str | None = None) -> None:
-        if not path.exists():
-            raise BackendError(
-                f"the C++ library {path.name} is missing in {path.parent}: longfit was installed without a working "
-                "compiler; install GCC or Clang and install longfit again"
-            )
-        try:
-            self._handle = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise BackendError(f"the C++ library does not load ({error}); install longfit again") from error
-        abi = self._handle.longfit_abi()
-        if abi != ABI:
-            raise BackendError(f"the C++ library {path} has version {abi}, this longfit needs {ABI}; install it again")
-        self._handle.longfit_isas.restype = ctypes.c_char_p
-        self.path = path
-        self._has_amx = bool(self._handle.longfit_has_amx())
-        self.isas = tuple(self._handle.longfit_isas().decode().split(","))
-        self._kernels: dict[tuple[str, str], Any] = {}
-        self._tiles = threading.local()
-        self._isa = self.isas[0]
-        if isa is not None:
-            self.isa = isa
-
-    @property
-    def isa(self) -> str:
-        """The instruction set in use."""
-        return self._isa
-
-    @isa.setter
-    def isa(self, isa: str) -> None:
-        if isa not in self.isas:
-            raise BackendError(f"LONGFIT_ISA: got {isa!r}; this processor and library have {', '.join(self.isas)}")
-        self._isa = isa
-
-    @property
-    def multiplies_bf16(self) -> bool:
-        """Whether the library's own bf16 GEMM is the fastest there is."""
-        return self._isa == "avx512_bf16" and not self._has_amx
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Return uninitialised memory for a result, on huge pages where it is large."""
-        result = torch.empty(shape, dtype=dtype)
-        if result.nbytes >= HUGE_BYTES:
-            self._handle.longfit_advise_huge_pages(c_void_p(result.data_ptr()), c_int64(result.nbytes))
-        return result
-
-    def tile(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Return this thread's scratch memory for a tile of W: kept, as fresh pages would cost more than filling it."""
-        num_bytes = math.prod(shape) * dtype.itemsize
-        kept: Tensor | None = getattr(self._tiles, "bytes", None)
-        if kept is None or kept.numel() < num_bytes:
-            kept = self._tiles.bytes = torch.empty(max(num_bytes, TILE_BYTES), dtype=torch.uint8)
-        return kept[:num_bytes].view(dtype).view(shape)
-
-    def kernel(self, name: str) -> Any:
-        """Return a kernel for the instruction set in use."""
-        key = (name, self._isa)
-        if key not in self._kernels:
-            function = getattr(self._handle, f"longfit_{name}_{self._isa}")
-            function.argtypes, function.restype = _SIGNATURES[name], None
-            self._kernels[key] = function
-        return self._kernels[key]
-
-
-@cache
-def library() -> Library:
-    """Load the library.
-
-    Raises: BackendError: it is missing, broken or of another version, or ``LONGFIT_ISA`` cannot be run here.
-    """
-    beside = Path(__file__).with_name("_longfit.so")
-    return Library(Path(os.environ.get("LONGFIT_LIBRARY", beside)), os.environ.get("LONGFIT_ISA"))
-
-
-def unavailable() -> str | None:
-    """Return why the library cannot be used, or None.
-
-    Raises: BackendError: ``LONGFIT_ISA`` or ``LONGFIT_LIBRARY`` asks for something that is not there.
-    """
-    try:
-        library()
-    except BackendError as error:
-        if "LONGFIT_ISA" in os.environ or "LONGFIT_LIBRARY" in os.environ:
-            raise
-        return str(error)
-    return None
-
-
-def why() -> str:
-    """Return what is in use, for the report of `longfit.kernels.dispatch.backends`."""
-    return f"C++ kernels for {library().isa}"
 
 
 def quantize_4bit(
@@ -202,7 +47,7 @@ def quantize_4bit(
     library().kernel("quantize_4bit")(
         values.data_ptr(),
         values.numel(),
-        _DTYPES[values.dtype],
+        DTYPES[values.dtype],
         _codebook(quant_type).data_ptr(),
         block_size,
         packed.data_ptr(),
@@ -255,7 +100,7 @@ def _quantize_8bit(values: Tensor, table: Tensor, *, block_size: int) -> tuple[T
     library().kernel("quantize_8bit")(
         values.data_ptr(),
         values.numel(),
-        _DTYPES[values.dtype],
+        DTYPES[values.dtype],
         table.data_ptr(),
         block_size,
         codes.data_ptr(),
@@ -283,7 +128,7 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_si
         codebook.data_ptr(),
         block_size,
         out.data_ptr(),
-        _DTYPES[out.dtype],
+        DTYPES[out.dtype],
         torch.get_num_threads(),
     )
     return out.to(dtype)
@@ -306,7 +151,7 @@ def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> T
     rows, constants = _dense_rows(rows), constants.contiguous()
     weight = _row_weight(rows, constants, fmt)
     own_gemm = x.dtype == torch.bfloat16 and library().multiplies_bf16
-    if x2.shape[0] <= (FEW_ROWS_BF16 if own_gemm else FEW_ROWS) and x.dtype in _DTYPES:
+    if x2.shape[0] <= (FEW_ROWS_BF16 if own_gemm else FEW_ROWS) and x.dtype in DTYPES:
         x2 = x2.contiguous()
         library().kernel("linear_4bit")(
             weight,
@@ -315,7 +160,7 @@ def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> T
             x2.data_ptr(),
             x2.shape[0],
             y.data_ptr(),
-            _DTYPES[x.dtype],
+            DTYPES[x.dtype],
             torch.get_num_threads(),
         )
     elif own_gemm:
@@ -392,7 +237,7 @@ def _tile(length: int, depth: int, dtype: torch.dtype) -> int:
 def _dequantize(weight: Weight4, rows: tuple[int, int], columns: tuple[int, int], out: Tensor, out_stride: int) -> None:
     """De-quantise a window, given as (first, count) of rows and of columns, to ``out``; its rows are strided."""
     library().kernel("dequantize_4bit")(
-        weight, *rows, *columns, out.data_ptr(), out_stride, _DTYPES[out.dtype], torch.get_num_threads()
+        weight, *rows, *columns, out.data_ptr(), out_stride, DTYPES[out.dtype], torch.get_num_threads()
     )
 
 

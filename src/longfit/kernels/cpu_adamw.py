@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from longfit.kernels.cpu import library
+from longfit.kernels.cpu_library import library
 from longfit.numerics import adamw
 from longfit.numerics.adamw import BLOCK_SIZE, RunUpdate
 from longfit.numerics.codebooks import dynamic_map

@@ -19,7 +19,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from longfit.kernels.cpu import library, unavailable
+from longfit.kernels.cpu_library import library, unavailable
 
 ISA = "avx512_bf16"
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longfit.kernels.cpu import library, unavailable
+from longfit.kernels.cpu_library import library, unavailable
 
 ISA = "avx512_bf16"
 
