@@ -105,7 +105,7 @@ class Weight:
 
     def touch_fresh_memory(self) -> None:
         """Write one value all over memory that is allocated as a new result's is: the least that a new tensor takes."""
-        cpu_library.library().empty(self.dense.numel(), dtype=self.dense.dtype).fill_(1)
+        cpu_library.library().empty((self.dense.numel(),), self.dense.dtype).fill_(1)
 
     def fill_bnb_result(self) -> None:
         """What bitsandbytes does in `dequantize_4bit`, less the allocation of the result."""

@@ -68,25 +68,37 @@ def _quantize_absmax(absmax: Tensor, absmax_block_size: int) -> DoubleQuant:
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     """See `longfit.numerics.quant_state.dequantize_4bit`."""
     weight, _held = _flat_weight(packed, state)
-    out = library().empty(*state.shape, dtype=_stored(dtype))
-    _dequantize(weight, (0, 1), (0, state.numel), out, state.numel)
-    return out.to(dtype)
+    out = library().empty(state.shape, _stored(dtype))
+    numel = out.numel()
+    _dequantize(weight, (0, 1), (0, numel), out, numel)
+    return _as(out, dtype)
 
 
 def _flat_weight(packed: Tensor, state: QuantState) -> tuple[Weight4, list[Tensor]]:
     """Describe a weight in the flat format; the tensors returned with it must outlive the description."""
     absmax, held = state.absmax, [packed.contiguous()]
-    weight = Weight4(
-        codes=held[0].data_ptr(), codebook=_codebook(state.quant_type).data_ptr(), block_size=state.block_size
-    )
     if isinstance(absmax, DoubleQuant):
         held += [absmax.codes.contiguous(), absmax.absmax.contiguous()]
-        weight.scale_map, weight.nested = _scale_map(absmax.storage).data_ptr(), held[2].data_ptr()
-        weight.offset, weight.absmax_block_size = absmax.offset.data_ptr(), absmax.absmax_block_size
+        template = _flat_template(state.quant_type, state.block_size, absmax.storage, absmax.absmax_block_size)
+        weight = Weight4.from_buffer_copy(template)
+        weight.nested, weight.offset = held[2].data_ptr(), absmax.offset.data_ptr()
     else:
         held.append(absmax.contiguous())
-    weight.scales = held[1].data_ptr()
+        weight = Weight4.from_buffer_copy(_flat_template(state.quant_type, state.block_size))
+    weight.codes, weight.scales = held[0].data_ptr(), held[1].data_ptr()
     return weight, held
+
+
+@cache
+def _flat_template(quant_type: str, block_size: int, storage: str | None = None, absmax_block_size: int = 0) -> Weight4:
+    """Return what all weights of a format share; making it takes as long as filling in the rest."""
+    scale_map = None if storage is None else _scale_map(storage).data_ptr()
+    return Weight4(
+        codebook=_codebook(quant_type).data_ptr(),
+        block_size=block_size,
+        scale_map=scale_map,
+        absmax_block_size=absmax_block_size,
+    )
 
 
 def quantize_8bit(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
@@ -120,7 +132,7 @@ def _nearest_table(codebook: Tensor) -> Tensor:
 def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int, dtype: torch.dtype) -> Tensor:
     """See `longfit.numerics.blockwise.dequantize_blockwise`."""
     codes, absmax, codebook = codes.contiguous(), absmax.contiguous(), codebook.contiguous()
-    out = library().empty(codes.numel(), dtype=_stored(dtype))
+    out = library().empty((codes.numel(),), _stored(dtype))
     library().kernel("dequantize_8bit")(
         codes.data_ptr(),
         absmax.data_ptr(),
@@ -131,7 +143,7 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_si
         DTYPES[out.dtype],
         torch.get_num_threads(),
     )
-    return out.to(dtype)
+    return _as(out, dtype)
 
 
 def dequantize_rows(rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype, *, first_row: int) -> Tensor:
@@ -139,9 +151,9 @@ def dequantize_rows(rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torc
     rows, constants = _dense_rows(rows), constants.contiguous()
     weight = _row_weight(rows, constants, fmt, first_row=first_row)
     num_rows = fmt.out_features if weight.element_stride and rows.shape[0] else rows.shape[0]
-    out = library().empty(num_rows, fmt.in_features, dtype=_stored(dtype))
+    out = library().empty((num_rows, fmt.in_features), _stored(dtype))
     _dequantize(weight, (0, num_rows), (0, fmt.in_features), out, fmt.in_features)
-    return out.to(dtype)
+    return _as(out, dtype)
 
 
 def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
@@ -286,6 +298,11 @@ def _values(values: Tensor) -> Tensor:
 def _stored(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that a kernel writes: fp64 is exact from fp32, in which the product is computed."""
     return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _as(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a result in the dtype that was asked for; the call alone would take a microsecond."""
+    return out if out.dtype == dtype else out.to(dtype)
 
 
 @cache

@@ -123,7 +123,7 @@ class Library:
         """Whether the library's own bf16 GEMM is the fastest there is."""
         return self._isa == "avx512_bf16" and not self._has_amx
 
-    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return uninitialised memory for a result, on huge pages where it is large."""
         result = torch.empty(shape, dtype=dtype)
         if result.nbytes >= HUGE_BYTES:

@@ -30,7 +30,6 @@ from torch import Tensor
 from longfit.errors import BackendError
 from longfit.kernels import ops
 from longfit.numerics.adamw import RunUpdate
-from longfit.numerics.double_quant import DoubleQuant
 from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat
 
@@ -82,7 +81,7 @@ class Dispatcher:
     def __init__(self) -> None:
         self.forced: str | None = None
         self._reported = False
-        self._chosen: dict[tuple[str, str], Any] = {}  # (operation, device type) -> function, for the forced backend
+        self._chosen: dict[tuple[str, torch.device], Any] = {}  # function for an operation on a device, as forced now
 
     def force(self, backend: str | None) -> str | None:
         """Use one backend for every operation, or choose freely again (None). Returns what was forced before."""
@@ -113,9 +112,9 @@ class Dispatcher:
 
     def function(self, op: str, device: torch.device) -> Any:
         """Return the function that runs an operation on a device; warns once if it is not the compiled one."""
-        key = (op, device.type)
+        key = (op, device)  # asking a device for its type takes longer than the rest
         if key not in self._chosen:
-            choice = self.choose(*key)
+            choice = self.choose(op, device.type)
             slow = choice.backend == "reference" and device.type in ("cpu", "cuda")
             if slow and self.forced is None and not self._reported:
                 self._reported = True
@@ -150,7 +149,7 @@ def dispatcher() -> Dispatcher:
     return Dispatcher()
 
 
-_call = ops.register(lambda op, device: dispatcher().function(op, device))
+_call = ops.register(dispatcher().function)
 
 
 def use_backend(name: str | None) -> Forced:
@@ -178,11 +177,7 @@ def quantize_4bit(
     absmax_block_size: int = 256,
 ) -> tuple[Tensor, QuantState]:
     """Quantise a weight to packed 4-bit codes and their state; see `longfit.numerics.quant_state.quantize_4bit`."""
-    packed, scales, nested, offset = _call(
-        "quantize_4bit", weight, quant_type, block_size, double_quant, absmax_block_size
-    )
-    absmax = DoubleQuant(scales, nested, offset, absmax_block_size) if double_quant else scales
-    return packed, QuantState(quant_type, block_size, tuple(weight.shape), weight.dtype, absmax)
+    return _call("quantize_4bit", weight, quant_type, block_size, double_quant, absmax_block_size)
 
 
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,7 +12,7 @@ it is.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,13 +29,14 @@ Find = Callable[[str, torch.device], Callable[..., Any]]
 # Positional and keyword arguments of a backend's function.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
+PLAIN = (Tensor, torch.nn.Parameter)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Outlives every call: torch takes the operators away when their Library is deleted.
 LIBRARY = torch.library.Library("longfit", "DEF")
 
 
-def _unchanged(result: Any) -> Any:
+def _unchanged(result: Any, *_args: Any) -> Any:
     return result
 
 
@@ -52,24 +53,26 @@ class _Operator:
         check: the caller's arguments -> those of the backend.
         empty: the backend's arguments -> results of the right shapes and types.
         check_values: looks at the numbers, of which tracing has none.
-        results: what the backend returns -> tensors.
         split: the caller's arguments -> the operator's.
         join: the operator's arguments -> the caller's.
+        split_result: what the backend returns -> the operator's tensors.
+        join_result: the operator's tensors, the caller's arguments -> what the backend returns.
     """
 
     schema: str
     check: Callable[..., Arguments]
     empty: Callable[..., Any]
     check_values: Callable[..., None] | None = None
-    results: Callable[[Any], Any] = _unchanged
     split: Callable[..., tuple[Any, ...]] = _as_they_are
     join: Callable[..., tuple[Any, ...]] = _as_they_are
+    split_result: Callable[[Any], Any] = _unchanged
+    join_result: Callable[..., Any] = _unchanged
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
         positional, named = self.check(*args)
         if self.check_values is not None:
             self.check_values(*args)
-        return self.results(function(*positional, **named))
+        return function(*positional, **named)
 
     def trace(self, *args: Any) -> Any:
         positional, named = self.check(*self.join(*args))
@@ -86,15 +89,18 @@ def register(find: Find) -> Callable[..., Any]:
         return _OPERATORS[name].run(find(name, args[0].device), *args)
 
     def call(name: str, *args: Any) -> Any:
-        if _watched(args[0]):
-            return getattr(torch.ops.longfit, name).default(*_OPERATORS[name].split(*args))
-        return run(name, *args)
+        if not _watched(args[0]):
+            return run(name, *args)
+        operator = _OPERATORS[name]
+        return operator.join_result(getattr(torch.ops.longfit, name).default(*operator.split(*args)), *args)
+
+    def run_split(name: str, *args: Any) -> Any:
+        operator = _OPERATORS[name]
+        return operator.split_result(run(name, *operator.join(*args)))
 
     for name, operator in _OPERATORS.items():
         LIBRARY.define(name + operator.schema)
-        LIBRARY.impl(
-            name, lambda *args, name=name: run(name, *_OPERATORS[name].join(*args)), "CompositeExplicitAutograd"
-        )
+        LIBRARY.impl(name, partial(run_split, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"longfit::{name}", operator.trace, lib=LIBRARY)
     return call
 
@@ -103,7 +109,7 @@ def _watched(tensor: Tensor) -> bool:
     """Whether someone must see the operator and not its effect: a tracer, a dispatch mode, a subclass, autograd."""
     return (
         torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or type(tensor) not in PLAIN
         or torch._C._len_torch_dispatch_stack() > 0
         or (tensor.requires_grad and torch.is_grad_enabled())
         or torch.jit.is_tracing()
@@ -133,11 +139,24 @@ def _empty_quantize_4bit(
     return packed, scales, nested, weight.new_empty((), dtype=torch.float32)
 
 
-def _take_apart(result: tuple[Tensor, QuantState]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _split_quantized(result: tuple[Tensor, QuantState]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     packed, state = result
     if isinstance(state.absmax, DoubleQuant):
         return packed, state.absmax.codes, state.absmax.absmax, state.absmax.offset
     return packed, state.absmax, state.absmax.new_empty(0), state.absmax.new_zeros(())
+
+
+def _join_quantized(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    weight: Tensor,
+    quant_type: str,
+    block_size: int,
+    double_quant: bool,
+    absmax_block_size: int,
+) -> tuple[Tensor, QuantState]:
+    packed, scales, nested, offset = tensors
+    absmax = DoubleQuant(scales, nested, offset, absmax_block_size) if double_quant else scales
+    return packed, QuantState(quant_type, block_size, tuple(weight.shape), weight.dtype, absmax)
 
 
 def _check_dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Arguments:
@@ -282,7 +301,8 @@ _OPERATORS = {
         " -> (Tensor packed, Tensor scales, Tensor nested, Tensor offset)",
         _check_quantize_4bit,
         _empty_quantize_4bit,
-        results=_take_apart,
+        split_result=_split_quantized,
+        join_result=_join_quantized,
     ),
     "dequantize_4bit": _Operator(
         "(Tensor packed, Tensor scales, Tensor? nested, Tensor? offset, SymInt[] shape, str quant_type,"

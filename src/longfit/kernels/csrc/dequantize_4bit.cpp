@@ -21,12 +21,14 @@ void dequantize_window(const longfit_weight4& w, int64_t row0, int64_t rows, int
     const bool plain = plain_levels(w.codebook);
     const int64_t grain = (kTask - 1) / (columns < step ? columns : step) + 1;
     parallel_for(rows * tasks_per_row, grain, threads, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t row = task / tasks_per_row, column = task % tasks_per_row * step;
-            const int64_t count = columns - column < step ? columns - column : step;
+        for (int64_t task = begin; task < end;) {  // tasks of one row that follow each other are one run
+            const int64_t row = task / tasks_per_row, first = task - row * tasks_per_row, column = first * step;
+            const int64_t tasks = end - task < tasks_per_row - first ? end - task : tasks_per_row - first;
+            const int64_t count = columns - column < tasks * step ? columns - column : tasks * step;
             T* at = out + row * out_stride + column;
             if (stream) dequantize_run<T, true>(w, plain, row0 + row, column0 + column, count, at);
             else dequantize_run<T, false>(w, plain, row0 + row, column0 + column, count, at);
+            task += tasks;
         }
 #if defined(LONGFIT_AVX2)
         if (stream) _mm_sfence();

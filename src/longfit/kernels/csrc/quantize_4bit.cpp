@@ -133,8 +133,14 @@ class Quantizer {
         places = _mm512_mask_blend_epi8(0x4444444444444444, places, _mm512_slli_epi32(place[2], 16));
         places = _mm512_mask_blend_epi8(0x8888888888888888, places, _mm512_slli_epi32(place[3], 24));
         const __m512i bytes = _mm512_maddubs_epi16(look_up(places), _mm512_set1_epi16(0x0110));  // 16 even + odd
+#if defined(LONGFIT_AVX512_BF16)
+        alignas(64) static const uint8_t first_and_third[64] = {0, 4, 8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60,
+                                                                2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46, 50, 54, 58, 62};
+        const __m256i all = _mm512_castsi512_si256(_mm512_permutexvar_epi8(_mm512_load_si512(first_and_third), bytes));
+#else
         const __m128i first_half = _mm512_cvtepi32_epi8(bytes), last_half = _mm512_cvtepi32_epi8(_mm512_srli_epi32(bytes, 16));
         const __m256i all = _mm256_inserti128_si256(_mm256_castsi128_si256(first_half), last_half, 1);
+#endif
         if (count >= 64) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), all);
         else _mm256_mask_storeu_epi8(out, static_cast<__mmask32>((1ull << ((count + 1) / 2)) - 1), all);
     }
