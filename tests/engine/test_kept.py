@@ -95,6 +95,21 @@ def test_a_tile_is_handed_over_once_with_its_bits_and_its_order_of_axes():
     assert budget.left == budget.num_bytes
 
 
+def num_tensors():
+    return sum(type(thing) is torch.Tensor for thing in gc.get_objects())
+
+
+def test_a_tile_that_waits_is_no_object_in_the_heap():
+    """A small object that stays after each tile's large ones leaves a hole that the next tile's do not fit into."""
+    kept = KeptBudget(1 << 20).open(NUM_TILES)
+    before = num_tensors()
+    for index in range(NUM_TILES):
+        kept.put(index, *attention(TILE))
+    assert num_tensors() == before + 2
+    assert all(kept.take(index) is not None for index in range(NUM_TILES))
+    assert num_tensors() == before
+
+
 def test_a_short_tile_may_be_the_only_one_that_fits():
     (long_out, long_lse), (out, lse) = attention(TILE), attention(2)
     kept = KeptBudget(out.nbytes + lse.nbytes).open(2)
