@@ -204,7 +204,9 @@ def test_8bit_ties_go_to_the_lower_level(isa: str) -> None:
         assert_same_bits(cpu.quantize_8bit(values, codebook, block_size=values.numel())[0], expected)
 
 
-SHAPES = st.sampled_from([(1, 1), (1, 64), (3, 1), (7, 130), (65, 63), (63, 65), (40, 192), (130, 64), (5, 4160)])
+SHAPES = st.sampled_from(
+    [(1, 1), (1, 64), (3, 1), (7, 130), (65, 63), (63, 65), (40, 192), (130, 64), (5, 4160), (3, 8257)]
+)
 
 
 @by_examples
@@ -323,6 +325,22 @@ def test_strided_values(isa: str) -> None:
         assert_same_bits(
             cpu.dequantize_4bit(*ours, torch.bfloat16), quant_state.dequantize_4bit(*expected, torch.bfloat16)
         )
+
+
+@pytest.mark.parametrize("shape", [(5, 16_448), (3, 40_001), (2, 33_000)])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_rows_that_are_cut_among_threads(isa: str, poisoned: None, shape: tuple[int, int], num_threads: int) -> None:
+    """Several tasks a row, of which a thread runs those that follow each other as one; rows begin inside blocks."""
+    weight = weights(shape[0] * shape[1], torch.bfloat16, spoil=True).view(shape)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        for block_size in (32, 64, 256):
+            rows, constants, fmt = in_rows(weight, block_size=block_size)
+            expected = row_format.dequantize_rows(rows, constants, fmt, torch.bfloat16)
+            assert_same_bits(cpu.dequantize_rows(rows, constants, fmt, torch.bfloat16, first_row=0), expected)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_more_than_2_31_weights(isa: str) -> None:

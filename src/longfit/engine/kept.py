@@ -29,42 +29,43 @@ class KeptAttention:
         """Be empty, and pay from ``budget`` for at most ``num_tiles``, of which the first is no smaller than others."""
         self._budget = budget
         self._num_tiles = num_tiles
-        self._slots: dict[int, tuple[int, torch.Size]] = {}
-        self._room: tuple[Tensor, Tensor] | None = None
+        self._room: tuple[Tensor, Tensor] | None = None  # [N, D] and [N], N vectors of heads of all tiles
+        self._used = 0
+        self._shapes: dict[int, tuple[int, torch.Size]] = {}  # where a tile begins in the room, and its output's shape
         self.num_bytes = 0
 
     def put(self, index: int, out: Tensor, lse: Tensor) -> None:
-        """Keep the attention of a tile if the budget allows; not after the first ``take``."""
-        num_bytes = out.nbytes + lse.nbytes
-        left = self._budget.left
+        """Keep the attention of a tile if the budget allows."""
+        num_bytes, vectors, left = out.nbytes + lse.nbytes, lse.numel(), self._budget.left
         if num_bytes > left:
             return
         if self._room is None:
-            count = min(self._num_tiles, -(-left // num_bytes))
-            self._room = mapping.empty(out, (count, out.numel())), mapping.empty(lse, (count, lse.numel()))
-        self._slots[index] = len(self._slots), out.shape
-        self.num_bytes += num_bytes
-        for place, tensor in zip(self._places(index), (out, lse), strict=True):
+            most = min(self._num_tiles * vectors, left * vectors // max(1, num_bytes))
+            self._room = mapping.empty(out, (most, out.shape[3])), mapping.empty(lse, (most,))
+        if self._used + vectors > len(self._room[1]):  # the budget has grown since: another layer's graph is gone
+            return
+        for place, tensor in zip(self._places(self._used, out.shape), (out, lse), strict=True):
             place.copy_(tensor)
+        self._shapes[index] = self._used, out.shape
+        self._used += vectors
+        self.num_bytes += num_bytes
 
     def take(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """Hand over the attention of a tile, once; None if it was not kept."""
-        if index not in self._slots:
+        """Hand over the attention of a tile, once; None if it was not kept. The room goes with the last tile."""
+        if index not in self._shapes:
             return None
-        out, lse = self._places(index)
-        del self._slots[index]
+        out, lse = self._places(*self._shapes.pop(index))
         self.num_bytes -= out.nbytes + lse.nbytes
-        if not self._slots:
-            self._room = None
+        if not self._shapes:
+            self._room, self._used = None, 0
         return out, lse
 
-    def _places(self, index: int) -> tuple[Tensor, Tensor]:
-        """Where a tile lies: views of the room, ``[B, H, t, D]`` stored as ``[B, t, H, D]``, and ``[B, H, t]``."""
+    def _places(self, start: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Views of the room: ``[B, H, t, D]`` stored as ``[B, t, H, D]``, and ``[B, H, t]``."""
         assert self._room is not None
-        slot, (rows, heads, tokens, size) = self._slots[index]
-        out, lse = (room[slot] for room in self._room)
-        out = out[: rows * heads * tokens * size].view(rows, tokens, heads, size).transpose(1, 2)
-        return out, lse[: rows * heads * tokens].view(rows, heads, tokens)
+        batch, heads, tokens, size = shape
+        out, lse = (whole[start : start + batch * heads * tokens] for whole in self._room)
+        return out.view(batch, tokens, heads, size).transpose(1, 2), lse.view(batch, heads, tokens)
 
 
 class KeptBudget:

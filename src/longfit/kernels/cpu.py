@@ -36,6 +36,10 @@ FEW_ROWS_BF16 = 1
 
 NEAREST_BYTES = 44 << 10  # LONGFIT_NEAREST_BYTES of csrc/longfit.h
 
+# Made once, with the module: pointers to them are kept, also by threads that use a format for the first time together.
+_CODEBOOKS = {quant_type: codebooks.codebook(quant_type) for quant_type in codebooks.QUANT_TYPES}
+_SCALE_MAPS = {"dynamic8": codebooks.dynamic_map(signed=True), "fp8_e4m3": codebooks.fp8_e4m3_map()}
+
 
 def quantize_4bit(
     weight: Tensor, *, quant_type: str, block_size: int, double_quant: bool, absmax_block_size: int
@@ -48,7 +52,7 @@ def quantize_4bit(
         values.data_ptr(),
         values.numel(),
         DTYPES[values.dtype],
-        _codebook(quant_type).data_ptr(),
+        _CODEBOOKS[quant_type].data_ptr(),
         block_size,
         packed.data_ptr(),
         absmax.data_ptr(),
@@ -92,9 +96,9 @@ def _flat_weight(packed: Tensor, state: QuantState) -> tuple[Weight4, list[Tenso
 @cache
 def _flat_template(quant_type: str, block_size: int, storage: str | None = None, absmax_block_size: int = 0) -> Weight4:
     """Return what all weights of a format share; making it takes as long as filling in the rest."""
-    scale_map = None if storage is None else _scale_map(storage).data_ptr()
+    scale_map = None if storage is None else _SCALE_MAPS[storage].data_ptr()
     return Weight4(
-        codebook=_codebook(quant_type).data_ptr(),
+        codebook=_CODEBOOKS[quant_type].data_ptr(),
         block_size=block_size,
         scale_map=scale_map,
         absmax_block_size=absmax_block_size,
@@ -272,12 +276,12 @@ def _row_weight(rows: Tensor, constants: Tensor, fmt: RowFormat, *, first_row: i
 def _row_template(fmt: RowFormat) -> tuple[Weight4, int, int]:
     """Return what all weights of a format share, its code bytes, and its blocks per row (0: all blocks in one row)."""
     weight = Weight4(
-        codebook=_codebook(fmt.quant_type).data_ptr(),
+        codebook=_CODEBOOKS[fmt.quant_type].data_ptr(),
         block_size=fmt.block_size,
         absmax_block_size=fmt.absmax_block_size,
     )
     if fmt.double_quant:
-        weight.scale_map = _scale_map("dynamic8").data_ptr()
+        weight.scale_map = _SCALE_MAPS["dynamic8"].data_ptr()
     if fmt.rows == 1:  # blocks may run across the rows of the weight
         weight.element_stride = fmt.in_features
         return weight, fmt.code_bytes, 0
@@ -306,16 +310,6 @@ def _as(out: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @cache
-def _codebook(quant_type: str) -> Tensor:
-    return codebooks.codebook(quant_type)
-
-
-@cache
-def _scale_map(storage: str) -> Tensor:
-    return codebooks.dynamic_map(signed=True) if storage == "dynamic8" else codebooks.fp8_e4m3_map()
-
-
-@cache
 def _nearest_scales(isa: str) -> Tensor:
     """Return the table of the codebook of block constants; making it takes longer than using it on a small weight."""
-    return _nearest_table(_scale_map("dynamic8"))
+    return _nearest_table(_SCALE_MAPS["dynamic8"])

@@ -141,7 +141,7 @@ def _apply(base: Any) -> tuple[str, ...]:
     try:
         apply_liger_kernel(base, {"cross_entropy": False, "fused_linear_cross_entropy": False})
     finally:
-        fused = vars(family)["apply_rotary_pos_emb"]
+        fused: Any = vars(family).get("apply_rotary_pos_emb")
         vars(family).update(found)
     own = found["apply_rotary_pos_emb"]
     own = own.own if isinstance(own, Rotary) else own

@@ -106,15 +106,15 @@ inline void dequantize_run(const longfit_weight4& w, bool levels_are_plain, int6
     const uint8_t* codes = w.codes + row * w.code_stride;
     const int log2_block = log2_of(w.block_size);
     int64_t block = element >> log2_block;
-    const int64_t block_stop = (end + w.block_size - 1) >> log2_block;
     AbsmaxCursor constants(w, row, block);
     float absmax[AbsmaxCursor::kGroup];
-    while (block < block_stop) {
-        const int64_t group = block_stop - block < AbsmaxCursor::kGroup ? block_stop - block : AbsmaxCursor::kGroup;
+    while (element < end) {
+        // Whole blocks come in groups; a block that the run does not begin or end with comes alone.
+        const int64_t left = element == block * w.block_size ? (end - element) >> log2_block : 0;
+        const int64_t group = left > AbsmaxCursor::kGroup ? AbsmaxCursor::kGroup : left > 0 ? left : 1;
         constants.next(group, absmax);
         const bool plain = levels_are_plain && plain_scales(absmax, group);
-        const bool whole = element == block * w.block_size && element + group * w.block_size <= end;
-        if (whole && w.block_size >= Levels<T>::kStep) {
+        if (left > 0 && w.block_size >= Levels<T>::kStep) {
             const uint8_t* packed = codes + element / 2;
             if (w.block_size != 64) dequantize_blocks<T, stream, false>(w.codebook, absmax, plain, packed, group, w.block_size, out);
             else if (plain) dequantize_blocks<T, stream, true>(w.codebook, absmax, true, packed, group, 64, out);
