@@ -297,12 +297,12 @@ def test_gradients_are_written_over_gradients_and_outputs_over_inputs(monkeypatc
     assert made == [True] * 4  # the loss promises the first, each layer the next
 
 
-def test_the_heap_is_trimmed_once_in_so_many_tokens_of_layers(monkeypatch):
+def test_the_heap_is_trimmed_once_in_a_few_layers(monkeypatch):
     model = tiny_model("llama", num_hidden_layers=5).train()
     enable_sweep(model, tile=16)
     trims = []
     monkeypatch.setattr(sweep_module, "give_back", trims.append)
-    monkeypatch.setattr(sweep_module, "TRIMMED_TOKENS", 2 * batch().numel())  # two layers
+    monkeypatch.setattr(sweep_module, "TRIMMED_LAYERS", 2)
     gradients(model, batch())
     assert [device.type for device in trims] == ["cpu", "cpu"]
     gradients(model, batch())  # ten layers in all

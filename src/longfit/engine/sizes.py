@@ -31,8 +31,8 @@ work for any card. Not tuned on one yet."""
 CPU_KEPT_BYTES = 512 << 20
 """Attention outputs kept for backward on a CPU: those of SmolLM2-135M at 14,000 tokens. On an accelerator, none."""
 
-TRIMMED_TOKENS = 16_384
-"""Tokens times layers differentiated on a CPU between two trims of the heap (``heap.py``)."""
+TRIMMED_LAYERS = 4
+"""Layers differentiated on a CPU between two trims of the heap (``heap.py``)."""
 
 
 def tile_tokens(hidden_size: int, intermediate_size: int, element_bytes: int, device_type: str) -> int:

@@ -45,7 +45,7 @@ from longfit.engine.heap import give_back
 from longfit.engine.kept import KeptAttention, KeptBudget
 from longfit.engine.layer_call import LayerCall, layer_call
 from longfit.engine.replay import Autocast, RandomState, random_state_kept
-from longfit.engine.sizes import CPU_KEPT_BYTES, TRIMMED_TOKENS, tile_tokens
+from longfit.engine.sizes import CPU_KEPT_BYTES, TRIMMED_LAYERS, tile_tokens
 from longfit.engine.sweep_probe import probe_layers
 from longfit.engine.walk import LayerWalk, TileLeft, Visible
 from longfit.kernels.workspace import weights_held
@@ -109,7 +109,7 @@ class _SweepLayer(Receiver, torch.autograd.Function):
         if grad_hidden is not None:
             promise(ctx.receiver, grad_hidden)
         totals = iter(sums.totals())
-        ctx.plan.layer_differentiated(grad_out)
+        ctx.plan.layer_differentiated(grad_out.device)
         return grad_hidden, None, None, *(next(totals) if needed else None for needed in ctx.needs_input_grad[3:])
 
 
@@ -251,12 +251,11 @@ class Sweeper:
         with weights, fused_forwards(self.fused.get(module, ())):
             yield
 
-    def layer_differentiated(self, hidden: Tensor) -> None:
-        """Give the heap's holes back now and then: each layer leaves some that no later one fits into."""
-        self.differentiated += hidden.shape[0] * hidden.shape[1]
-        if self.differentiated >= TRIMMED_TOKENS:
-            self.differentiated = 0
-            give_back(hidden.device)
+    def layer_differentiated(self, device: torch.device) -> None:
+        """Give the heap's holes back once in a few layers: each leaves some that no later one fits into."""
+        self.differentiated += 1
+        if self.differentiated % TRIMMED_LAYERS == 0:
+            give_back(device)
 
     def tile_for(self, hidden: Tensor) -> int:
         """Tokens per row and tile: the user's, or the chosen number shared by the rows of the batch."""

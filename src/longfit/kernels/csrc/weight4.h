@@ -109,7 +109,7 @@ inline void dequantize_run(const longfit_weight4& w, bool levels_are_plain, int6
     AbsmaxCursor constants(w, row, block);
     float absmax[AbsmaxCursor::kGroup];
     while (element < end) {
-        // Whole blocks come in groups; a block that the run does not begin or end with comes alone.
+        // Whole blocks come in groups; a block of which the run has only a part comes alone.
         const int64_t left = element == block * w.block_size ? (end - element) >> log2_block : 0;
         const int64_t group = left > AbsmaxCursor::kGroup ? AbsmaxCursor::kGroup : left > 0 ? left : 1;
         constants.next(group, absmax);
