@@ -151,7 +151,7 @@ def test_gradients_are_as_near_to_float64_as_without(monkeypatch):
     calls = []
     for name in ("rms_norm_backward", "swiglu_backward"):
         kernel = getattr(cpu_elementwise, name)
-        monkeypatch.setattr(cpu_elementwise, name, lambda *a, n=name, k=kernel: (calls.append(n), k(*a))[1])
+        monkeypatch.setattr(cpu_elementwise, name, lambda *a, n=name, k=kernel, **b: (calls.append(n), k(*a, **b))[1])
     ids = torch.randint(3, VOCABULARY, (2, 61), generator=torch.Generator().manual_seed(1))
     model = tiny_model("qwen3", dtype=torch.bfloat16)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
@@ -172,13 +172,19 @@ def test_gradients_are_as_near_to_float64_as_without(monkeypatch):
 
 
 @runs_here
-def test_norms_that_train_get_their_gradient():
-    ids = torch.randint(3, VOCABULARY, (1, 40), generator=torch.Generator().manual_seed(1))
-    model = tiny_model("llama", dtype=torch.bfloat16)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_norms_that_train_are_as_near_to_float64_as_without(family):
+    ids = torch.randint(3, VOCABULARY, (2, 61), generator=torch.Generator().manual_seed(1))
+    model = tiny_model(family, dtype=torch.bfloat16).train()
+    names = {name for name, p in model.named_parameters() if "norm" in name and ".layers." in name}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in names)
     enable_sweep(model, tile=16)
-    got = gradients(model, ids)
+    fused = gradients(model, ids)
+    sweeper_of(model).fused = {}
+    plain = gradients(model, ids)
     truth = gradients(model.double(), ids)
-    names = [name for name in truth if name.endswith("layernorm.weight")]
-    assert len(names) == 4
-    # bf16 rounds every activation to 2^-8; a gradient of 40 tokens through two layers was measured within 2 %.
-    assert all((got[n] - truth[n]).norm() <= 0.1 * truth[n].norm() for n in names)
+    assert fused.keys() == plain.keys() == truth.keys() == names
+    assert any(not torch.equal(fused[n], plain[n]) for n in names)  # other sums: both paths ran
+    # torch rounds each product of the weight's gradient to bf16 before it adds them, the kernels do not.
+    assert distance(fused, truth) <= 1.1 * distance(plain, truth)

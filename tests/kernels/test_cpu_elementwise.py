@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(UNSUPPORTED is not None, reason=f"C++ elementwis
 U16 = 2.0**-8  # half a unit in the last place of bf16, relative
 U32 = 2.0**-24
 FLUSHED = 1e-30
-SHAPES = [(1, 1), (3, 15), (2, 3, 17), (5, 576), (1, 1000), (0, 8)]
+SHAPES = [(1, 1), (3, 15), (2, 3, 17), (5, 576), (1, 1000), (0, 8), (64, 33), (130, 31)]
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +49,13 @@ def test_norm_and_its_gradient(shape: tuple[int, ...]) -> None:
     x, grad, weight = random(*shape, seed=1, scale=3.0), random(*shape, seed=2), random(shape[-1], seed=3)
     eps = 1e-5
     out, inverse_rms = rms_norm_forward(x, weight, eps=eps)
-    grad_x = rms_norm_backward(grad, x, weight, inverse_rms)
-    leaf = x.double().requires_grad_()
+    grad_x, grad_weight = rms_norm_backward(grad, x, weight, inverse_rms, trains=True)
+    alone, nothing = rms_norm_backward(grad, x, weight, inverse_rms)
+    assert torch.equal(grad_x, alone) and nothing is None and grad_weight is not None  # noqa: PT018
+    leaf, scale = x.double().requires_grad_(), weight.double().requires_grad_()
     factor = torch.rsqrt(leaf.pow(2).mean(-1, keepdim=True) + eps)
-    exact = weight.double() * leaf * factor
-    (exact_grad,) = torch.autograd.grad(exact, leaf, grad.double())
+    exact = scale * leaf * factor
+    exact_grad, exact_weight = torch.autograd.grad(exact, (leaf, scale), grad.double())
     exact, factor = exact.detach(), factor.detach()
     slack = (4 + shape[-1] / 32) * U32  # of a float32 sum of 32 partial sums, its root and its quotient
     assert_within(out, exact, exact.abs() * (2 * U16 + U16**2 + slack) + FLUSHED)
@@ -61,6 +63,11 @@ def test_norm_and_its_gradient(shape: tuple[int, ...]) -> None:
     h = (weight.double() * grad.double()).abs()
     sizes = h * factor + x.double().abs() * factor**3 * (h * x.double().abs()).mean(-1, keepdim=True)
     assert_within(grad_x, exact_grad, sizes * (2 * U16 + U16**2 + 4 * slack) + FLUSHED)
+    # x / rms is rounded once, dy times it and their sums over the rows only to float32.
+    rows = x.numel() // shape[-1]
+    terms = (grad.double() * x.double() * factor).abs().flatten(0, -2).sum(0)
+    assert grad_weight.dtype == torch.float32
+    assert_within(grad_weight, exact_weight, terms * (U16 + slack + (2 + rows) * U32) + FLUSHED)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -113,8 +120,10 @@ def test_threads_change_no_bit() -> None:
             out, inverse_rms = rms_norm_forward(x, weight, eps=1e-6)
             logits = x.clone()
             losses = cross_entropy_(logits, labels, factor=0.5)
-            grad = rms_norm_backward(out, x, weight, inverse_rms)
-            results.append((out, grad, swiglu_forward(x, out), *swiglu_backward(x, out, grad), logits, losses))
+            grad, grad_weight = rms_norm_backward(out, x, weight, inverse_rms, trains=True)
+            results.append(
+                (out, grad, grad_weight, swiglu_forward(x, out), *swiglu_backward(x, out, grad), logits, losses)
+            )
         finally:
             torch.set_num_threads(threads)
     for other in results[1:]:

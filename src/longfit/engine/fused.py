@@ -11,7 +11,7 @@ to its weight, or an MLP with another activation, a clamp, a dropout or paramete
 forward.
 
 Nothing is installed in a model. The forward of a module is set aside while its layer is swept, and only there; inputs
-that the kernels do not take (another dtype, a weight that trains) are computed by torch as the module would.
+that the kernels do not take (another dtype, say) are computed by torch as the module would.
 
 Not here: rotary embedding, which models compute in a function, not in a module.
 """
@@ -41,8 +41,8 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return cpu_elementwise.rms_norm_backward(grad, *ctx.saved_tensors), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return *cpu_elementwise.rms_norm_backward(grad, *ctx.saved_tensors, trains=ctx.needs_input_grad[1]), None
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -67,7 +67,7 @@ class Norm:
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        if weight.requires_grad or not cpu_elementwise.takes(x, weight):
+        if not cpu_elementwise.takes(x, weight):
             return type(self.module).forward(self.module, x)
         return _RmsNorm.apply(x, weight, self.eps)
 

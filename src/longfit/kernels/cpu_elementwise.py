@@ -17,6 +17,9 @@ from longfit.kernels.cpu_library import library, unavailable
 
 ISA = "avx512_bf16"
 
+SUMMED_ROWS = 64
+"""``csrc/elementwise.h:kSummedRows``."""
+
 
 def supported() -> str | None:
     """Say why this machine cannot run the kernels; None when it can."""
@@ -59,28 +62,34 @@ def rms_norm_forward(x: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, 
     return out, inverse_rms
 
 
-def rms_norm_backward(grad_out: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> Tensor:
-    """Return the gradient of `rms_norm_forward` with respect to ``x``.
+def rms_norm_backward(
+    grad_out: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor, *, trains: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of `rms_norm_forward` with respect to ``x`` and, if it trains, ``weight``.
 
     Args:
         grad_out: bf16 ``[..., D]``.
         x, weight: those of the forward.
         inverse_rms: what it returned.
+        trains: whether the gradient of ``weight`` is wanted.
+    Returns: bf16 like ``x``; fp32 ``[D]``, whose products and sums are never rounded to bf16, or None.
     """
     _check(grad_out, x)
     grad_out, x, weight = grad_out.contiguous(), x.contiguous(), weight.contiguous()
-    grad_x = torch.empty_like(x)
+    grad_x, rows = torch.empty_like(x), len(inverse_rms)
+    sums = inverse_rms.new_empty(-(-rows // SUMMED_ROWS), x.shape[-1]) if trains else None
     library().kernel("rms_norm_backward")(
         grad_out.data_ptr(),
         x.data_ptr(),
         weight.data_ptr(),
         inverse_rms.data_ptr(),
-        len(inverse_rms),
+        rows,
         x.shape[-1],
         grad_x.data_ptr(),
+        None if sums is None else sums.data_ptr(),
         torch.get_num_threads(),
     )
-    return grad_x
+    return grad_x, None if sums is None else sums.sum(0)
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ _SIGNATURES: dict[str, list[Any]] = {
     "attention_forward": [c_void_p] * 6,
     "attention_backward": [c_void_p] * 10,
     "rms_norm_forward": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int],
-    "rms_norm_backward": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int],
+    "rms_norm_backward": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int],
     "swiglu_forward": [c_void_p, c_void_p, c_int64, c_void_p, c_int],
     "cross_entropy": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
     "swiglu_backward": [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int],

@@ -64,10 +64,10 @@ def tile_bytes(shape: ModelShape, settings: PlanSettings, *, tokens: int) -> Til
     """Count the activations of a tile of ``tokens`` tokens, all rows of the batch together."""
     e, hidden, inner = settings.element_bytes, shape.hidden_size, shape.intermediate_size
     queries, keys, family = shape.query_width, shape.kv_width, shape.family
-    fused_norms = settings.fuses and not family.wide_norms and not settings.train_norms  # engine/fused.py
+    fused_norms = settings.fuses and not family.wide_norms  # engine/fused.py
     copies = e < 4 and not fused_norms
     norm_input = 4 * hidden if copies else 0  # the float32 copy that a norm keeps; of float32 there is none
-    trained_norm = (4 if family.wide_norms else e) * hidden if settings.train_norms else 0
+    trained_norm = 0 if fused_norms or not settings.train_norms else (4 if family.wide_norms else e) * hidden
     per_head = (4 if copies else 0) * (queries + keys) if family.qk_norm else 0
     adapters = sum(matrix.adapted(settings.targets) for matrix in shape.layer_matrices)
 

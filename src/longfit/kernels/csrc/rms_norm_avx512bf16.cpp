@@ -1,9 +1,12 @@
 // Root-mean-square norm (Zhang and Sennrich, 2019) of rows of bf16, as Llama and its kin round it, and its gradient.
 //
-// A row stays in the first-level cache from its sum of squares to its result; nothing is held in fp32 but one number a row.
+// A row stays in the first-level cache from its sum of squares to its result; nothing is held in fp32 but one number a row, and the
+// weight's gradient.
 #include "elementwise.h"
 #include "lanes_bf16.h"
 #include "parallel.h"
+
+#include <algorithm>
 
 namespace {
 
@@ -42,27 +45,44 @@ void longfit_rms_norm_forward_avx512_bf16(const void* x, const void* weight, flo
     });
 }
 
-// With h = bf16(w dy):  dx = h / rms - x sum(h x) / (columns rms^3).
+// With h = bf16(w dy) and n = bf16(x / rms):  dx = h / rms - x sum(h x) / (columns rms^3);  dw = sum over the rows of dy n.
 void longfit_rms_norm_backward_avx512_bf16(const void* grad_out, const void* x, const void* weight, const float* inverse_rms, int64_t rows,
-                                           int64_t columns, void* grad_x, int threads) {
+                                           int64_t columns, void* grad_x, float* grad_weight, int threads) {
     const bf16* w = static_cast<const bf16*>(weight);
-    for_rows(rows, columns, threads, [&](int64_t row) {
+    const auto row_backward = [&](int64_t row, float* weight_sums) {
         const bf16* from = static_cast<const bf16*>(x) + row * columns;
         const bf16* grad = static_cast<const bf16*>(grad_out) + row * columns;
         bf16* to = static_cast<bf16*>(grad_x) + row * columns;
+        const float r = inverse_rms[row];
+        const __m512 factor = _mm512_set1_ps(r);
         __m512 products = _mm512_setzero_ps();
         for (int64_t c = 0; c < columns; c += kLanes) {
             const __mmask16 lanes = lanes_below(c, columns);
-            const __m512 h = rounded(_mm512_mul_ps(load_lanes(grad + c, lanes), load_lanes(w + c, lanes)));
-            products = _mm512_fmadd_ps(h, load_lanes(from + c, lanes), products);
+            const __m512 dy = load_lanes(grad + c, lanes), value = load_lanes(from + c, lanes);
+            products = _mm512_fmadd_ps(rounded(_mm512_mul_ps(dy, load_lanes(w + c, lanes))), value, products);
+            if (!weight_sums) continue;
+            const __m512 normed = rounded(_mm512_mul_ps(value, factor));
+            _mm512_mask_storeu_ps(weight_sums + c, lanes, _mm512_fmadd_ps(dy, normed, _mm512_maskz_loadu_ps(lanes, weight_sums + c)));
         }
-        const float r = inverse_rms[row];
-        const __m512 factor = _mm512_set1_ps(r);
         const __m512 back = _mm512_set1_ps(-_mm512_reduce_add_ps(products) * r * r * r / float(columns));
         for (int64_t c = 0; c < columns; c += kLanes) {
             const __mmask16 lanes = lanes_below(c, columns);
             const __m512 h = rounded(_mm512_mul_ps(load_lanes(grad + c, lanes), load_lanes(w + c, lanes)));
             store_lanes(to + c, lanes, _mm512_fmadd_ps(h, factor, _mm512_mul_ps(load_lanes(from + c, lanes), back)));
+        }
+    };
+    if (!grad_weight) {
+        for_rows(rows, columns, threads, [&](int64_t row) { row_backward(row, nullptr); });
+        return;
+    }
+    // Each sum belongs to rows that are the same for any number of threads, and so are its bits.
+    const int64_t groups = (rows + kSummedRows - 1) / kSummedRows;
+    parallel_for(groups, kTask / (kSummedRows * columns + 1) + 1, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t group = begin; group < end; ++group) {
+            float* sums = grad_weight + group * columns;
+            std::fill(sums, sums + columns, 0.f);
+            const int64_t last = std::min(rows, (group + 1) * kSummedRows);
+            for (int64_t row = group * kSummedRows; row < last; ++row) row_backward(row, sums);
         }
     });
 }
