@@ -9,8 +9,8 @@ in another order). The choice depends on the device and on what this machine can
 tells it with its reason, `use_backend` forces it, and a forced backend that cannot run raises. Where the C++ library or
 Triton is missing, the first call warns once and goes on.
 
-The functions here have the signatures of `numerics`; each is a torch operator ``longfit::<name>`` (`ops.py` has the
-schemas and all argument checks), so that ``torch.compile`` sees one opaque node. They have no gradient: layers and
+The functions here have the signatures of `numerics`; each is a torch operator ``longfit::<name>`` (schemas in `ops.py`,
+all argument checks in `checks.py`), so that ``torch.compile`` sees one opaque node. They have no gradient: layers and
 optimisers define theirs.
 """
 
@@ -149,7 +149,7 @@ def dispatcher() -> Dispatcher:
     return Dispatcher()
 
 
-_call = ops.register(dispatcher().function)
+_CALLS = ops.register(dispatcher().function)
 
 
 def use_backend(name: str | None) -> Forced:
@@ -177,29 +177,29 @@ def quantize_4bit(
     absmax_block_size: int = 256,
 ) -> tuple[Tensor, QuantState]:
     """Quantise a weight to packed 4-bit codes and their state; see `longfit.numerics.quant_state.quantize_4bit`."""
-    return _call("quantize_4bit", weight, quant_type, block_size, double_quant, absmax_block_size)
+    return _CALLS["quantize_4bit"](weight, quant_type, block_size, double_quant, absmax_block_size)
 
 
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """Turn packed 4-bit codes back into a weight; see `longfit.numerics.quant_state.dequantize_4bit`."""
-    return _call("dequantize_4bit", packed, state, state.dtype if dtype is None else dtype)
+    return _CALLS["dequantize_4bit"](packed, state, state.dtype if dtype is None else dtype)
 
 
 def quantize_8bit(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """Round each value to its nearest level; see `longfit.numerics.blockwise.quantize_blockwise`."""
-    return _call("quantize_8bit", values, codebook, block_size)
+    return _CALLS["quantize_8bit"](values, codebook, block_size)
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int, dtype: torch.dtype) -> Tensor:
     """Look up each code's level and scale it; see `longfit.numerics.blockwise.dequantize_blockwise`."""
-    return _call("dequantize_8bit", codes, absmax, codebook, block_size, dtype)
+    return _CALLS["dequantize_8bit"](codes, absmax, codebook, block_size, dtype)
 
 
 def dequantize_rows(
     rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype | None = None, *, first_row: int = 0
 ) -> Tensor:
     """De-quantise rows of a weight; see `longfit.numerics.row_format.dequantize_rows`."""
-    return _call("dequantize_rows", rows, constants, fmt, fmt.dtype if dtype is None else dtype, first_row)
+    return _CALLS["dequantize_rows"](rows, constants, fmt, fmt.dtype if dtype is None else dtype, first_row)
 
 
 def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
@@ -211,7 +211,7 @@ def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> T
     Returns: ``[..., out_features]`` in the dtype of ``x``. No bias.
     Raises: ValueError, TypeError: the arguments do not go together.
     """
-    return _call("linear_4bit", x, rows, constants, fmt)
+    return _CALLS["linear_4bit"](x, rows, constants, fmt)
 
 
 def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Tensor:
@@ -223,7 +223,7 @@ def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: R
     Returns: ``[..., in_features]`` in the dtype of ``grad``.
     Raises: ValueError, TypeError: the arguments do not go together.
     """
-    return _call("linear_4bit_grad_input", grad, rows, constants, fmt)
+    return _CALLS["linear_4bit_grad_input"](grad, rows, constants, fmt)
 
 
 def adamw_step(updates: Sequence[RunUpdate]) -> None:

@@ -1,4 +1,4 @@
-"""The operations as torch operators ``longfit::<name>``: schema, argument checks, shapes for tracing.
+"""The operations as torch operators ``longfit::<name>``: schema, checked arguments, shapes for tracing.
 
 A torch operator takes tensors and plain values, so `QuantState` and `RowFormat` are taken apart on the way into one
 (``split``) and put together behind it (``join``). Per operation there are two functions: ``_check_*`` refuses what does
@@ -12,12 +12,21 @@ it is.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from longfit.kernels.checks import (
+    check_codebook,
+    check_dtype,
+    check_float,
+    check_matmul,
+    check_packed,
+    check_rows,
+    layout_of,
+)
 from longfit.numerics.absmax import check_absmax, check_block_size, num_blocks
 from longfit.numerics.double_quant import STORAGES, DoubleQuant
 from longfit.numerics.quant_state import QuantState, check_format
@@ -30,7 +39,6 @@ Find = Callable[[str, torch.device], Callable[..., Any]]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 PLAIN = (Tensor, torch.nn.Parameter)
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Outlives every call: torch takes the operators away when their Library is deleted.
 LIBRARY = torch.library.Library("longfit", "DEF")
@@ -68,40 +76,39 @@ class _Operator:
     split_result: Callable[[Any], Any] = _unchanged
     join_result: Callable[..., Any] = _unchanged
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        positional, named = self.check(*args)
-        if self.check_values is not None:
-            self.check_values(*args)
-        return function(*positional, **named)
-
     def trace(self, *args: Any) -> Any:
         positional, named = self.check(*self.join(*args))
         return self.empty(*positional, **named)
 
 
-def register(find: Find) -> Callable[..., Any]:
+def register(find: Find) -> dict[str, Callable[..., Any]]:
     """Define all operators; each call of one asks ``find`` for the function that does the work.
 
-    Returns: the function that calls an operator: its name, then the caller's arguments.
+    Returns: by name, the function that calls an operator with the caller's arguments.
     """
+    return {name: _define(name, operator, find) for name, operator in _OPERATORS.items()}
 
-    def run(name: str, *args: Any) -> Any:
-        return _OPERATORS[name].run(find(name, args[0].device), *args)
 
-    def call(name: str, *args: Any) -> Any:
+def _define(name: str, operator: _Operator, find: Find) -> Callable[..., Any]:
+    check, check_values = operator.check, operator.check_values
+
+    def run(*args: Any) -> Any:
+        positional, named = check(*args)
+        if check_values is not None:
+            check_values(*args)
+        return find(name, args[0].device)(*positional, **named)
+
+    def run_split(*args: Any) -> Any:
+        return operator.split_result(run(*operator.join(*args)))
+
+    def call(*args: Any) -> Any:
         if not _watched(args[0]):
-            return run(name, *args)
-        operator = _OPERATORS[name]
+            return run(*args)
         return operator.join_result(getattr(torch.ops.longfit, name).default(*operator.split(*args)), *args)
 
-    def run_split(name: str, *args: Any) -> Any:
-        operator = _OPERATORS[name]
-        return operator.split_result(run(name, *operator.join(*args)))
-
-    for name, operator in _OPERATORS.items():
-        LIBRARY.define(name + operator.schema)
-        LIBRARY.impl(name, partial(run_split, name), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"longfit::{name}", operator.trace, lib=LIBRARY)
+    LIBRARY.define(name + operator.schema)
+    LIBRARY.impl(name, run_split, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"longfit::{name}", operator.trace, lib=LIBRARY)
     return call
 
 
@@ -120,7 +127,7 @@ def _check_quantize_4bit(
     weight: Tensor, quant_type: str, block_size: int, double_quant: bool, absmax_block_size: int
 ) -> Arguments:
     check_format(quant_type, block_size, absmax_block_size)
-    _check_float("weight", weight)
+    check_float("weight", weight)
     return (weight,), {
         "quant_type": quant_type,
         "block_size": block_size,
@@ -160,8 +167,8 @@ def _join_quantized(
 
 
 def _check_dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Arguments:
-    _check_packed(packed, state)
-    _check_dtype(dtype)
+    check_packed(packed, state)
+    check_dtype(dtype)
     return (packed, state, dtype), {}
 
 
@@ -193,8 +200,8 @@ def _empty_dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype
 
 
 def _check_quantize_8bit(values: Tensor, codebook: Tensor, block_size: int) -> Arguments:
-    _check_float("values", values)
-    _check_codebook(codebook)
+    check_float("values", values)
+    check_codebook(codebook)
     return (values, codebook), {"block_size": check_block_size(block_size)}
 
 
@@ -217,7 +224,7 @@ def _check_dequantize_8bit(
         # A shorter one could be read past its end: codes are bytes.
         raise ValueError(f"codebook: got {codebook.dtype} {list(codebook.shape)}; allowed: float32 [256]")
     check_absmax(absmax, codes.numel(), check_block_size(block_size))
-    _check_dtype(dtype)
+    check_dtype(dtype)
     return (codes, absmax, codebook), {"block_size": block_size, "dtype": dtype}
 
 
@@ -230,9 +237,8 @@ def _empty_dequantize_8bit(
 def _check_dequantize_rows(
     rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype, first_row: int
 ) -> Arguments:
-    layout = _layout(fmt)
-    _check_rows(rows, constants, layout, first_row)
-    _check_dtype(dtype)
+    check_rows(rows, constants, layout_of(fmt), first_row)
+    check_dtype(dtype)
     return (rows, constants, fmt, dtype), {"first_row": first_row}
 
 
@@ -243,7 +249,7 @@ def _empty_dequantize_rows(
 
 
 def _check_linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Arguments:
-    _check_matmul("x", x, fmt.in_features, rows, constants, _layout(fmt))
+    check_matmul("x", x, fmt.in_features, rows, constants, layout_of(fmt))
     return (x, rows, constants, fmt), {}
 
 
@@ -252,7 +258,7 @@ def _empty_linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowForma
 
 
 def _check_linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Arguments:
-    _check_matmul("grad", grad, fmt.out_features, rows, constants, _layout(fmt))
+    check_matmul("grad", grad, fmt.out_features, rows, constants, layout_of(fmt))
     return (grad, rows, constants, fmt), {}
 
 
@@ -347,19 +353,6 @@ _OPERATORS = {
 }
 
 
-class _Layout:
-    """A row format and the sizes that every call is checked against, computed once per format."""
-
-    def __init__(self, fmt: RowFormat) -> None:
-        self.fmt, self.rows, self.row_bytes, self.constant_bytes = fmt, fmt.rows, fmt.row_bytes, fmt.constant_bytes
-
-
-@cache
-def _layout(fmt: RowFormat) -> _Layout:
-    """Return a format's layout; cached, as a matmul in generation takes only some microseconds."""
-    return _Layout(fmt)
-
-
 def _state(
     scales: Tensor,
     nested: Tensor | None,
@@ -385,51 +378,3 @@ def _state(
     elif scales.dtype != torch.float32:
         raise ValueError(f"absmax: got {scales.dtype}; without double quantisation it is float32")
     return QuantState(quant_type, block_size, tuple(shape), dtype, absmax)
-
-
-def _check_float(name: str, values: Tensor) -> None:
-    if values.dtype not in FLOATS:
-        raise TypeError(f"{name}: got {values.dtype}; allowed: float16, bfloat16, float32, float64; convert it first")
-
-
-def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in FLOATS:
-        raise TypeError(f"dtype: got {dtype}; allowed: float16, bfloat16, float32, float64")
-
-
-def _check_packed(packed: Tensor, state: QuantState) -> None:
-    if packed.dtype != torch.uint8 or packed.shape != ((state.numel + 1) // 2,):
-        raise ValueError(
-            f"packed: got {packed.dtype} {list(packed.shape)}; a weight of {list(state.shape)} needs "
-            f"uint8 [{(state.numel + 1) // 2}]; view stored bf16 or fp32 as uint8 and flatten it"
-        )
-
-
-def _check_codebook(codebook: Tensor) -> None:
-    if codebook.dtype != torch.float32 or codebook.dim() != 1 or not 2 <= codebook.numel() <= 256:
-        raise ValueError(f"codebook: got {codebook.dtype} {list(codebook.shape)}; allowed: float32 [2] to [256]")
-
-
-def _check_rows(rows: Tensor, constants: Tensor, layout: _Layout, first_row: int) -> None:
-    if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != layout.row_bytes:
-        raise ValueError(f"rows: got {rows.dtype} {list(rows.shape)}; {layout.fmt} needs uint8 [n, {layout.row_bytes}]")
-    if not 0 <= first_row <= layout.rows - rows.shape[0]:
-        raise ValueError(
-            f"first_row: got {first_row} with {rows.shape[0]} rows; the weight is laid out in {layout.rows}"
-        )
-    if constants.dtype != torch.uint8 or constants.dim() != 1 or constants.shape[0] != layout.constant_bytes:
-        raise ValueError(
-            f"constants: got {constants.dtype} {list(constants.shape)}; {layout.fmt} needs "
-            f"uint8 [{layout.constant_bytes}]"
-        )
-
-
-def _check_matmul(name: str, x: Tensor, features: int, rows: Tensor, constants: Tensor, layout: _Layout) -> None:
-    _check_float(name, x)
-    if x.dim() == 0 or x.shape[-1] != features:
-        raise ValueError(f"{name}: got {list(x.shape)}; the last axis must be {features} for {layout.fmt}")
-    _check_rows(rows, constants, layout, 0)
-    if rows.shape[0] != layout.rows:
-        raise ValueError(f"rows: got {rows.shape[0]}; a matmul needs all {layout.rows} rows of {layout.fmt}")
-    if rows.device != x.device:
-        raise ValueError(f"{name}: on {x.device}, the weight is on {rows.device}; move one of them")

@@ -1,0 +1,77 @@
+"""What the operations of ``ops.py`` refuse, and how they say it.
+
+Every call is checked, and the shortest take twenty microseconds: sizes that a format determines are computed once, and
+what a tensor tells is asked for once.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from longfit.numerics.quant_state import QuantState
+from longfit.numerics.row_format import RowFormat
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Layout:
+    """A row format and the sizes that every call is checked against, computed once per format."""
+
+    def __init__(self, fmt: RowFormat) -> None:
+        self.fmt, self.rows, self.row_bytes, self.constant_bytes = fmt, fmt.rows, fmt.row_bytes, fmt.constant_bytes
+
+
+@cache
+def layout_of(fmt: RowFormat) -> Layout:
+    """Return the layout of a format."""
+    return Layout(fmt)
+
+
+def check_float(name: str, values: Tensor) -> None:
+    if values.dtype not in FLOATS:
+        raise TypeError(f"{name}: got {values.dtype}; allowed: float16, bfloat16, float32, float64; convert it first")
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: got {dtype}; allowed: float16, bfloat16, float32, float64")
+
+
+def check_packed(packed: Tensor, state: QuantState) -> None:
+    if packed.dtype != torch.uint8 or packed.shape != ((state.numel + 1) // 2,):
+        raise ValueError(
+            f"packed: got {packed.dtype} {list(packed.shape)}; a weight of {list(state.shape)} needs "
+            f"uint8 [{(state.numel + 1) // 2}]; view stored bf16 or fp32 as uint8 and flatten it"
+        )
+
+
+def check_codebook(codebook: Tensor) -> None:
+    if codebook.dtype != torch.float32 or codebook.dim() != 1 or not 2 <= codebook.numel() <= 256:
+        raise ValueError(f"codebook: got {codebook.dtype} {list(codebook.shape)}; allowed: float32 [2] to [256]")
+
+
+def check_rows(rows: Tensor, constants: Tensor, layout: Layout, first_row: int) -> int:
+    """Return the number of rows."""
+    shape = rows.shape
+    if rows.dtype != torch.uint8 or len(shape) != 2 or shape[1] != layout.row_bytes:
+        raise ValueError(f"rows: got {rows.dtype} {list(shape)}; {layout.fmt} needs uint8 [n, {layout.row_bytes}]")
+    if not 0 <= first_row <= layout.rows - shape[0]:
+        raise ValueError(f"first_row: got {first_row} with {shape[0]} rows; the weight is laid out in {layout.rows}")
+    if constants.dtype != torch.uint8 or constants.shape != (layout.constant_bytes,):
+        raise ValueError(
+            f"constants: got {constants.dtype} {list(constants.shape)}; {layout.fmt} needs "
+            f"uint8 [{layout.constant_bytes}]"
+        )
+    return shape[0]
+
+
+def check_matmul(name: str, x: Tensor, features: int, rows: Tensor, constants: Tensor, layout: Layout) -> None:
+    check_float(name, x)
+    if x.shape[-1:] != (features,):
+        raise ValueError(f"{name}: got {list(x.shape)}; the last axis must be {features} for {layout.fmt}")
+    num_rows = check_rows(rows, constants, layout, 0)
+    if num_rows != layout.rows:
+        raise ValueError(f"rows: got {num_rows}; a matmul needs all {layout.rows} rows of {layout.fmt}")
+    if rows.device != x.device:
+        raise ValueError(f"{name}: on {x.device}, the weight is on {rows.device}; move one of them")
