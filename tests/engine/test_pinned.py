@@ -60,7 +60,7 @@ def test_registrations_are_taken_back_after_the_copies_and_before_the_memory_goe
 
 def test_an_owner_of_nothing_does_not_wait_for_the_card(runtime: Runtime) -> None:
     owner = PinnedMemory()
-    with pytest.raises(PlanError, match=r"0\.00 GiB of host memory cannot be pinned \(CUDA error 2\); raise the limit"):
+    with pytest.raises(PlanError, match=r"1\.0 MiB of host memory cannot be pinned \(CUDA error 2\); raise the limit"):
         owner.slab(runtime.limit + 1)
     del owner
     gc.collect()

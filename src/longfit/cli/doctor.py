@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from longfit.cli.output import gib, print_json, print_lines
+from longfit.cli.output import print_json, print_lines
+from longfit.words import in_bytes
 
 PACKAGES = ("longfit", "torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "gguf")
 # Instruction sets that the kernels or torch choose between.
@@ -50,12 +51,14 @@ def doctor(
         "",
         f"processor  {cpu['model']}, {cpu['cores']} cores, torch uses {cpu['torch_threads']} threads",
         f"           {' '.join(cpu['flags']) or 'no known instruction sets'}; torch: {cpu['torch_capability']}",
-        f"memory     {gib(facts['memory']['available_bytes'])} free of {gib(facts['memory']['total_bytes'])}",
-        f"disk       {gib(disk['free_bytes'])} free of {gib(disk['total_bytes'])} at {disk['path']}",
+        f"memory     {in_bytes(facts['memory']['available_bytes'])} free of {in_bytes(facts['memory']['total_bytes'])}",
+        f"disk       {in_bytes(disk['free_bytes'])} free of {in_bytes(disk['total_bytes'])} at {disk['path']}",
     )
     for gpu in facts["gpus"]:
         bf16 = "bfloat16" if gpu["bfloat16"] else "no bfloat16: float16 is used"
-        print_lines(f"gpu {gpu['index']}      {gpu['name']}, {gib(gpu['total_bytes'])}, {gpu['capability']}, {bf16}")
+        print_lines(
+            f"gpu {gpu['index']}      {gpu['name']}, {in_bytes(gpu['total_bytes'])}, {gpu['capability']}, {bf16}"
+        )
     if not facts["gpus"]:
         print_lines("gpu        none: everything runs on the processor")
     elif facts["allocator"]["advice"]:

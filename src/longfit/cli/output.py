@@ -14,7 +14,6 @@ from rich.console import Console
 if TYPE_CHECKING:
     from longfit.training.metrics import Event, OnEvent
 
-GIB = 2**30
 LINE_SECONDS = 2.0  # between plain step lines, so that a log of a fast run stays readable
 
 
@@ -46,11 +45,6 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     for line in lines:
         print_lines("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
-
-
-def gib(num_bytes: float) -> str:
-    """Return bytes as GiB for people."""
-    return f"{num_bytes / GIB:.2f} GiB"
 
 
 def _plain(value: Any) -> object:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from longfit.errors import PlanError
+from longfit.words import in_bytes
 
 
 class Stay(Protocol):
@@ -154,9 +155,9 @@ class FileArena:
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            left = shutil.disk_usage(self.folder).free / 2**30
+            left = shutil.disk_usage(self.folder).free
             raise PlanError(
-                f"{self.folder}: full after {self._end / 2**30:.2f} GiB of layer inputs ({left:.2f} GiB left); free"
+                f"{self.folder}: full after {in_bytes(self._end)} of layer inputs ({in_bytes(left)} left); free"
                 " space, name another folder, or shorten the context"
             ) from error
         self._end += num_bytes

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longfit.errors import PlanError
+from longfit.words import in_bytes
 
 
 class PinnedMemory:
@@ -32,7 +33,7 @@ class PinnedMemory:
         status = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), len(memory), 0)
         if int(status) != 0:
             raise PlanError(
-                f"{num_bytes / 2**30:.2f} GiB of host memory cannot be pinned (CUDA error {int(status)}); raise the"
+                f"{in_bytes(num_bytes)} of host memory cannot be pinned (CUDA error {int(status)}); raise the"
                 " limit of locked memory (ulimit -l), shorten the context, or keep layer inputs in a file"
             )
         self._slabs.append(slab)

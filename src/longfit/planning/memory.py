@@ -227,7 +227,7 @@ def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Co
         Component("layer inputs", place, {**_in(("forward", "loss", "backward"), inputs), "last layer": hidden}),
         Component("hidden states and their gradient", device, {**passing, "evaluation": 3 * hidden}),
         Component("keys and values", device, _in(("forward", *LAYERS, "evaluation"), keys * e)),
-        Component("their gradients", device, _in(LAYERS, keys * 4 if several else 0)),
+        Component("gradients of keys and values", device, _in(LAYERS, keys * 4 if several else 0)),
         Component(
             "positions, labels, rotary tables",
             device,

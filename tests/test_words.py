@@ -1,0 +1,23 @@
+"""Sizes as people read them."""
+
+import pytest
+
+from longfit.words import in_bytes
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "said"),
+    [
+        (0, "0.0 MiB"),
+        (1, "below 0.1 MiB"),
+        (104_857, "below 0.1 MiB"),
+        (104_858, "0.1 MiB"),
+        (53.2 * 2**20, "53.2 MiB"),
+        (0.1 * 2**30, "0.10 GiB"),
+        (24 * 2**30, "24.00 GiB"),
+        (1610 * 2**30, "1,610.00 GiB"),
+        (-2 * 2**30, "-2.00 GiB"),
+    ],
+)
+def test_a_size_is_said_in_the_unit_that_shows_it(num_bytes: float, said: str) -> None:
+    assert in_bytes(num_bytes) == said
