@@ -1,4 +1,4 @@
-"""A fine-tuning run from a config to an adapter: prepare, then step, measure, evaluate, save.
+"""A fine-tuning run from a config to an adapter: start, then step, measure, evaluate, save.
 
 Three things here are easy to get subtly wrong, and are the point of the file:
 
@@ -8,59 +8,37 @@ Three things here are easy to get subtly wrong, and are the point of the file:
   alone, so a resumed run has the losses of an unbroken one, bit for bit on a CPU.
 - *State changes in one place*, the optimiser's step. Between two of them a run may be interrupted and saved anywhere.
 
-Not here: what a layer does (engine), what a window holds (data), how a run directory is kept whole (checkpoint.py).
+Not here: what comes before the first step (start.py), what a layer does (engine), what a window holds (data), how a run
+directory is kept whole (checkpoint.py).
 """
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from longfit.config import RunConfig
-from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset
 from longfit.engine.linear_cross_entropy import IGNORED
-from longfit.engine.loss import TrainingLoss, shifted_labels
+from longfit.engine.loss import shifted_labels
 from longfit.engine.sweep import swept_evaluation
-from longfit.errors import ConfigError, PlanError, RunError
-from longfit.model.load import load_report
+from longfit.errors import PlanError, RunError
 from longfit.model.save import save_adapter
-from longfit.planning.plan import Plan
 from longfit.training import fit, loss_scale, run_directory
-from longfit.training.checkpoint import RunState, load_checkpoint, read_state, save_checkpoint
+from longfit.training.checkpoint import RunState, save_checkpoint
 from longfit.training.interruption import Interruptible
-from longfit.training.metrics import Event, MetricsFile, OnEvent, peak_memory_bytes, read_metrics
-from longfit.training.optimizer import (
-    PagingMeter,
-    clip_gradients,
-    discard_file,
-    make_optimizer,
-    parameter_groups,
-    relieve,
-)
-from longfit.training.prepare import (
-    extend,
-    load_base,
-    make_trainable,
-    native_context,
-    pack_documents,
-    read_data,
-    stream_frozen,
-    sweep_with_less,
-)
+from longfit.training.metrics import Event, OnEvent, ignore, peak_memory_bytes, read_metrics
+from longfit.training.optimizer import clip_gradients, discard_file, relieve
 from longfit.training.schedule import learning_rate
+from longfit.training.start import Run, start
 
 PROBE_MARGIN = 1.05  # a window that is longer than those of the first step by more than this is tried before it
 
@@ -109,7 +87,7 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None, resume: bool = 
             the disk is full.
         ConfigError, DataError, ModelError: before anything is written.
     """
-    notify = on_event or _ignore
+    notify = on_event or ignore
     run_dir = run_directory.choose_run_dir(config)
     config = run_directory.with_absolute_paths(config)
     if resume:
@@ -120,161 +98,8 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None, resume: bool = 
             notify(Event("warning", warning))
     else:
         run_directory.require_new(run_dir)
-    run = _prepare(config, run_dir, notify, resume=resume)
+    run = start(config, run_dir, notify, resume=resume)
     return _loop(run)
-
-
-# ------------------------------------------------------------------------------------------------ before the first step
-@dataclass
-class _Run:
-    """Everything a training step needs."""
-
-    config: RunConfig
-    run_dir: Path
-    notify: OnEvent
-    accelerator: Accelerator
-    loss_module: Any  # TrainingLoss around the PeftModel, as Accelerate wrapped it
-    model: Any  # the PeftModel
-    tokenizer: Any
-    optimizer: torch.optim.Optimizer
-    windows: PackedDataset
-    validation: PackedDataset | None
-    metrics: MetricsFile
-    paging: PagingMeter
-    plan: Plan | None
-    room: fit.Room
-    state: RunState
-    seconds: float = 0.0
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-    @property
-    def total_steps(self) -> int:
-        assert self.config.train.steps is not None, "resolved"
-        return self.config.train.steps
-
-    @cached_property
-    def window_lengths(self) -> np.ndarray:
-        return self.windows.window_lengths
-
-    @property
-    def is_main(self) -> bool:
-        return bool(self.accelerator.is_main_process)
-
-    def record(self, record: dict[str, Any]) -> None:
-        if self.is_main:
-            self.metrics.append(record)
-
-    def tell(self, event: Event) -> None:
-        if self.is_main:
-            self.notify(event)
-
-
-def _prepare(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) -> _Run:
-    """Do everything that can fail before anything is written: read, load, pack; then make or open the run directory."""
-    accelerator = _accelerator(config.model.device)
-    notify = notify if accelerator.is_main_process else _ignore
-    notify(Event("phase", f"reading {config.data.path}"))
-    documents, held_out = read_data(config)
-    digest = run_directory.data_digest(training=documents, validation=held_out)
-    if resume:
-        run_directory.require_same_data(run_dir, digest)
-
-    config, plan = fit.plan_run(
-        config,
-        run_dir,
-        device=accelerator.device,
-        on_event=notify,
-        processes=accelerator.num_processes,
-        parallelism=accelerator.distributed_type.value,
-    )
-    notify(Event("phase", f"loading {config.model.name}"))
-    model, tokenizer = load_base(config, accelerator.device)
-    for line in str(load_report(model)).splitlines():
-        notify(Event("phase", line))
-    native = native_context(model.config)
-    config = config.resolve(native_context=native)
-    notify(Event("phase", "packing the text into windows"))
-    windows = pack_documents(documents, tokenizer, config)
-    validation = pack_documents(held_out, tokenizer, config) if held_out is not None else None
-    ledger = Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
-    config = config.resolve_steps(num_windows=len(windows), num_processes=accelerator.num_processes)
-
-    report = extend(model, tokenizer, config)
-    if report.group_size != config.context.group_size:
-        origin = "auto: a quarter of the context (LongLoRA, section 3.2)"
-        config = config.replace({"context.group_size": report.group_size}, origin=origin)
-    model = make_trainable(model, config, on_event=notify)
-    loss_module = accelerator.prepare(TrainingLoss(model))
-    loss_module.train()
-    stream_frozen(model, config, accelerator.device, on_event=notify)
-    run_id = read_state(run_directory.last_checkpoint(run_dir)).run_id if resume else _new_run_id(accelerator)
-    optimizer = make_optimizer(
-        config,
-        parameter_groups(model, weight_decay=config.train.weight_decay),
-        run_id=run_id,
-        process=accelerator.process_index if accelerator.num_processes > 1 else None,
-    )
-    metrics = MetricsFile(run_dir / "metrics.jsonl")
-    scale, seconds = loss_scale.first_scale(model.get_input_embeddings().weight.dtype), 0.0
-    state = RunState(0, 0, 0, num_processes=accelerator.num_processes, run_id=run_id, loss_scale=scale)
-    if resume:
-        checkpoint = run_directory.last_checkpoint(run_dir)
-        _require_same_processes(read_state(checkpoint), accelerator.num_processes)
-        state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, device=accelerator.device)
-        metrics.keep_until(state.step)
-        seconds = sum(float(str(record["step_s"])) for record in read_metrics(metrics.path) if "step_s" in record)
-    accelerator.wait_for_everyone()  # every process has seen the directory as it was
-    if not resume and accelerator.is_main_process:
-        run_directory.create(run_dir, config, digest=digest, ledger=ledger)
-    if plan is not None and accelerator.is_main_process:
-        run_directory.write_text(run_dir / "plan.json", fit.plan_json(plan))
-    scaling = loss_scale.describe(state.loss_scale, on_card=config.model.dtype == "auto")
-    for line in (*ledger.warnings, *report.warnings, *([scaling] if scaling else [])):
-        notify(Event("warning", line))
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    steps = f"{config.train.steps:,} steps" if not state.step else f"steps {state.step + 1:,} to {config.train.steps:,}"
-    text = f"training {trainable:,} parameters for {steps} on {len(windows):,} windows of {windows.context:,} tokens"
-    notify(Event("phase", text, {"total_steps": config.train.steps, "step": state.step, "run_dir": str(run_dir)}))
-    room = fit.Room(
-        plan,
-        lambda rung: sweep_with_less(model, config.replace(fit.keys_of(rung), origin="out of memory")),
-        notify,
-    )
-    return _Run(
-        config, run_dir, notify, accelerator, loss_module, model, tokenizer, optimizer, windows, validation, metrics,
-        PagingMeter(optimizer), plan, room, state, seconds,
-    )  # fmt: skip
-
-
-def _accelerator(device: str) -> Accelerator:
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ConfigError(f"model.device={device}: this machine has no CUDA device; try model.device=cpu")
-        if ":" in device:
-            torch.cuda.set_device(torch.device(device))
-    elif device not in ("auto", "cpu"):
-        raise ConfigError(f"model.device={device}: must be auto, cpu, cuda or cuda:N")
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(cpu=on_cpu, mixed_precision="no")  # layers compute in model.dtype by themselves
-
-
-def _new_run_id(accelerator: Accelerator) -> str:
-    """Return a name that no other run has, the same in all processes."""
-    names = [os.urandom(8).hex()]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(names)
-    return names[0]
-
-
-def _require_same_processes(state: RunState, num_processes: int) -> None:
-    if state.num_processes != num_processes:
-        raise RunError(
-            f"cannot resume on {num_processes} processes: the run has {state.num_processes}, which decides the windows "
-            f"of a step; start it with {state.num_processes}"
-        )
 
 
 # ------------------------------------------------------------------------------------------------ steps
@@ -282,7 +107,7 @@ class _NotFiniteError(Exception):
     """The loss or the gradient is NaN or infinite; the parameters are still those of the step before."""
 
 
-def _loop(run: _Run) -> TrainResult:
+def _loop(run: Run) -> TrainResult:
     """Train from the run's state to its end, or to an interruption."""
     train, finished = run.config.train, False
     with Interruptible() as interruptible:
@@ -318,7 +143,7 @@ def _loop(run: _Run) -> TrainResult:
     return _result(run, finished=finished)
 
 
-def _probe(run: _Run) -> None:
+def _probe(run: Run) -> None:
     """Run the longest window once, if the first step has none as long: what does not fit shows now, not in an hour."""
     size, lengths = run.config.train.batch_size, run.window_lengths
     first = max(int(lengths[index]) for indices in _window_indices(run) for index in indices)
@@ -332,7 +157,7 @@ def _probe(run: _Run) -> None:
     run.optimizer.zero_grad(set_to_none=True)
 
 
-def _step(run: _Run, interruptible: Interruptible) -> None:
+def _step(run: Run, interruptible: Interruptible) -> None:
     """Take one optimiser step and write its line into ``metrics.jsonl``."""
     began = time.perf_counter()
     train, step, accelerator = run.config.train, run.state.step, run.accelerator
@@ -383,7 +208,7 @@ def _step(run: _Run, interruptible: Interruptible) -> None:
     run.tell(Event("step", f"{text}  {num_tokens / seconds:,.0f} tokens/s", record))
 
 
-def _scaled_gradients(run: _Run, batches: list["_Batch"], num_trained: float) -> tuple[float, float, float]:
+def _scaled_gradients(run: Run, batches: list["_Batch"], num_trained: float) -> tuple[float, float, float]:
     """Make and clip the gradients of a step, again with half the loss scale as long as they overflow float16.
 
     Returns: the loss and the gradient norm over all processes, and the scale that they were made with.
@@ -403,7 +228,7 @@ def _scaled_gradients(run: _Run, batches: list["_Batch"], num_trained: float) ->
         scale = smaller
 
 
-def _differentiate(run: _Run, batches: list["_Batch"], num_trained: float, scale: float) -> float:
+def _differentiate(run: Run, batches: list["_Batch"], num_trained: float, scale: float) -> float:
     """Put the gradients of a step's micro-batches in their place; return this process's part of the loss."""
     accelerator, loss = run.accelerator, 0.0
     loss_scale.begin(run.parameters, num_processes=accelerator.num_processes)
@@ -426,7 +251,7 @@ class _Batch:
     tensors: dict[str, Tensor]
 
 
-def _window_indices(run: _Run) -> Iterator[list[int]]:
+def _window_indices(run: Run) -> Iterator[list[int]]:
     """Yield the windows of each micro-batch of this step and process; the whole run walks `PackedDataset.order`."""
     train, accelerator = run.config.train, run.accelerator
     first = run.state.windows_seen
@@ -436,7 +261,7 @@ def _window_indices(run: _Run) -> Iterator[list[int]]:
         yield [int(run.windows.order(p // len(run.windows))[p % len(run.windows)]) for p in positions]
 
 
-def _batch(run: _Run, indices: list[int], *, windows: PackedDataset | None = None) -> _Batch:
+def _batch(run: Run, indices: list[int], *, windows: PackedDataset | None = None) -> _Batch:
     rows = [(windows or run.windows)[index] for index in indices]
     device = run.accelerator.device
     return _Batch(indices, {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]})
@@ -454,7 +279,7 @@ def _seed(seed: int, *place: int) -> int:
     return int.from_bytes(blake2b(repr((seed, *place)).encode(), digest_size=7).digest(), "little")
 
 
-def _over_processes(run: _Run, value: float) -> float:
+def _over_processes(run: Run, value: float) -> float:
     """Add up a number over all processes."""
     if run.accelerator.num_processes == 1:
         return value
@@ -462,7 +287,7 @@ def _over_processes(run: _Run, value: float) -> float:
     return float(run.accelerator.reduce(total, reduction="sum").item())
 
 
-def _require_finite(run: _Run, what: str, value: float, batch: _Batch) -> None:
+def _require_finite(run: Run, what: str, value: float, batch: _Batch) -> None:
     if math.isfinite(value):
         return
     windows = run.windows
@@ -476,7 +301,7 @@ def _require_finite(run: _Run, what: str, value: float, batch: _Batch) -> None:
 
 # ------------------------------------------------------------------------------------------------ between steps
 @torch.no_grad()
-def _evaluate(run: _Run, validation: PackedDataset) -> None:
+def _evaluate(run: Run, validation: PackedDataset) -> None:
     """Measure the validation loss; shifted attention acts only in train mode, so this one is exact."""
     accelerator = run.accelerator
     num_windows = min(len(validation), run.config.data.validation_windows)
@@ -492,7 +317,7 @@ def _evaluate(run: _Run, validation: PackedDataset) -> None:
     run.tell(Event("eval", f"step {run.state.step}: validation loss {loss:.4f}", record))
 
 
-def _save(run: _Run) -> None:
+def _save(run: Run) -> None:
     if run.is_main:
         path = save_checkpoint(
             run.run_dir,
@@ -505,13 +330,13 @@ def _save(run: _Run) -> None:
         run.tell(Event("checkpoint", f"saved {path}", {"step": run.state.step, "path": str(path)}))
 
 
-def _save_result(run: _Run) -> None:
+def _save_result(run: Run) -> None:
     if run.is_main:
         save = partial(save_adapter, run.model, run.tokenizer)
         run_directory.replace_folder(run.run_dir / "adapter", save)
 
 
-def _result(run: _Run, *, finished: bool) -> TrainResult:
+def _result(run: Run, *, finished: bool) -> TrainResult:
     peak = peak_memory_bytes(run.accelerator.device)
     if run.plan is not None and run.is_main:
         run_directory.write_text(run.run_dir / "plan.json", fit.plan_json(run.plan, measured_bytes=peak))
@@ -532,7 +357,3 @@ def _result(run: _Run, *, finished: bool) -> TrainResult:
         peak_memory_bytes=peak,
         checkpoint=run_directory.last_checkpoint(run.run_dir),
     )
-
-
-def _ignore(event: Event) -> None:
-    """Watch nothing."""

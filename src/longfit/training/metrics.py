@@ -26,6 +26,10 @@ class Event:
 OnEvent = Callable[[Event], None]
 
 
+def ignore(event: Event) -> None:
+    """Watch nothing."""
+
+
 class MetricsFile:
     """The append-only ``metrics.jsonl`` of a run."""
 

@@ -1,0 +1,203 @@
+"""What a run does before its first step: everything that can fail before anything is written.
+
+Read the text, plan the memory, load and quantise the model, pack, extend, adapt; then make the run directory, or open
+that of the run that goes on.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from longfit.config import RunConfig
+from longfit.data.ledger import Ledger
+from longfit.data.packing import PackedDataset
+from longfit.engine.loss import TrainingLoss
+from longfit.errors import ConfigError, RunError
+from longfit.model.load import load_report
+from longfit.planning.plan import Plan
+from longfit.training import fit, loss_scale, run_directory
+from longfit.training.checkpoint import RunState, load_checkpoint, read_state
+from longfit.training.metrics import Event, MetricsFile, OnEvent, ignore, read_metrics
+from longfit.training.optimizer import PagingMeter, make_optimizer, parameter_groups
+from longfit.training.prepare import (
+    extend,
+    load_base,
+    make_trainable,
+    native_context,
+    pack_documents,
+    read_data,
+    stream_frozen,
+    sweep_with_less,
+)
+
+
+@dataclass
+class Run:
+    """Everything a training step needs.
+
+    Attributes:
+        loss_module: `TrainingLoss` around the PeftModel, as Accelerate wrapped it.
+        model: the PeftModel.
+        seconds: in training steps so far, those before a resumption counted.
+    """
+
+    config: RunConfig
+    run_dir: Path
+    notify: OnEvent
+    accelerator: Accelerator
+    loss_module: Any
+    model: Any
+    tokenizer: Any
+    optimizer: torch.optim.Optimizer
+    windows: PackedDataset
+    validation: PackedDataset | None
+    metrics: MetricsFile
+    paging: PagingMeter
+    plan: Plan | None
+    room: fit.Room
+    state: RunState
+    seconds: float = 0.0
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that train."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        assert self.config.train.steps is not None, "resolved"
+        return self.config.train.steps
+
+    @cached_property
+    def window_lengths(self) -> np.ndarray:
+        """Tokens of each window, padding left out."""
+        return self.windows.window_lengths
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return bool(self.accelerator.is_main_process)
+
+    def record(self, record: dict[str, Any]) -> None:
+        """Write a line of ``metrics.jsonl``."""
+        if self.is_main:
+            self.metrics.append(record)
+
+    def tell(self, event: Event) -> None:
+        """Show something to who watches."""
+        if self.is_main:
+            self.notify(event)
+
+
+def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) -> Run:
+    """Do everything that can fail before anything is written: read, load, pack; then make or open the run directory."""
+    accelerator = _accelerator(config.model.device)
+    notify = notify if accelerator.is_main_process else ignore
+    notify(Event("phase", f"reading {config.data.path}"))
+    documents, held_out = read_data(config)
+    digest = run_directory.data_digest(training=documents, validation=held_out)
+    if resume:
+        run_directory.require_same_data(run_dir, digest)
+
+    config, plan = fit.plan_run(
+        config,
+        run_dir,
+        device=accelerator.device,
+        on_event=notify,
+        processes=accelerator.num_processes,
+        parallelism=accelerator.distributed_type.value,
+    )
+    notify(Event("phase", f"loading {config.model.name}"))
+    model, tokenizer = load_base(config, accelerator.device)
+    for line in str(load_report(model)).splitlines():
+        notify(Event("phase", line))
+    native = native_context(model.config)
+    config = config.resolve(native_context=native)
+    notify(Event("phase", "packing the text into windows"))
+    windows = pack_documents(documents, tokenizer, config)
+    validation = pack_documents(held_out, tokenizer, config) if held_out is not None else None
+    ledger = Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
+    config = config.resolve_steps(num_windows=len(windows), num_processes=accelerator.num_processes)
+
+    report = extend(model, tokenizer, config)
+    if report.group_size != config.context.group_size:
+        origin = "auto: a quarter of the context (LongLoRA, section 3.2)"
+        config = config.replace({"context.group_size": report.group_size}, origin=origin)
+    model = make_trainable(model, config, on_event=notify)
+    loss_module = accelerator.prepare(TrainingLoss(model))
+    loss_module.train()
+    stream_frozen(model, config, accelerator.device, on_event=notify)
+    run_id = read_state(run_directory.last_checkpoint(run_dir)).run_id if resume else _new_run_id(accelerator)
+    optimizer = make_optimizer(
+        config,
+        parameter_groups(model, weight_decay=config.train.weight_decay),
+        run_id=run_id,
+        process=accelerator.process_index if accelerator.num_processes > 1 else None,
+    )
+    metrics = MetricsFile(run_dir / "metrics.jsonl")
+    scale, seconds = loss_scale.first_scale(model.get_input_embeddings().weight.dtype), 0.0
+    state = RunState(0, 0, 0, num_processes=accelerator.num_processes, run_id=run_id, loss_scale=scale)
+    if resume:
+        checkpoint = run_directory.last_checkpoint(run_dir)
+        _require_same_processes(read_state(checkpoint), accelerator.num_processes)
+        state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, device=accelerator.device)
+        metrics.keep_until(state.step)
+        seconds = sum(float(str(record["step_s"])) for record in read_metrics(metrics.path) if "step_s" in record)
+    accelerator.wait_for_everyone()  # every process has seen the directory as it was
+    if not resume and accelerator.is_main_process:
+        run_directory.create(run_dir, config, digest=digest, ledger=ledger)
+    if plan is not None and accelerator.is_main_process:
+        run_directory.write_text(run_dir / "plan.json", fit.plan_json(plan))
+    scaling = loss_scale.describe(state.loss_scale, on_card=config.model.dtype == "auto")
+    for line in (*ledger.warnings, *report.warnings, *([scaling] if scaling else [])):
+        notify(Event("warning", line))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    steps = f"{config.train.steps:,} steps" if not state.step else f"steps {state.step + 1:,} to {config.train.steps:,}"
+    text = f"training {trainable:,} parameters for {steps} on {len(windows):,} windows of {windows.context:,} tokens"
+    notify(Event("phase", text, {"total_steps": config.train.steps, "step": state.step, "run_dir": str(run_dir)}))
+    room = fit.Room(
+        plan,
+        lambda rung: sweep_with_less(model, config.replace(fit.keys_of(rung), origin="out of memory")),
+        notify,
+    )
+    return Run(
+        config, run_dir, notify, accelerator, loss_module, model, tokenizer, optimizer, windows, validation, metrics,
+        PagingMeter(optimizer), plan, room, state, seconds,
+    )  # fmt: skip
+
+
+def _accelerator(device: str) -> Accelerator:
+    if device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ConfigError(f"model.device={device}: this machine has no CUDA device; try model.device=cpu")
+        if ":" in device:
+            torch.cuda.set_device(torch.device(device))
+    elif device not in ("auto", "cpu"):
+        raise ConfigError(f"model.device={device}: must be auto, cpu, cuda or cuda:N")
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    return Accelerator(cpu=on_cpu, mixed_precision="no")  # layers compute in model.dtype by themselves
+
+
+def _new_run_id(accelerator: Accelerator) -> str:
+    """Return a name that no other run has, the same in all processes."""
+    names = [os.urandom(8).hex()]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(names)
+    return names[0]
+
+
+def _require_same_processes(state: RunState, num_processes: int) -> None:
+    if state.num_processes != num_processes:
+        raise RunError(
+            f"cannot resume on {num_processes} processes: the run has {state.num_processes}, which decides the windows "
+            f"of a step; start it with {state.num_processes}"
+        )
