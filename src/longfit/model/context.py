@@ -1,4 +1,4 @@
-"""Extend a loaded model to a longer context: rotary positions, limits, attention (LongLoRA, sections 3.1 and 3.2).
+"""Extend a loaded model to a longer context: rotary positions, limits, attention (LongLoRA, sections 3.2 and 4.1).
 
 The formulas are in ``numerics/rope.py``; here they become settings of the model's own configuration, so that a saved
 model reloads as it was trained, in plain transformers. The change lives in the *base* configuration: an adapter file
@@ -75,7 +75,7 @@ def extend_context(
     group_size: int | None = None,
     theta: float | None = None,
 ) -> ContextReport:
-    """Make a model take ``context`` tokens, in place (LongLoRA, sections 3.1 and 3.2).
+    """Make a model take ``context`` tokens, in place (LongLoRA, sections 3.2 and 4.1).
 
     Positions change only when ``context`` exceeds what the model takes now. Extending an extended model by the same
     method equals extending the original once.

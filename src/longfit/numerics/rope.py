@@ -1,4 +1,4 @@
-"""Scaling of rotary position tables, so that a model reads further than it was trained (LongLoRA, section 3.1).
+"""Scaling of rotary position tables, so that a model reads further than it was trained (LongLoRA, section 4.1).
 
 A rotary embedding turns pair i of a head by the angle ``position * inv_freq[i]``, with ``inv_freq[i] = theta ** (-2i /
 dim)``. Beyond the native context the slow pairs reach angles they never met in training. Four remedies, all functions
