@@ -58,9 +58,8 @@ class Cell:
 CELLS = (
     *(Cell(tool, context) for context in (2048, 4096, 8192, 16384) for tool in ("peer", "longfit")),
     *(Cell("longfit", 16384, "shifted", arena) for arena in ("ram", "file")),
-    Cell("longfit", 65536, "shifted", "ram"),
+    *(Cell("longfit", 65536, "shifted", arena) for arena in ("ram", "file")),
     Cell("longfit", 131072, "shifted", "file"),
-    Cell("longfit", 65536, "shifted", "file"),
 )
 MORE_CELLS = (
     Cell("longfit", 131072, "shifted", "ram"),
