@@ -2,7 +2,7 @@
 
 import pytest
 
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 
 @pytest.mark.parametrize(
@@ -20,4 +20,4 @@ from longfit.words import in_bytes
     ],
 )
 def test_a_size_is_said_in_the_unit_that_shows_it(num_bytes: float, said: str) -> None:
-    assert in_bytes(num_bytes) == said
+    assert format_bytes(num_bytes) == said

@@ -35,6 +35,15 @@ def test_llama_and_its_kin_are_recognised(family):
 
 
 @runs_here
+def test_a_norm_that_peft_trains_as_a_copy_is_recognised():
+    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["input_layernorm"])
+    layer = base_model(get_peft_model(tiny_model("llama", dtype=torch.bfloat16), config)).model.layers[0]
+    copy = layer.input_layernorm.modules_to_save["default"]
+    assert copy.weight.requires_grad
+    assert copy in {fused.module for fused in find_fused(layer)}
+
+
+@runs_here
 def test_other_functions_keep_their_own_forward():
     assert kinds("gemma2") == {}  # weights of one plus w, gelu
     assert set(kinds("phi3").values()) == {Norm}  # gate and up are one projection

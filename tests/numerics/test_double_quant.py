@@ -94,7 +94,7 @@ def test_one_nan_shows_everywhere() -> None:
         assert dequantize_absmax(quantize_absmax(absmax, storage=storage)).isnan().all()
 
 
-def test_size_in_bytes() -> None:
+def test_size_format_bytes() -> None:
     assert quantize_absmax(typical_absmax(1000)).nbytes == 1000 + 4 * 4 + 4
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from longfit.cli.output import print_json, print_lines
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 PACKAGES = ("longfit", "torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "gguf")
 # Instruction sets that the kernels or torch choose between.
@@ -44,20 +44,20 @@ def doctor(
     if as_json:
         print_json(facts)
         return
-    cpu, disk = facts["cpu"], facts["disk"]
+    cpu, memory, disk = facts["cpu"], facts["memory"], facts["disk"]
     print_lines(
         f"python {facts['python']} on {facts['platform']}",
         "  ".join(f"{name} {number or 'not installed'}" for name, number in facts["packages"].items()),
         "",
         f"processor  {cpu['model']}, {cpu['cores']} cores, torch uses {cpu['torch_threads']} threads",
         f"           {' '.join(cpu['flags']) or 'no known instruction sets'}; torch: {cpu['torch_capability']}",
-        f"memory     {in_bytes(facts['memory']['available_bytes'])} free of {in_bytes(facts['memory']['total_bytes'])}",
-        f"disk       {in_bytes(disk['free_bytes'])} free of {in_bytes(disk['total_bytes'])} at {disk['path']}",
+        f"memory     {format_bytes(memory['available_bytes'])} free of {format_bytes(memory['total_bytes'])}",
+        f"disk       {format_bytes(disk['free_bytes'])} free of {format_bytes(disk['total_bytes'])} at {disk['path']}",
     )
     for gpu in facts["gpus"]:
         bf16 = "bfloat16" if gpu["bfloat16"] else "no bfloat16: float16 is used"
         print_lines(
-            f"gpu {gpu['index']}      {gpu['name']}, {in_bytes(gpu['total_bytes'])}, {gpu['capability']}, {bf16}"
+            f"gpu {gpu['index']}      {gpu['name']}, {format_bytes(gpu['total_bytes'])}, {gpu['capability']}, {bf16}"
         )
     if not facts["gpus"]:
         print_lines("gpu        none: everything runs on the processor")

@@ -8,7 +8,7 @@ import typer
 from longfit.cli.output import print_json, print_lines, print_table
 from longfit.cli.values import read_bytes, read_tokens
 from longfit.errors import ConfigError
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 if TYPE_CHECKING:
     from longfit.planning.plan import Plan
@@ -136,7 +136,7 @@ def headline(found: "Plan") -> list[str]:
     run = f"{found.model}, {s.context:,} tokens, rank {s.rank}, {s.attention} attention, tiles of {found.memory.tile:,}"
     verdict = "fits" if found.fits else "does not fit"
     over = [
-        f"{place} needs {in_bytes(found.peaks[place])}, has {in_bytes(limit)}"
+        f"{place} needs {format_bytes(found.peaks[place])}, has {format_bytes(limit)}"
         for place, limit in found.limits.items()
         if found.peaks[place] > limit
     ]
@@ -165,15 +165,15 @@ def _print_places(found: "Plan") -> None:
             text.append(GLYPHS[number % len(GLYPHS)] * cells, style=COLOURS[number % len(COLOURS)])
         if limit > peak:
             text.append("·" * max(0, BAR_CELLS - len(text.plain) + 12))
-        of = f" of {in_bytes(limit)}" if place in found.limits else ""
-        text.append(f" {in_bytes(peak)}{of}, in {found.memory.peak_phase(place)}")
+        of = f" of {format_bytes(limit)}" if place in found.limits else ""
+        text.append(f" {format_bytes(peak)}{of}, in {found.memory.peak_phase(place)}")
         console.print(text)
 
 
 def _print_components(found: "Plan") -> None:
     for place in ("accelerator", "host", "disk"):
         rows = [
-            (GLYPHS[number % len(GLYPHS)], name, in_bytes(size))
+            (GLYPHS[number % len(GLYPHS)], name, format_bytes(size))
             for number, (name, size) in enumerate(found.memory.at_peak(place))
         ]
         if rows:
@@ -225,13 +225,13 @@ def _print_gpus(
     for name in names.split(","):
         there = {**limits, "accelerator": gpu_bytes(name)}
         found = plan_shape(shape, settings, there, name=name)
-        row: dict[str, object] = {"gpu": name.strip(), "memory": in_bytes(there["accelerator"])}
+        row: dict[str, object] = {"gpu": name.strip(), "memory": format_bytes(there["accelerator"])}
         if not max_context:
             needs = found.peaks["accelerator"]
             row |= {
                 "fits": "yes" if found.fits else "no",
-                "accelerator": in_bytes(needs),
-                "host": in_bytes(found.peaks["host"]),
+                "accelerator": format_bytes(needs),
+                "host": format_bytes(found.peaks["host"]),
             }
             row["to change"] = " ".join(rung.paste for rung in found.rungs)
             if found.context_that_fits is not None:

@@ -10,7 +10,7 @@ import typer
 
 from longfit.cli.output import print_json, print_lines, print_note, print_table, show_progress
 from longfit.errors import ConfigError
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 if TYPE_CHECKING:
     from longfit.config import RunConfig
@@ -159,7 +159,7 @@ def summary(result: "TrainResult") -> list[str]:
     speed = result.tokens / result.seconds if result.seconds else 0.0
     lines = [
         f"{result.steps} steps, {result.tokens:,} tokens, {result.seconds:,.0f} s ({speed:,.0f} tokens/s), "
-        f"peak memory {in_bytes(result.peak_memory_bytes)}",
+        f"peak memory {format_bytes(result.peak_memory_bytes)}",
         f"loss {result.first_loss:.4f} -> {result.loss:.4f}"
         + (f", validation {result.eval_loss:.4f}" if result.eval_loss is not None else ""),
     ]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from longfit.errors import PlanError
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 
 class Stay(Protocol):
@@ -157,7 +157,7 @@ class FileArena:
                 raise
             left = shutil.disk_usage(self.folder).free
             raise PlanError(
-                f"{self.folder}: full after {in_bytes(self._end)} of layer inputs ({in_bytes(left)} left); free"
+                f"{self.folder}: full after {format_bytes(self._end)} of layer inputs ({format_bytes(left)} left); free"
                 " space, name another folder, or shorten the context"
             ) from error
         self._end += num_bytes

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from longfit.errors import PlanError
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 
 class PinnedMemory:
@@ -33,7 +33,7 @@ class PinnedMemory:
         status = torch.cuda.cudart().cudaHostRegister(slab.data_ptr(), len(memory), 0)
         if int(status) != 0:
             raise PlanError(
-                f"{in_bytes(num_bytes)} of host memory cannot be pinned (CUDA error {int(status)}); raise the"
+                f"{format_bytes(num_bytes)} of host memory cannot be pinned (CUDA error {int(status)}); raise the"
                 " limit of locked memory (ulimit -l), shorten the context, or keep layer inputs in a file"
             )
         self._slabs.append(slab)

@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
@@ -79,7 +79,7 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
         f"The base takes {small / 1e6:.0f} MB with NF4 linear layers instead of {half / 1e6:.0f} MB in 16 bits.",
         f"Training loss by pass over the text: {losses}.",
         f"Training ran at {result['tokens_per_s']:,.0f} tokens/s with groups of {result['group_size']:,} tokens;",
-        f"the process peaked at {in_bytes(result['peak_memory_bytes'])}; all took {result['seconds']:.0f} s.",
+        f"the process peaked at {format_bytes(result['peak_memory_bytes'])}; all took {result['seconds']:.0f} s.",
     ]
 
 

@@ -20,7 +20,7 @@ from longfit.evaluation.hay import HIGH, LOW
 from longfit.evaluation.pictures import draw_passkey, draw_perplexity, draw_training, svg_of
 from longfit.training.metrics import read_metrics
 from longfit.training.run_directory import read_config, write_text
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 GUESS_NATS = math.log(HIGH - LOW + 1)  # of a pass key, drawn evenly
 VERDICTS = {
@@ -161,7 +161,7 @@ def training_table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
             f"{sum(record['tokens'] for record in steps) / seconds:,.0f}",
             f"{steps[0]['loss']:.4f}",
             f"{steps[-1]['loss']:.4f}",
-            in_bytes(max(record["peak_memory_bytes"] for record in steps)),
+            format_bytes(max(record["peak_memory_bytes"] for record in steps)),
         ],
     ]
 

@@ -29,16 +29,19 @@ def layout_of(fmt: RowFormat) -> Layout:
 
 
 def check_float(name: str, values: Tensor) -> None:
+    """Raise TypeError unless values are floats that longfit reads."""
     if values.dtype not in FLOATS:
         raise TypeError(f"{name}: got {values.dtype}; allowed: float16, bfloat16, float32, float64; convert it first")
 
 
 def check_dtype(dtype: torch.dtype) -> None:
+    """Raise TypeError unless longfit writes this dtype."""
     if dtype not in FLOATS:
         raise TypeError(f"dtype: got {dtype}; allowed: float16, bfloat16, float32, float64")
 
 
 def check_packed(packed: Tensor, state: QuantState) -> None:
+    """Raise ValueError unless these are the codes of the weight that the state describes."""
     if packed.dtype != torch.uint8 or packed.shape != ((state.numel + 1) // 2,):
         raise ValueError(
             f"packed: got {packed.dtype} {list(packed.shape)}; a weight of {list(state.shape)} needs "
@@ -47,12 +50,13 @@ def check_packed(packed: Tensor, state: QuantState) -> None:
 
 
 def check_codebook(codebook: Tensor) -> None:
+    """Raise ValueError unless this is a codebook of 8-bit quantisation."""
     if codebook.dtype != torch.float32 or codebook.dim() != 1 or not 2 <= codebook.numel() <= 256:
         raise ValueError(f"codebook: got {codebook.dtype} {list(codebook.shape)}; allowed: float32 [2] to [256]")
 
 
 def check_rows(rows: Tensor, constants: Tensor, layout: Layout, first_row: int) -> int:
-    """Return the number of rows."""
+    """Return the number of rows; raise ValueError unless they and the constants belong to the layout."""
     shape = rows.shape
     if rows.dtype != torch.uint8 or len(shape) != 2 or shape[1] != layout.row_bytes:
         raise ValueError(f"rows: got {rows.dtype} {list(shape)}; {layout.fmt} needs uint8 [n, {layout.row_bytes}]")
@@ -67,6 +71,7 @@ def check_rows(rows: Tensor, constants: Tensor, layout: Layout, first_row: int) 
 
 
 def check_matmul(name: str, x: Tensor, features: int, rows: Tensor, constants: Tensor, layout: Layout) -> None:
+    """Raise ValueError or TypeError unless the last axis of ``x`` meets the whole weight, on one device."""
     check_float(name, x)
     if x.shape[-1:] != (features,):
         raise ValueError(f"{name}: got {list(x.shape)}; the last axis must be {features} for {layout.fmt}")

@@ -18,7 +18,7 @@ from longfit.kernels.cpu_library import library, unavailable
 ISA = "avx512_bf16"
 
 SUMMED_ROWS = 64
-"""``csrc/elementwise.h:kSummedRows``."""
+"""Rows whose share in the gradient of a norm's weight is added up in turn: the same ones for any number of threads."""
 
 
 def supported() -> str | None:
@@ -87,6 +87,7 @@ def rms_norm_backward(
         x.shape[-1],
         grad_x.data_ptr(),
         None if sums is None else sums.data_ptr(),
+        SUMMED_ROWS,
         torch.get_num_threads(),
     )
     return grad_x, None if sums is None else sums.sum(0)

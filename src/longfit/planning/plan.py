@@ -11,7 +11,7 @@ from longfit.planning.machines import Rates, fused_kernels_here, step_seconds
 from longfit.planning.memory import PLACES, MemoryPlan, memory_plan
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape, read_shape
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def ladder_lines(found: Plan) -> list[str]:
     lines = ["what would make it fit, cheapest first:"] if found.rungs else []
     for number, rung in enumerate(found.rungs, 1):
         frees = ", ".join(
-            f"{'frees' if size > 0 else 'takes'} {in_bytes(abs(size))} of {place}" for place, size in rung.frees.items()
+            f"{'frees' if size > 0 else 'takes'} {format_bytes(abs(size))} of {place}"
+            for place, size in rung.frees.items()
         )
         kind = "" if rung.exact else "; changes the numbers of the run"
         lines.append(f"  {number}. {rung.paste:<44} {rung.name}: {frees}; costs {rung.costs}{kind}")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from longfit.errors import RunError
 from longfit.optim.adamw import PagedAdamW
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 FORMAT = 1
 DISK_RESERVE_BYTES = 16 << 20  # tokenizer, configuration and file-system overhead
@@ -214,5 +214,5 @@ def _cannot_save(final: Path, error: Exception, needed: int) -> str:
     stays = f"{earlier[-1]} stays valid" if earlier else "there is no earlier one"
     advice = "resume the run with --resume" if earlier else "start again in a new --run-dir"
     full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
-    what = f"the disk is full, a checkpoint needs {in_bytes(needed)}" if full else str(error)
+    what = f"the disk is full, a checkpoint needs {format_bytes(needed)}" if full else str(error)
     return f"{final}: cannot save: {what}; {stays}. Free some space and {advice}"

@@ -29,7 +29,7 @@ from longfit.planning.plan import Plan, ladder_lines, plan_shape
 from longfit.planning.settings import PlanSettings, UnplannedError
 from longfit.planning.shapes import ModelShape, read_shape
 from longfit.training.metrics import Event, OnEvent
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 PLANNED_PARALLELISM = ("NO", "MULTI_GPU", "MULTI_CPU")
 """Accelerate's names of one process, and of whole replicas on several devices."""
@@ -99,7 +99,7 @@ def plan_run(
         )
         on_event(Event("phase", f"to fit, chosen: {' '.join(rung.paste for rung in rungs)}"))
     limit = limits[plan.device_place]
-    text = f"planned peak: {in_bytes(plan.device_peak)} of {in_bytes(limit)} {plan.device_place} memory"
+    text = f"planned peak: {format_bytes(plan.device_peak)} of {format_bytes(limit)} {plan.device_place} memory"
     on_event(Event("phase", text, {"planned_peak_bytes": plan.device_peak}))
     return config, plan
 
@@ -137,9 +137,9 @@ def _overfull(plan: Plan) -> list[str]:
     lines = []
     for place, limit in plan.limits.items():
         if plan.peaks[place] > limit:
-            largest = ", ".join(f"{name} {in_bytes(size)}" for name, size in plan.memory.at_peak(place)[:3])
-            needed = in_bytes(plan.peaks[place])
-            lines.append(f"  {place}: needs {needed}, has {in_bytes(limit)}; most of it is {largest}")
+            largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.memory.at_peak(place)[:3])
+            needed = format_bytes(plan.peaks[place])
+            lines.append(f"  {place}: needs {needed}, has {format_bytes(limit)}; most of it is {largest}")
     return lines
 
 
@@ -152,7 +152,9 @@ def plan_json(plan: Plan, *, measured_bytes: int | None = None) -> str:
 def compare(plan: Plan, measured_bytes: int) -> str:
     """Say how far the measured peak is from the planned one."""
     off = measured_bytes / plan.device_peak - 1
-    return f"peak memory: planned {in_bytes(plan.device_peak)}, measured {in_bytes(measured_bytes)} ({off:+.1%})"
+    return (
+        f"peak memory: planned {format_bytes(plan.device_peak)}, measured {format_bytes(measured_bytes)} ({off:+.1%})"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ out of memory
@@ -204,7 +206,7 @@ class Room:
             return ""
         fixed = ("4-bit layers", "linear layers", "embedding and output matrix", "Python and its libraries")
         held = [pair for pair in self._plan.memory.at_peak(self._plan.device_place) if pair[0] not in fixed]
-        return f"; the largest component is {held[0][0]}, planned at {in_bytes(held[0][1])}" if held else ""
+        return f"; the largest component is {held[0][0]}, planned at {format_bytes(held[0][1])}" if held else ""
 
     def _advice(self) -> str:
         if self._plan is None:

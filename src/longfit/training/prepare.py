@@ -29,7 +29,7 @@ from longfit.model.load import load, read_config
 from longfit.model.save import load_adapter
 from longfit.training import run_directory
 from longfit.training.metrics import Event, OnEvent
-from longfit.words import in_bytes
+from longfit.words import format_bytes
 
 
 def read_data(config: RunConfig) -> tuple[Documents, Documents | None]:
@@ -171,7 +171,7 @@ def stream_frozen(model: Any, config: RunConfig, device: torch.device, *, on_eve
         report = stream_weights(model, folder=folder)
     except OSError as error:
         raise ConfigError(f"engine.stream_folder: {folder}: {error.strerror}; name a folder with room") from error
-    text = f"streaming {in_bytes(report.num_bytes)} of frozen weights from {report.place}"
+    text = f"streaming {format_bytes(report.num_bytes)} of frozen weights from {report.place}"
     on_event(Event("phase", text, {"num_bytes": report.num_bytes, "largest_bytes": report.largest_bytes}))
 
 

@@ -7,13 +7,12 @@
 #include "longfit.h"
 
 // out = w * bf16(x / rms(x)) of each row [columns];  inverse_rms fp32 [rows].  The weight's gradient, unless it is null, comes as sums over
-// kSummedRows rows each: fp32 [ceil(rows / kSummedRows), columns].
-constexpr int64_t kSummedRows = 64;
-
+// `summed_rows` rows each: fp32 [ceil(rows / summed_rows), columns].
 LONGFIT_EXPORT void longfit_rms_norm_forward_avx512_bf16(const void* x, const void* weight, float eps, int64_t rows, int64_t columns, void* out,
                                                          float* inverse_rms, int threads);
 LONGFIT_EXPORT void longfit_rms_norm_backward_avx512_bf16(const void* grad_out, const void* x, const void* weight, const float* inverse_rms,
-                                                          int64_t rows, int64_t columns, void* grad_x, float* grad_weight, int threads);
+                                                          int64_t rows, int64_t columns, void* grad_x, float* grad_weight,
+                                                          int64_t summed_rows, int threads);
 
 // out = silu(gate) * up.
 LONGFIT_EXPORT void longfit_swiglu_forward_avx512_bf16(const void* gate, const void* up, int64_t count, void* out, int threads);

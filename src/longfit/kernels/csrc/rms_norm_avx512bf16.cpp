@@ -47,7 +47,7 @@ void longfit_rms_norm_forward_avx512_bf16(const void* x, const void* weight, flo
 
 // With h = bf16(w dy) and n = bf16(x / rms):  dx = h / rms - x sum(h x) / (columns rms^3);  dw = sum over the rows of dy n.
 void longfit_rms_norm_backward_avx512_bf16(const void* grad_out, const void* x, const void* weight, const float* inverse_rms, int64_t rows,
-                                           int64_t columns, void* grad_x, float* grad_weight, int threads) {
+                                           int64_t columns, void* grad_x, float* grad_weight, int64_t summed_rows, int threads) {
     const bf16* w = static_cast<const bf16*>(weight);
     const auto row_backward = [&](int64_t row, float* weight_sums) {
         const bf16* from = static_cast<const bf16*>(x) + row * columns;
@@ -76,13 +76,13 @@ void longfit_rms_norm_backward_avx512_bf16(const void* grad_out, const void* x, 
         return;
     }
     // Each sum belongs to rows that are the same for any number of threads, and so are its bits.
-    const int64_t groups = (rows + kSummedRows - 1) / kSummedRows;
-    parallel_for(groups, kTask / (kSummedRows * columns + 1) + 1, threads, [&](int64_t begin, int64_t end) {
+    const int64_t groups = (rows + summed_rows - 1) / summed_rows;
+    parallel_for(groups, kTask / (summed_rows * columns + 1) + 1, threads, [&](int64_t begin, int64_t end) {
         for (int64_t group = begin; group < end; ++group) {
             float* sums = grad_weight + group * columns;
             std::fill(sums, sums + columns, 0.f);
-            const int64_t last = std::min(rows, (group + 1) * kSummedRows);
-            for (int64_t row = group * kSummedRows; row < last; ++row) row_backward(row, sums);
+            const int64_t last = std::min(rows, (group + 1) * summed_rows);
+            for (int64_t row = group * summed_rows; row < last; ++row) row_backward(row, sums);
         }
     });
 }
