@@ -14,7 +14,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://do
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/longfit/kernels/csrc/*.* src/longfit/kernels/csrc/runtime/*.*)
+$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/longfit/kernels/csrc/*.* src/longfit/kernels/csrc/*/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "longfit needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --retries 1 --timeout 20 $(TORCH_INDEX) --constraint constraints.txt torch

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longfit.engine.schedule import Schedule, build_schedule, document_starts
-from longfit.engine.tile_attention import tile_backward, tile_forward
-from longfit.kernels import cpu_attention
+from longfit.attention.backends import tile_backward, tile_forward
+from longfit.attention.visibility import Schedule, build_schedule, document_starts
+from longfit.kernels.cpu import attention as cpu_attention
 
 RESULTS = Path(__file__).parent / "results"
 

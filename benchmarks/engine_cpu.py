@@ -82,10 +82,10 @@ def token_ids(tokenizer: Any, context: int) -> Any:
 
 def longfit_model(folder: Path, cell: Cell, scratch: Path, **load: Any) -> tuple[Any, Any]:
     import longfit
-    from longfit.engine.arena import FileArena
-    from longfit.engine.attention import attention_key
-    from longfit.engine.doors import base_model
-    from longfit.engine.sweep import enable_sweep
+    from longfit.attention.hf_attention import attention_key
+    from longfit.engine.hf_model import base_model
+    from longfit.engine.offload.activations import FileArena
+    from longfit.engine.sweep.install import enable_sweep
 
     model, tokenizer = longfit.load(str(folder), quant="nf4", double_quant=True, **load)
     model = longfit.add_adapters(model, rank=16, alpha=32).train()
@@ -122,7 +122,7 @@ def measure(cell: Cell, folder: Path, scratch: Path) -> dict[str, Any]:
 
     torch.manual_seed(0)
     if cell.tool == "longfit":
-        from longfit.engine.loss import training_loss
+        from longfit.engine.loss.training_loss import training_loss
 
         model, tokenizer = longfit_model(folder, cell, scratch)
         loss_of = training_loss
@@ -162,9 +162,9 @@ def gate(folder: Path) -> dict[str, Any]:
     """
     import torch
 
-    from longfit.engine.attention import attention_key
-    from longfit.engine.check import check_gradients
-    from longfit.engine.doors import base_model
+    from longfit.attention.hf_attention import attention_key
+    from longfit.engine.gradient_check import check_gradients
+    from longfit.engine.hf_model import base_model
 
     outcome: dict[str, Any] = {"ok": True}
     model, tokenizer = longfit_model(folder, Cell("longfit", 512), folder, dtype=torch.float32)

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from gpu_bench import RANK, REAL, TINY, Bench, model_of, step, step_flops, sweep
 from gpu_gate import gate
 from gpu_report import PEER_CONTEXTS, Line, Report
-from longfit.engine.arena import MemoryArena
-from longfit.engine.attention import attention_key
-from longfit.engine.doors import base_model
-from longfit.engine.schedule import Schedule, build_schedule, document_starts
-from longfit.engine.sweep import disable_sweep
-from longfit.engine.tile_attention import tile_backward, tile_forward
+from longfit.attention.backends import tile_backward, tile_forward
+from longfit.attention.hf_attention import attention_key
+from longfit.attention.visibility import Schedule, build_schedule, document_starts
+from longfit.engine.hf_model import base_model
+from longfit.engine.offload.activations import MemoryArena
+from longfit.engine.sweep.install import disable_sweep
 from longfit.errors import PlanError
 from longfit.kernels import dispatch
 from longfit.layers.linear4bit import Linear4bit

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gpu_report import Report
-from longfit.engine.arena import Arena, MemoryArena
-from longfit.engine.arena_pinned import PinnedArena
-from longfit.engine.attention import attention_key
-from longfit.engine.doors import base_model
-from longfit.engine.loss import training_loss
-from longfit.engine.sweep import enable_sweep
+from longfit.attention.hf_attention import attention_key
+from longfit.engine.hf_model import base_model
+from longfit.engine.loss.training_loss import training_loss
+from longfit.engine.offload.activations import Arena, MemoryArena
+from longfit.engine.offload.pinned_activations import PinnedArena
+from longfit.engine.sweep.install import enable_sweep
 from longfit.layers.linear4bit import Linear4bit
 from longfit.model.adapters import add_adapters
 from longfit.model.load import default_dtype

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from gpu_bench import TINY, Bench, model_of, sweep
-from longfit.engine.check import TOLERANCES, check_gradients
-from longfit.engine.loss import training_loss
-from longfit.engine.schedule import build_schedule, document_starts
-from longfit.engine.tile_attention import tile_backward, tile_forward
+from longfit.attention.backends import tile_backward, tile_forward
+from longfit.attention.visibility import build_schedule, document_starts
+from longfit.engine.gradient_check import TOLERANCES, check_gradients
+from longfit.engine.loss.training_loss import training_loss
 from longfit.kernels import dispatch
 from longfit.model.fused import fuse
 from longfit.numerics import adamw, quant_state

@@ -34,7 +34,9 @@ from bitsandbytes.cextension import lib as bnb_library
 from torch import Tensor
 
 from loading_cpu import Loading, loading_rows
-from longfit.kernels import cpu, cpu_library, dispatch
+from longfit.kernels import dispatch
+from longfit.kernels.cpu import library as cpu_library
+from longfit.kernels.cpu import weights_4bit as cpu
 from longfit.numerics import quant_state
 from longfit.numerics.codebooks import dynamic_map
 from longfit.numerics.row_format import RowFormat, to_rows

@@ -131,9 +131,9 @@ def load_libraries(scratch: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import longfit
-    from longfit.engine.arena import FileArena
-    from longfit.engine.loss import training_loss
-    from longfit.engine.sweep import enable_sweep
+    from longfit.engine.loss.training_loss import training_loss
+    from longfit.engine.offload.activations import FileArena
+    from longfit.engine.sweep.install import enable_sweep
     from longfit.layers.linear4bit import Linear4bit
 
     sizes = {"vocab_size": 256, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
@@ -154,12 +154,12 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     import torch
 
     import longfit
-    from longfit.engine.arena import FileArena, MemoryArena
-    from longfit.engine.attention import attention_key
-    from longfit.engine.doors import base_model
-    from longfit.engine.loss import training_loss
-    from longfit.engine.sweep import enable_sweep
-    from longfit.planning.fixed import trained, uses_torch_adamw
+    from longfit.attention.hf_attention import attention_key
+    from longfit.engine.hf_model import base_model
+    from longfit.engine.loss.training_loss import training_loss
+    from longfit.engine.offload.activations import FileArena, MemoryArena
+    from longfit.engine.sweep.install import enable_sweep
+    from longfit.planning.constant_bytes import trained, uses_torch_adamw
 
     torch.manual_seed(0)
     load_libraries(scratch)

@@ -18,24 +18,29 @@ FLOORS = {
     "errors": 0,
     "words": 0,
     "numerics": 0,
+    "compat": 0,
     "kernels": 1,
     "layers": 2,
     "optim": 2,
+    "attention": 2,
     "engine": 3,
     "model": 4,
     "data": 4,
+    "parallel": 4,
     "config": 5,
     "planning": 5,
     "training": 6,
     "evaluation": 7,
+    "export": 7,
     "demo": 8,
     "cli": 9,
+    "board": 9,
     "__main__": 10,
 }
 
 
 def room(module: str) -> str:
-    """``longfit.engine.sweep`` lives in ``engine``."""
+    """``longfit.engine.sweep.install`` lives in ``engine``."""
     return module.split(".")[1]
 
 

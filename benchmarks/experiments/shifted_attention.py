@@ -29,9 +29,9 @@ from benchmarks.experiments.texts import reference
 from benchmarks.experiments.training import Recipe, trainable
 from torch import Tensor
 
-from longfit.engine.attention import attention_key
-from longfit.engine.doors import base_model, decoder, hidden_states
-from longfit.engine.loss import training_loss
+from longfit.attention.hf_attention import attention_key
+from longfit.engine.hf_model import base_model, decoder, hidden_states
+from longfit.engine.loss.training_loss import training_loss
 from longfit.numerics.shifted_attention import receptive_field
 
 LAYERS, TIMED_LAYERS = 30, 2

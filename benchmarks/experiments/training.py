@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longfit.attention.hf_attention import attention_key
 from longfit.demo import demo_model
-from longfit.engine.attention import attention_key
-from longfit.engine.doors import base_model
-from longfit.engine.loss import training_loss
-from longfit.engine.sweep import enable_sweep
+from longfit.engine.hf_model import base_model
+from longfit.engine.loss.training_loss import training_loss
+from longfit.engine.sweep.install import enable_sweep
 from longfit.model.adapters import add_adapters
 from longfit.model.context import extend_context
 from longfit.model.load import load

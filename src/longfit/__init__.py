@@ -14,8 +14,8 @@ _HOME = {
     "add_adapters": "longfit.model.adapters",
     "save_adapter": "longfit.model.save",
     "load_adapter": "longfit.model.save",
-    "training_loss": "longfit.engine.loss",
-    "check_gradients": "longfit.engine.check",
+    "training_loss": "longfit.engine.loss.training_loss",
+    "check_gradients": "longfit.engine.gradient_check",
     "PagedAdamW": "longfit.optim.adamw",
     "quantize_4bit": "longfit.kernels.dispatch",
     "dequantize_4bit": "longfit.kernels.dispatch",
@@ -33,8 +33,8 @@ __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
     from longfit.config import RunConfig
-    from longfit.engine.check import check_gradients
-    from longfit.engine.loss import training_loss
+    from longfit.engine.gradient_check import check_gradients
+    from longfit.engine.loss.training_loss import training_loss
     from longfit.errors import LongfitError
     from longfit.evaluation.passkey import passkey
     from longfit.evaluation.perplexity import perplexity

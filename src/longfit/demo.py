@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
+from longfit.attention.hf_attention import attention_key
 from longfit.config import RunConfig
-from longfit.engine.attention import attention_key
 from longfit.errors import ConfigError, ModelError, RunError
 from longfit.evaluation.demo_report import write_report
 from longfit.evaluation.perplexity import perplexity

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longfit.engine.heap import give_back
+from longfit.engine.host_memory import give_back
 
 
 def resident_bytes() -> int:

@@ -7,10 +7,10 @@ import torch
 from tests.model_folders import byte_tokenizer, llama
 
 from longfit.errors import ConfigError, DataError
-from longfit.evaluation import hay as prompts
 from longfit.evaluation import passkey as module
-from longfit.evaluation.hay import Hay, Needle
+from longfit.evaluation import passkey_prompts as prompts
 from longfit.evaluation.passkey import passkey, wilson
+from longfit.evaluation.passkey_prompts import Hay, Needle
 
 # bytes: introduction, needle and question alone take 268 tokens, 475 with three keys together
 LENGTHS = {False: (300, 420), True: (520, 600)}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.tiny_models import VOCABULARY, tiny_model
 
-from longfit.engine.attention import attention_key
+from longfit.attention.hf_attention import attention_key
 from longfit.engine.sizes import SMALLEST_TILE
 from longfit.errors import ConfigError, DataError
 from longfit.evaluation.perplexity import perplexity

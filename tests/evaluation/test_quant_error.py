@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.tiny_models import VOCABULARY, tiny_model
 
-from longfit.engine.attention import attention_key
+from longfit.attention.hf_attention import attention_key
 from longfit.errors import ConfigError, ModelError
 from longfit.evaluation.perplexity import perplexity
 from longfit.evaluation.quant_error import DataType, data_types, quant_error, quantized_weights, round_to

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 
-from longfit.engine.attention import attention_key
+from longfit.attention.hf_attention import attention_key
 from longfit.errors import DataError
 from longfit.evaluation.reader import Reader, shared_prefix
 from longfit.model.adapters import add_adapters

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from longfit.kernels import cpu_library
+from longfit.kernels.cpu import library as cpu_library
 
 
 @pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16", "neon"])

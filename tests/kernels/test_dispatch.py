@@ -12,9 +12,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longfit.errors import BackendError
-from longfit.kernels import cpu, dispatch, triton_device
+from longfit.kernels import dispatch
+from longfit.kernels.cpu import weights_4bit as cpu
 from longfit.kernels.dispatch import Dispatcher, backends, use_backend
 from longfit.kernels.ops import format_fields
+from longfit.kernels.triton import device as triton_device
 from longfit.numerics import quant_state, row_format
 from longfit.numerics.codebooks import dynamic_map
 from longfit.numerics.row_format import RowFormat

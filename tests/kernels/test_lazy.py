@@ -22,11 +22,11 @@ backends("cpu"), backends("cuda")
 print("triton" in sys.modules)
 PagedAdamW([x], state_bits=8).step()  # torch's base class of optimisers imports triton itself
 
-for room in ("kernels", "layers", "optim", "engine"):
-    for module in pkgutil.iter_modules([f"{longfit.__path__[0]}/{room}"], f"longfit.{room}."):
-        if not module.name.startswith(("longfit.kernels.triton_", "longfit.kernels._longfit")):
+for room in ("kernels", "layers", "optim", "attention", "engine"):
+    for module in pkgutil.walk_packages([f"{longfit.__path__[0]}/{room}"], f"longfit.{room}."):
+        if not module.name.startswith(("longfit.kernels.triton", "longfit.kernels.cpu._longfit")):
             importlib.import_module(module.name)
-print(sorted(name for name in sys.modules if name.startswith("longfit.kernels.triton_")), torch.cuda.is_initialized())
+print(sorted(name for name in sys.modules if name.startswith("longfit.kernels.triton.")), torch.cuda.is_initialized())
 """
 
 
@@ -34,4 +34,4 @@ def test_cpu_work_imports_no_kernel_of_a_card_and_starts_no_cuda() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", WORK], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.splitlines() == ["False", "['longfit.kernels.triton_device'] False"]
+    assert run.stdout.splitlines() == ["False", "['longfit.kernels.triton.device'] False"]

@@ -7,7 +7,7 @@ import torch
 from tests.model_folders import byte_tokenizer, llama
 from torch import nn
 
-from longfit.engine.loss import training_loss
+from longfit.engine.loss.training_loss import training_loss
 from longfit.errors import ModelError
 from longfit.layers.linear4bit import Linear4bit
 from longfit.layers.qlora import QLoRALinear

@@ -17,10 +17,10 @@ from tests.exact_norms import exact_norms
 from tests.tiny_models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
-from longfit.engine.attention import attention_key
-from longfit.engine.doors import base_model
-from longfit.engine.loss import training_loss
-from longfit.engine.sweep import enable_sweep
+from longfit.attention.hf_attention import attention_key
+from longfit.engine.hf_model import base_model
+from longfit.engine.loss.training_loss import training_loss
+from longfit.engine.sweep.install import enable_sweep
 from longfit.errors import BackendError
 from longfit.layers.linear4bit import Linear4bit
 from longfit.model import fused

@@ -15,16 +15,16 @@ from tests.fake_tensors import HostArena, LiveBytes, tile_backward, tile_forward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from longfit.engine import linear_cross_entropy as loss_module
-from longfit.engine import sweep_probe
-from longfit.engine import walk as walk_module
-from longfit.engine.arena import MemoryArena
-from longfit.engine.attention import attention_key
-from longfit.engine.loss import training_loss
-from longfit.engine.replay import RandomState
-from longfit.engine.schedule import build_schedule, document_starts
-from longfit.engine.sweep import enable_sweep
-from longfit.engine.walk import Visible
+from longfit.attention.hf_attention import attention_key
+from longfit.attention.visibility import build_schedule, document_starts
+from longfit.engine.loss import linear_cross_entropy as loss_module
+from longfit.engine.loss.training_loss import training_loss
+from longfit.engine.offload.activations import MemoryArena
+from longfit.engine.sweep import probe as sweep_probe
+from longfit.engine.sweep import tile_pass
+from longfit.engine.sweep.install import enable_sweep
+from longfit.engine.sweep.recompute_state import RandomState
+from longfit.engine.sweep.tile_pass import Visible
 from longfit.layers.linear4bit import Linear4bit
 from longfit.model.adapters import add_adapters
 from longfit.model.hf_quantizer import skipped_linears
@@ -133,11 +133,11 @@ def step_peaks(config, *, num_tokens, tile, layers=2, arena="host", group_size=N
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for module in (walk_module, sweep_probe):
+        for module in (tile_pass, sweep_probe):
             patch.setattr(module, "tile_forward", tile_forward)
-        patch.setattr(walk_module, "tile_backward", tile_backward)
-        patch.setattr(walk_module, "build_schedule", build)
-        patch.setattr(walk_module.Visible, "of", Visible_of)
+        patch.setattr(tile_pass, "tile_backward", tile_backward)
+        patch.setattr(tile_pass, "build_schedule", build)
+        patch.setattr(tile_pass.Visible, "of", Visible_of)
         patch.setattr(loss_module, "_trained_rows", lambda labels, num_words: torch.arange(len(labels)))
         patch.setattr(loss_module, "CPU_LOGITS", loss_module.DEVICE_LOGITS)  # fake tensors are on the CPU
         patch.setattr(RandomState, "same", lambda self, other: True)

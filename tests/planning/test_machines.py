@@ -6,7 +6,7 @@ import pytest
 from tests.planning.configs import config
 
 from longfit.errors import ConfigError
-from longfit.kernels import cpu_elementwise
+from longfit.kernels.cpu import elementwise as cpu_elementwise
 from longfit.planning.machines import (
     GPUS,
     Rates,

@@ -7,14 +7,14 @@ import torch
 from tests.planning.configs import NAMES, config
 from tests.planning.fake_run import meta_model, step_peaks
 
-from longfit.engine.schedule import build_schedule, document_starts
+from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.sizes import DEVICE_LOGITS
-from longfit.engine.walk import Visible
+from longfit.engine.sweep.tile_pass import Visible
 from longfit.numerics.adamw import BLOCK_SIZE
 from longfit.numerics.row_format import RowFormat
 from longfit.optim.checks import default_page_bytes
 from longfit.optim.layout import Layout, format_of
-from longfit.planning import fixed, growing
+from longfit.planning import constant_bytes, per_token_bytes
 from longfit.planning.memory import PHASES, MemoryPlan, memory_plan
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import Matrix, ModelShape
@@ -43,8 +43,8 @@ def agree(name: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None
     Two per cent: what the closed form leaves out are log-sum-exp sums, adapter temporaries and tensors of a few bytes
     a token. The simulation has no kernels: their temporaries are left out of the plan as well.
     """
-    monkeypatch.setattr(growing, "attention_kernel_bytes", lambda shape, settings: 0)
-    monkeypatch.setitem(growing.LOGITS, "cpu", DEVICE_LOGITS)  # as in the simulation
+    monkeypatch.setattr(per_token_bytes, "attention_kernel_bytes", lambda shape, settings: 0)
+    monkeypatch.setitem(per_token_bytes.LOGITS, "cpu", DEVICE_LOGITS)  # as in the simulation
     shape = ModelShape.of(config(name))
     shape = replace(shape, windows=shape.windows[:2])
     settings = PlanSettings(**{"context": 8192, "rank": 32, "arena": "pinned", **changes})  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def test_packed_bytes_are_those_of_the_row_format(out: int, into: int, double_qu
     settings = PlanSettings(1024, double_quant=double_quant)
     form = RowFormat(out, into, double_quant=double_quant)
     stored = form.rows * form.row_bytes + form.constant_bytes
-    assert fixed.packed_bytes(Matrix(out, into), settings) == stored
+    assert constant_bytes.packed_bytes(Matrix(out, into), settings) == stored
 
 
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "Qwen3-8B"])
@@ -126,22 +126,22 @@ def test_optimiser_state_is_that_of_its_pages(name: str, optim: str) -> None:
     learned = [p for p in model.parameters() if p.requires_grad]
     forms = [format_of(p, state_bits=bits, master_weights="fp32") for p in learned]
     layout.add([(number, p, form) for number, (p, form) in enumerate(zip(learned, forms, strict=True))])
-    parts = fixed.trained(ModelShape.of(config(name)), settings)
+    parts = constant_bytes.trained(ModelShape.of(config(name)), settings)
     assert parts.num_params == sum(p.numel() for p in learned)
     # Ends of pages stay free, and small fields fill whole cache lines: well below one per cent.
     pages = len(layout.pages) * layout.page_bytes
-    assert fixed.state_bytes(parts, settings) == pytest.approx(pages, rel=0.01, abs=2 * layout.page_bytes)
+    assert constant_bytes.state_bytes(parts, settings) == pytest.approx(pages, rel=0.01, abs=2 * layout.page_bytes)
 
 
 def test_the_one_constant_that_cannot_be_imported_without_torch() -> None:
-    assert fixed.MOMENT_BLOCK_SIZE == BLOCK_SIZE
+    assert constant_bytes.MOMENT_BLOCK_SIZE == BLOCK_SIZE
 
 
 @pytest.mark.parametrize(("tokens", "tile"), [(1000, 128), (4096, 512), (777, 100)])
 @pytest.mark.parametrize("rule", [{}, {"group_size": 256}, {"group_size": 700}, {"sliding_window": 300}])
 def test_windows_are_as_wide_as_the_walk_makes_them(tokens: int, tile: int, rule: dict[str, int]) -> None:
     schedule = build_schedule(4, document_starts(1, tokens), **rule)
-    assert growing.window_tokens(tokens, tile, **rule) == Visible.of(schedule, tile).capacity
+    assert per_token_bytes.window_tokens(tokens, tile, **rule) == Visible.of(schedule, tile).capacity
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,7 +169,7 @@ def test_places_hold_what_is_sent_there() -> None:
     streamed = memory_plan(shape, PlanSettings(65_536, arena="ram", stream="ram"))
     kept = memory_plan(shape, PlanSettings(65_536, arena="ram"))
     largest = 128_256 * 4096 * 2
-    weights = fixed.weights(shape, PlanSettings(65_536))
+    weights = constant_bytes.weights(shape, PlanSettings(65_536))
     saved = kept.bytes_in("accelerator", "backward") - streamed.bytes_in("accelerator", "backward")
     assert saved == pytest.approx(1.03 * (weights.layers + weights.vocabulary - 2 * largest), rel=1e-6)
     on_cpu = memory_plan(shape, PlanSettings(4096, device="cpu"))
@@ -189,14 +189,16 @@ def test_float16_norms_and_embeddings_have_float32_gradients() -> None:
 def test_kernels_of_a_cpu_keep_no_float32_copies() -> None:
     shape, settings = ModelShape.of(config("SmolLM2-135M")), PlanSettings(8192, device="cpu", fused_kernels=True)
     plain = settings.changed({"fused_kernels": False})
-    tiles = [growing.tile_bytes(shape, s, tokens=1).mlp for s in (plain, settings)]
+    tiles = [per_token_bytes.tile_bytes(shape, s, tokens=1).mlp for s in (plain, settings)]
     assert tiles[0] - tiles[1] == 2 * 4 * 576 + 2 * 1536  # the copies of two norms, and silu's output
-    logits = [growing.loss_bytes(shape, s, gradient=True) for s in (plain, settings)]
+    logits = [per_token_bytes.loss_bytes(shape, s, gradient=True) for s in (plain, settings)]
     assert logits[0] - logits[1] == 341 * 49_152 * 4
     for refused in ({"dtype": "float32"}, {"device": "cuda"}):
         changed = settings.changed(refused)
         assert memory_plan(shape, changed) == memory_plan(shape, changed.changed({"fused_kernels": False}))
-    trained = [growing.tile_bytes(shape, s.changed({"train_norms": True}), tokens=1).mlp for s in (plain, settings)]
+    trained = [
+        per_token_bytes.tile_bytes(shape, s.changed({"train_norms": True}), tokens=1).mlp for s in (plain, settings)
+    ]
     assert trained == [tiles[0] + 2 * 2 * 576, tiles[1]]  # torch keeps the normed input of each norm for its weight
 
 

@@ -12,7 +12,7 @@ from tests.training.conftest import MakeConfig
 from tests.training.tiny import save_tiny_model, write_texts
 
 from longfit.config import sections
-from longfit.engine.loss import training_loss
+from longfit.engine.loss.training_loss import training_loss
 from longfit.errors import ConfigError, RunError
 from longfit.training.loop import TrainResult, train
 from longfit.training.metrics import Event, read_metrics

@@ -138,7 +138,7 @@ def test_memory_that_runs_out_in_a_pass_moves_the_state_away_and_the_pass_is_tri
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbroken: list[float]
 ) -> None:
     released: list[int] = []
-    evict, forward, calls = PagedAdamW.evict, longfit.engine.loss.TrainingLoss.forward, iter(range(100))
+    evict, forward, calls = PagedAdamW.evict, longfit.engine.loss.training_loss.TrainingLoss.forward, iter(range(100))
 
     def evict_and_note(self: PagedAdamW) -> int:
         released.append(evict(self))
@@ -155,7 +155,7 @@ def test_memory_that_runs_out_in_a_pass_moves_the_state_away_and_the_pass_is_tri
         make_config(**accumulated | {"optim__budget": None}, output__run_dir=str(tmp_path / "undisturbed"))
     )
     monkeypatch.setattr(PagedAdamW, "evict", evict_and_note)
-    monkeypatch.setattr(longfit.engine.loss.TrainingLoss, "forward", forward_or_fail)
+    monkeypatch.setattr(longfit.engine.loss.training_loss.TrainingLoss, "forward", forward_or_fail)
     result = train(make_config(**accumulated, optim__file=str(tmp_path / "state")))
     assert read_losses(result.run_dir) == read_losses(expected.run_dir)
     assert released[0] == 2 * 65_536

@@ -7,7 +7,7 @@ import torch
 from tests.training.conftest import MakeConfig
 from tests.training.tiny import read_losses
 
-from longfit.engine.arena import FileArena
+from longfit.engine.offload.activations import FileArena
 from longfit.errors import BackendError, ConfigError
 from longfit.training.loop import train
 from longfit.training.metrics import Event

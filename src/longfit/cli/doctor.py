@@ -77,7 +77,7 @@ def inspect_machine() -> dict[str, Any]:
     import psutil  # type: ignore[import-untyped]
     import torch
 
-    from longfit.engine.tile_attention import BACKENDS
+    from longfit.attention.backends import BACKENDS
     from longfit.model.fused import not_installed
 
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
@@ -125,8 +125,8 @@ def _print_rates(*, as_json: bool) -> None:
     """Measure the device that a run would use, keep its rates and show them."""
     import torch
 
-    from longfit.evaluation.rates import measure_rates
     from longfit.planning.machines import save_rates
+    from longfit.planning.measure import measure_rates
 
     on_card = torch.cuda.is_available()
     device = torch.device("cuda" if on_card else "cpu")

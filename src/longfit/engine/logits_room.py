@@ -9,7 +9,7 @@ page. Made once and used by all tiles, they cost what they hold, and no page is 
 import torch
 from torch import Tensor
 
-from longfit.engine import mapping
+from longfit.engine import host_memory
 
 
 class LogitsRoom:
@@ -17,8 +17,8 @@ class LogitsRoom:
 
     def __init__(self, like: Tensor, *, num_logits: int, dtype: torch.dtype, sum_dtype: torch.dtype) -> None:
         """Make room for ``num_logits`` logits on the device of ``like``."""
-        self._narrow = mapping.empty(like, (num_logits,), dtype)
-        self._wide = self._narrow if dtype == sum_dtype else mapping.empty(like, (num_logits,), sum_dtype)
+        self._narrow = host_memory.empty(like, (num_logits,), dtype)
+        self._wide = self._narrow if dtype == sum_dtype else host_memory.empty(like, (num_logits,), sum_dtype)
 
     def products(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``hidden weight^T + bias`` in their own dtype, [t, D], [v, D] -> [t, v]; over the tile before."""

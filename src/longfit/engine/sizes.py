@@ -24,15 +24,11 @@ GRADIENT_ROWS = 4096
 """Rows of the output matrix whose gradient is added at once: torch adds a bf16 product to a float32 sum through a
 float32 copy of the product, 107 MB for all rows of SmolLM2."""
 
-KEY_BLOCK = 8192
-"""Keys whose gradients exist in 16 bits at once on an accelerator: for 32 heads of 128 dimensions 134 MB; and enough
-work for any card. Not tuned on one yet."""
-
 CPU_KEPT_BYTES = 512 << 20
 """Attention outputs kept for backward on a CPU: those of SmolLM2-135M at 14,000 tokens. On an accelerator, none."""
 
 TRIMMED_LAYERS = 4
-"""Layers differentiated on a CPU between two trims of the heap (``heap.py``)."""
+"""Layers differentiated on a CPU between two trims of the heap (``host_memory.py``)."""
 
 
 def tile_tokens(hidden_size: int, intermediate_size: int, element_bytes: int, device_type: str) -> int:
@@ -40,7 +36,7 @@ def tile_tokens(hidden_size: int, intermediate_size: int, element_bytes: int, de
 
     A layer's local graph holds about 18 vectors of the hidden size and 9 of the intermediate size per token
     (projections, their adapters, norms in float32, the gated product and their gradients): 394 kB were counted for
-    Llama-3.1-8B with rank 32 (``tests/engine/test_memory.py``), and this says 405.
+    Llama-3.1-8B with rank 32 (``tests/engine/sweep/test_memory.py``), and this says 405.
 
     Args:
         hidden_size, intermediate_size: of the text model; the widest layer's.

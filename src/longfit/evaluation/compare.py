@@ -33,8 +33,8 @@ from longfit.config import RunConfig
 from longfit.data.packing import tokenize_documents
 from longfit.data.sources import read_documents
 from longfit.errors import ConfigError, DataError, RunError
-from longfit.evaluation.hay import shortest_prompt
 from longfit.evaluation.passkey import PasskeyResult, passkey
+from longfit.evaluation.passkey_prompts import shortest_prompt
 from longfit.evaluation.perplexity import PerplexityResult, perplexity
 from longfit.evaluation.tokens import encode
 from longfit.model.save import load_adapter

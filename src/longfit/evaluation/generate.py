@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longfit.engine.doors import base_model
+from longfit.engine.hf_model import base_model
 from longfit.errors import ConfigError, ContextError
 from longfit.evaluation.reader import Reader
 from longfit.evaluation.tokens import decode, encode

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from longfit.errors import ConfigError
-from longfit.evaluation.hay import THINGS, Hay, Prompt, make_prompts
+from longfit.evaluation.passkey_prompts import THINGS, Hay, Prompt, make_prompts
 from longfit.evaluation.reader import Reader, shared_prefix
 from longfit.evaluation.tokens import decode
 

@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from longfit.engine.doors import hidden_states, output_head
-from longfit.engine.linear_cross_entropy import token_losses
+from longfit.engine.hf_model import hidden_states, output_head
+from longfit.engine.loss.linear_cross_entropy import token_losses
 from longfit.errors import ConfigError, DataError
-from longfit.evaluation.exact import measured, require_known
+from longfit.evaluation.evaluation_mode import measured, require_known
 
 CONVENTIONS = ("document", "longlora")
 

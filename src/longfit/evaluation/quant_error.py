@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longfit.engine.doors import base_model
+from longfit.engine.hf_model import base_model
 from longfit.errors import ConfigError, ModelError
 from longfit.evaluation.perplexity import perplexity
 from longfit.layers.linear4bit import Linear4bit

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from longfit.engine.doors import output_head
+from longfit.engine.hf_model import output_head
 from longfit.errors import DataError
-from longfit.evaluation.exact import measured, require_known
+from longfit.evaluation.evaluation_mode import measured, require_known
 
 CHUNK_TOKENS = 2048
 """Tokens read at once: enough for full speed of the matmuls, and for SmolLM2-135M about 60 MB of activations."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longfit.evaluation.compare import Comparison, State
-from longfit.evaluation.hay import HIGH, LOW
+from longfit.evaluation.passkey_prompts import HIGH, LOW
 from longfit.evaluation.pictures import draw_passkey, draw_perplexity, draw_training, svg_of
 from longfit.training.metrics import read_metrics
 from longfit.training.run_directory import read_config, write_text

@@ -36,20 +36,20 @@ from longfit.numerics.row_format import RowFormat
 # Backend -> the module whose functions have the operations' names, and the device types it serves.
 MODULES = {
     "reference": "longfit.kernels.reference",
-    "cpu": "longfit.kernels.cpu",
-    "triton": "longfit.kernels.triton_device",
+    "cpu": "longfit.kernels.cpu.weights_4bit",
+    "triton": "longfit.kernels.triton.device",
 }
 # Operations that have a file of their own beside that module; only these files import triton.
 FILES = {
-    ("cpu", "adamw_step"): "longfit.kernels.cpu_adamw",
-    ("triton", "quantize_4bit"): "longfit.kernels.triton_4bit",
-    ("triton", "dequantize_4bit"): "longfit.kernels.triton_4bit",
-    ("triton", "dequantize_rows"): "longfit.kernels.triton_4bit",
-    ("triton", "quantize_8bit"): "longfit.kernels.triton_8bit",
-    ("triton", "dequantize_8bit"): "longfit.kernels.triton_8bit",
-    ("triton", "linear_4bit"): "longfit.kernels.triton_linear",
-    ("triton", "linear_4bit_grad_input"): "longfit.kernels.triton_linear",
-    ("triton", "adamw_step"): "longfit.kernels.triton_adamw",
+    ("cpu", "adamw_step"): "longfit.kernels.cpu.adamw",
+    ("triton", "quantize_4bit"): "longfit.kernels.triton.weights_4bit",
+    ("triton", "dequantize_4bit"): "longfit.kernels.triton.weights_4bit",
+    ("triton", "dequantize_rows"): "longfit.kernels.triton.weights_4bit",
+    ("triton", "quantize_8bit"): "longfit.kernels.triton.blockwise_8bit",
+    ("triton", "dequantize_8bit"): "longfit.kernels.triton.blockwise_8bit",
+    ("triton", "linear_4bit"): "longfit.kernels.triton.linear_4bit",
+    ("triton", "linear_4bit_grad_input"): "longfit.kernels.triton.linear_4bit",
+    ("triton", "adamw_step"): "longfit.kernels.triton.adamw",
 }
 DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
 

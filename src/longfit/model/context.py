@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longfit.engine.attention import attention_key
-from longfit.engine.doors import base_model
+from longfit.attention.hf_attention import attention_key
+from longfit.engine.hf_model import base_model
 from longfit.errors import ContextError, ModelError
 from longfit.numerics import rope as formulas
 from longfit.numerics.shifted_attention import receptive_field

@@ -13,7 +13,7 @@ norms and MLPs of *this* model another forward. Two things it does beyond that a
   exchanged, by one that takes liger's kernel for tensors on a card and the family's own function for all others. Both
   compute the same.
 
-Not here: the loss, which is longfit's own (``engine/loss.py``); attention; and anything on a CPU.
+Not here: the loss, which is longfit's own (``engine/loss/training_loss.py``); attention; and anything on a CPU.
 """
 
 import sys
@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longfit.engine.doors import base_model
+from longfit.engine.hf_model import base_model
 from longfit.errors import BackendError
-from longfit.kernels import triton_device
+from longfit.kernels.triton import device as triton_device
 
 KERNELS = ("auto", "none", "liger")
 

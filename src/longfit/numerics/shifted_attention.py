@@ -12,7 +12,7 @@ the boundaries move and the tokens stay, so there is nothing to leak and any len
 In packed rows t counts from the start of its document, so groups restart there. The first and the last shifted group
 may be half groups. With one query head everything is shifted; key/value heads play no part in the split.
 
-This file is the oracle: it builds the full mask. Training uses ``engine/attention.py``, which never does.
+This file is the oracle: it builds the full mask. Training uses ``attention/hf_attention.py``, which never does.
 """
 
 import torch

@@ -58,7 +58,7 @@ def this_gpu_bytes() -> int | None:
 
 def fused_kernels_here() -> bool:
     """Whether this machine's CPU and this installation have the kernels that ``PlanSettings.fused_kernels`` means."""
-    library, processor = Path(__file__).parents[1] / "kernels" / "_longfit.so", Path("/proc/cpuinfo")
+    library, processor = Path(__file__).parents[1] / "kernels" / "cpu" / "_longfit.so", Path("/proc/cpuinfo")
     forced = os.environ.get("LONGFIT_ISA", "avx512_bf16")
     if forced != "avx512_bf16" or not library.is_file() or not processor.is_file():
         return False

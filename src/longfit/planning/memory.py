@@ -19,7 +19,7 @@ measured and argued about.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from longfit.planning import fixed, growing
+from longfit.planning import constant_bytes, per_token_bytes
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
@@ -113,7 +113,7 @@ def memory_plan(shape: ModelShape, settings: PlanSettings) -> MemoryPlan:
         settings: of the run.
     """
     device = "accelerator" if settings.device == "cuda" else "host"
-    parts = fixed.trained(shape, settings)
+    parts = constant_bytes.trained(shape, settings)
     components = [
         *_weights(shape, settings, device),
         *_learning(shape, settings, parts, device),
@@ -133,7 +133,7 @@ def _in(phases: tuple[str, ...], num_bytes: int) -> dict[str, int]:
 
 
 def _weights(shape: ModelShape, settings: PlanSettings, device: str) -> list[Component]:
-    base = fixed.weights(shape, settings)
+    base = constant_bytes.weights(shape, settings)
     always = ("load", *TRAINING)
     largest = max(matrix.numel for matrix in (*shape.layer_matrices, *shape.tower))
     vocabulary = shape.vocab_size * shape.hidden_size
@@ -162,9 +162,9 @@ def _weights(shape: ModelShape, settings: PlanSettings, device: str) -> list[Com
     ]
 
 
-def _learning(shape: ModelShape, settings: PlanSettings, parts: fixed.Trained, device: str) -> list[Component]:
-    loss_tile = growing.loss_bytes(shape, settings, gradient=True)
-    grads = fixed.gradients(shape, parts, settings, loss_tile=loss_tile)
+def _learning(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.Trained, device: str) -> list[Component]:
+    loss_tile = per_token_bytes.loss_bytes(shape, settings, gradient=True)
+    grads = constant_bytes.gradients(shape, parts, settings, loss_tile=loss_tile)
     early = grads.kept if settings.gradient_accumulation > 1 else 0
     made = {
         **{"forward": early, "loss": early + grads.loss, "backward": early + grads.first},
@@ -174,7 +174,7 @@ def _learning(shape: ModelShape, settings: PlanSettings, parts: fixed.Trained, d
             **_in(("step", "evaluation", "save"), grads.kept),
         },
     }
-    state = fixed.state_bytes(parts, settings)
+    state = constant_bytes.state_bytes(parts, settings)
     resident = state if settings.budget is None else min(state, settings.budget)
     below = "disk" if settings.file or settings.device == "cpu" else "host"
     adapters = 4 * (parts.adapter_params + parts.idle_adapters)
@@ -187,7 +187,9 @@ def _learning(shape: ModelShape, settings: PlanSettings, parts: fixed.Trained, d
         Component("optimiser state", device, _in(TRAINING, resident)),
         Component("optimiser state, paged out", below, _in(TRAINING, state - resident)),
         Component(
-            "optimiser state being saved", "host", {"save": 0 if fixed.uses_torch_adamw(parts, settings) else state}
+            "optimiser state being saved",
+            "host",
+            {"save": 0 if constant_bytes.uses_torch_adamw(parts, settings) else state},
         ),
     ]
 
@@ -197,14 +199,14 @@ def _num_adapted(shape: ModelShape, settings: PlanSettings) -> int:
     return in_layers + sum(matrix.adapted(settings.targets) for matrix in shape.tower)
 
 
-def _replicas(shape: ModelShape, settings: PlanSettings, parts: fixed.Trained, device: str) -> list[Component]:
+def _replicas(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.Trained, device: str) -> list[Component]:
     """What torch's DistributedDataParallel adds: buckets as large as all gradients, and a first broadcast."""
     if settings.processes == 1:
         return []
     buckets = 4 * (parts.adapter_params + parts.idle_adapters)
     buckets += settings.element_bytes * (parts.whole_params + parts.idle_norms)
-    base = fixed.weights(shape, settings)
-    sent = min(fixed.BROADCAST_BYTES, base.layers + base.vocabulary + base.rest)
+    base = constant_bytes.weights(shape, settings)
+    sent = min(constant_bytes.BROADCAST_BYTES, base.layers + base.vocabulary + base.rest)
     return [Component("gradient buckets of all replicas", device, {"load": buckets + sent, **_in(TRAINING, buckets)})]
 
 
@@ -214,9 +216,9 @@ def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Co
     hidden = tokens * shape.hidden_size * e
     place = {"device": device, "ram": "host", "pinned": "host", "file": "disk"}[settings.arena]
     inputs = shape.num_layers * hidden
-    keys = max(growing.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
+    keys = max(per_token_bytes.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
     several = settings.context > settings.tile_tokens(shape)
-    kept = growing.kept_bytes(shape, settings)
+    kept = per_token_bytes.kept_bytes(shape, settings)
     # The embedding's output stays until the decoder returns; layers write over their input unless the arena keeps it.
     passing = {
         "forward": (1 if settings.aliases else 2) * hidden,
@@ -231,7 +233,10 @@ def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Co
         Component(
             "positions, labels, rotary tables",
             device,
-            _in(("forward", "loss", *LAYERS, "embedding", "evaluation"), growing.bookkeeping_bytes(shape, settings)),
+            _in(
+                ("forward", "loss", *LAYERS, "embedding", "evaluation"),
+                per_token_bytes.bookkeeping_bytes(shape, settings),
+            ),
         ),
         Component(
             "attention kept for backward",
@@ -245,14 +250,14 @@ def _tiles(shape: ModelShape, settings: PlanSettings, device: str) -> list[Compo
     """What exists for one tile."""
     tile = settings.tile_tokens(shape)
     several = settings.context > tile
-    bytes_of = growing.tile_bytes(shape, settings, tokens=tile * settings.batch_size)
-    attention = bytes_of.attention + growing.attention_kernel_bytes(shape, settings)
+    bytes_of = per_token_bytes.tile_bytes(shape, settings, tokens=tile * settings.batch_size)
+    attention = bytes_of.attention + per_token_bytes.attention_kernel_bytes(shape, settings)
     if not several:  # one tile: the gradients of keys and values are made when the MLP has been let go
-        attention += 4 * max(growing.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
+        attention += 4 * max(per_token_bytes.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
     backward = max(bytes_of.mlp, attention)
-    tile_loss = growing.loss_bytes(shape, settings, gradient=True)
-    evaluated = growing.loss_bytes(shape, settings, gradient=False)
-    matmul = fixed.matmul_bytes(shape, settings)
+    tile_loss = per_token_bytes.loss_bytes(shape, settings, gradient=True)
+    evaluated = per_token_bytes.loss_bytes(shape, settings, gradient=False)
+    matmul = constant_bytes.matmul_bytes(shape, settings)
     return [
         Component(
             TILE,
@@ -264,10 +269,10 @@ def _tiles(shape: ModelShape, settings: PlanSettings, device: str) -> list[Compo
     ]
 
 
-def _files(settings: PlanSettings, parts: fixed.Trained) -> list[Component]:
+def _files(settings: PlanSettings, parts: constant_bytes.Trained) -> list[Component]:
     saved = 4 * (parts.adapter_params + parts.idle_adapters)
     saved += settings.element_bytes * (parts.whole_params + parts.idle_norms)
-    state = fixed.state_bytes(parts, settings)
+    state = constant_bytes.state_bytes(parts, settings)
     checkpoints = (settings.keep_checkpoints + 1) * (2 * saved + state)
     return [
         Component("tensors being saved", "host", {"save": saved}),

@@ -114,7 +114,7 @@ class PlanSettings:
 
     @property
     def fuses(self) -> bool:
-        """Whether those kernels take the run's numbers (``kernels/cpu_elementwise.py``)."""
+        """Whether those kernels take the run's numbers (``kernels/cpu/elementwise.py``)."""
         return self.fused_kernels and self.device == "cpu" and self.dtype == "bfloat16"
 
     @property
@@ -135,7 +135,7 @@ class PlanSettings:
         return self.arena == "device" or (self.arena == "ram" and self.device == "cpu")
 
     def tile_tokens(self, shape: ModelShape) -> int:
-        """Tokens of a tile in each row of the batch (``engine/sizes.py``, ``engine/sweep.py:Sweeper.tile_for``)."""
+        """Tokens of a tile in each row of the batch (``engine/sizes.py``, ``Sweeper.tile_for``)."""
         if self.tile is not None:
             return min(self.tile, self.context)
         width = max(2, self.element_bytes)

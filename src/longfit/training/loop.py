@@ -27,12 +27,12 @@ from torch import Tensor
 
 from longfit.config import RunConfig
 from longfit.data.packing import PackedDataset
-from longfit.engine.linear_cross_entropy import IGNORED
-from longfit.engine.loss import shifted_labels
-from longfit.engine.sweep import swept_evaluation
+from longfit.engine.loss.linear_cross_entropy import IGNORED
+from longfit.engine.loss.training_loss import shifted_labels
+from longfit.engine.sweep.install import swept_evaluation
 from longfit.errors import PlanError, RunError
 from longfit.model.save import save_adapter
-from longfit.training import fit, loss_scale, run_directory
+from longfit.training import loss_scale, memory_check, run_directory
 from longfit.training.checkpoint import RunState, save_checkpoint
 from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, OnEvent, ignore, peak_memory_bytes, read_metrics
@@ -339,8 +339,8 @@ def _save_result(run: Run) -> None:
 def _result(run: Run, *, finished: bool) -> TrainResult:
     peak = peak_memory_bytes(run.accelerator.device)
     if run.plan is not None and run.is_main:
-        run_directory.write_text(run.run_dir / "plan.json", fit.plan_json(run.plan, measured_bytes=peak))
-        run.tell(Event("phase", fit.compare(run.plan, peak)))
+        run_directory.write_text(run.run_dir / "plan.json", memory_check.plan_json(run.plan, measured_bytes=peak))
+        run.tell(Event("phase", memory_check.compare(run.plan, peak)))
     records = read_metrics(run.metrics.path)
     losses = [float(str(record["loss"])) for record in records if "loss" in record]
     eval_losses = [float(str(record["eval_loss"])) for record in records if "eval_loss" in record]

@@ -15,11 +15,11 @@ from longfit.config import RunConfig
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset, pack, tokenize_documents
 from longfit.data.sources import Documents, read_documents, split_documents
-from longfit.engine.arena import Arena, FileArena
-from longfit.engine.arena_pinned import PinnedArena
-from longfit.engine.doors import base_model
-from longfit.engine.stream import stream_weights
-from longfit.engine.sweep import change_sweep, enable_sweep
+from longfit.engine.hf_model import base_model
+from longfit.engine.offload.activations import Arena, FileArena
+from longfit.engine.offload.pinned_activations import PinnedArena
+from longfit.engine.offload.weights import stream_weights
+from longfit.engine.sweep.install import change_sweep, enable_sweep
 from longfit.errors import ConfigError, ModelError
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters

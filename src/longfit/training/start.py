@@ -19,11 +19,11 @@ from torch import Tensor
 from longfit.config import RunConfig
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset
-from longfit.engine.loss import TrainingLoss
+from longfit.engine.loss.training_loss import TrainingLoss
 from longfit.errors import ConfigError, RunError
 from longfit.model.load import load_report
 from longfit.planning.plan import Plan
-from longfit.training import fit, loss_scale, run_directory
+from longfit.training import loss_scale, memory_check, run_directory
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state
 from longfit.training.metrics import Event, MetricsFile, OnEvent, ignore, read_metrics
 from longfit.training.optimizer import PagingMeter, make_optimizer, parameter_groups
@@ -62,7 +62,7 @@ class Run:
     metrics: MetricsFile
     paging: PagingMeter
     plan: Plan | None
-    room: fit.Room
+    room: memory_check.Room
     state: RunState
     seconds: float = 0.0
 
@@ -108,7 +108,7 @@ def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) ->
     if resume:
         run_directory.require_same_data(run_dir, digest)
 
-    config, plan = fit.plan_run(
+    config, plan = memory_check.plan_run(
         config,
         run_dir,
         device=accelerator.device,
@@ -156,7 +156,7 @@ def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) ->
     if not resume and accelerator.is_main_process:
         run_directory.create(run_dir, config, digest=digest, ledger=ledger)
     if plan is not None and accelerator.is_main_process:
-        run_directory.write_text(run_dir / "plan.json", fit.plan_json(plan))
+        run_directory.write_text(run_dir / "plan.json", memory_check.plan_json(plan))
     scaling = loss_scale.describe(state.loss_scale, on_card=config.model.dtype == "auto")
     for line in (*ledger.warnings, *report.warnings, *([scaling] if scaling else [])):
         notify(Event("warning", line))
@@ -164,9 +164,9 @@ def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) ->
     steps = f"{config.train.steps:,} steps" if not state.step else f"steps {state.step + 1:,} to {config.train.steps:,}"
     text = f"training {trainable:,} parameters for {steps} on {len(windows):,} windows of {windows.context:,} tokens"
     notify(Event("phase", text, {"total_steps": config.train.steps, "step": state.step, "run_dir": str(run_dir)}))
-    room = fit.Room(
+    room = memory_check.Room(
         plan,
-        lambda rung: sweep_with_less(model, config.replace(fit.keys_of(rung), origin="out of memory")),
+        lambda rung: sweep_with_less(model, config.replace(memory_check.keys_of(rung), origin="out of memory")),
         notify,
     )
     return Run(

@@ -1,4 +1,4 @@
-// The C ABI between Python (kernels/cpu_library.py, ctypes) and the C++ kernels. No torch headers: a tensor arrives as a pointer.
+// The C ABI between Python (kernels/cpu/library.py, ctypes) and the C++ kernels. No torch headers: a tensor arrives as a pointer.
 //
 // How one source serves every instruction set. CMake compiles each csrc/*.cpp once per instruction set ("ISA": scalar, avx2, avx512,
 // avx512_bf16, neon), each time with that set's compiler flags and with LONGFIT_ISA and LONGFIT_<ISA> defined. KERNEL(name) appends the
@@ -17,7 +17,7 @@
 #define LONGFIT_JOIN(name, isa) LONGFIT_JOIN2(name, isa)
 #define KERNEL(name) LONGFIT_JOIN(name, LONGFIT_ISA)
 
-// Raised by one whenever an exported function comes or changes its meaning; kernels/cpu_library.py refuses a library with another number.
+// Raised by one whenever an exported function comes or changes its meaning; kernels/cpu/library.py refuses a library with another number.
 #define LONGFIT_ABI 5
 
 // Size of a table of longfit_nearest_table.

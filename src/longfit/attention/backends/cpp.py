@@ -1,0 +1,40 @@
+"""Tile attention by the C++ kernels: bf16 on processors with AVX-512 BF16, for any schedule.
+
+Which keys are visible is read by the kernel itself, row by row; nothing is cut into calls here.
+"""
+
+import torch
+from torch import Tensor
+
+from longfit.attention.tile import Tile
+from longfit.kernels.cpu import attention as cpu_attention
+
+
+def forward(tile: Tile) -> tuple[Tensor, Tensor]:
+    """See ``tile_attention.tile_forward``."""
+    assert tile.softcap is None
+    return cpu_attention.attention_forward(
+        tile.q, tile.k, tile.v, tile.first_key(), tile.schedule.head_bounds, start=tile.start, scaling=tile.scaling
+    )
+
+
+def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
+    """See ``tile_attention.tile_backward``."""
+    assert tile.softcap is None
+    return cpu_attention.attention_backward(
+        grad_out, tile.q, tile.k, tile.v, out, lse, tile.first_key(), tile.schedule.head_bounds,
+        start=tile.start, scaling=tile.scaling, grad_k=grad_k, grad_v=grad_v,
+    )  # fmt: skip
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str | None:
+    """Say why the kernels cannot take this call; None when they can."""
+    if q.device.type != "cpu":
+        return f"it runs on the CPU, the tensors are on {q.device.type}"
+    if q.dtype != torch.bfloat16:
+        return f"it computes in torch.bfloat16, the tensors are in {q.dtype}"
+    if softcap is not None:
+        return "it has no soft cap"
+    if v.shape[-1] != q.shape[-1]:
+        return f"values of {v.shape[-1]} dimensions must be as wide as queries, {q.shape[-1]}"
+    return cpu_attention.supported()

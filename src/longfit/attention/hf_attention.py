@@ -1,0 +1,245 @@
+"""The attention that transformers calls for every layer: exact, or shifted while a module trains.
+
+    attention_key    registers one of them with transformers under a name and returns the name
+    attend           what is registered: one layer's attention, or a tile's of it under the layer sweep
+
+Shifted attention (LongLoRA, section 3.2) acts only while a module trains; evaluation and generation are exact. The
+computation is ``tile_attention``'s; here is what a layer asks for, turned into a schedule, and what is refused.
+"""
+
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from longfit.attention.backends import tile_backward, tile_forward
+from longfit.attention.visibility import Schedule, build_schedule, check_group_size, document_starts
+from longfit.errors import ContextError, ModelError
+
+
+class TileContext(Protocol):
+    """What the layer sweep passes down as ``sweep=``: it attends for its tile and keeps K, V, their gradients."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        group_size: int | None,
+        sliding_window: int | None,
+        scaling: float,
+        softcap: float | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Tensor:
+        """Attend from a tile [B, H, t, D]; returns [B, t, H, D]."""
+        ...
+
+
+def attention_key(attention: str = "exact", group_size: int | None = None) -> str:
+    """Register an attention with transformers, once per process, and name it.
+
+    ``model.set_attn_implementation(attention_key("shifted", 4096))`` uses it; saved configs do not carry it.
+
+    Args:
+        attention: ``"exact"`` or ``"shifted"``; shifted acts while a module trains and is exact otherwise.
+        group_size: tokens per group of shifted attention; even.
+    Returns: ``"longfit-exact"`` or ``"longfit-shifted-<group_size>"``.
+    Raises: ContextError: the two do not go together, or ``group_size`` is odd or below 2.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if attention not in ("exact", "shifted"):
+        raise ContextError(f"attention {attention!r}: unknown; allowed are 'exact' and 'shifted'")
+    if attention == "exact" and group_size is not None:
+        raise ContextError(f"group_size {group_size}: exact attention has no groups; drop it or say 'shifted'")
+    if attention == "shifted":
+        if group_size is None:
+            raise ContextError("group_size: shifted attention needs an even number; try a quarter of the context")
+        check_group_size(group_size)
+    key = "longfit-exact" if group_size is None else f"longfit-shifted-{group_size}"
+    AttentionInterface.register(key, partial(attend, group_size=group_size))
+    AttentionMaskInterface.register(key, padding_mask)
+    return key
+
+
+def padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    *,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Keep the 2-D padding mask and build no other; a key without a mask function loses padding in silence.
+
+    Args: those of transformers' mask functions.
+    Returns: bool ``[B, keys that hold tokens]``, or None when all do; shorter than the keys of a static cache.
+    """
+    from transformers.masking_utils import flash_attention_mask
+
+    held = int(q_offset) - kv_offset + q_length
+    if attention_mask is None and held < kv_length:
+        return torch.ones(batch_size, held, dtype=torch.bool, device=device)
+    return flash_attention_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    group_size: int | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    sweep: TileContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend for one layer: the function registered with transformers.
+
+    Packed documents are told apart by ``position_ids`` or ``cu_seq_lens_q``; with a key/value cache that already holds
+    tokens, attention is exact and aligned to the last query.
+
+    Args:
+        module: the attention layer; shifted attention acts when it is in training mode.
+        query: ``[B, H, t, D]``.
+        key, value: ``[B, K, n, D]``, not repeated, ``n >= t``.
+        attention_mask: ``[B, n]``, from ``padding_mask``; None is no padding.
+        group_size: of shifted attention; None is exact.
+        sweep: the tile that the layer sweep is at; it attends instead.
+        kwargs: what else a model passes; refused where it would change the result.
+    Returns: ``[B, t, H, D]`` and None (attention weights never exist).
+    Raises: ModelError: the layer asks for what this attention does not do. DataError: the padding mask has holes.
+    """
+    _refuse(module, dropout, attention_mask, is_causal, kwargs)
+    query, key, value = _same_dtype(query, key, value)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    group_size = group_size if module.training else None
+    if sweep is not None:
+        out = sweep.attend(
+            query,
+            key,
+            value,
+            group_size=group_size,
+            sliding_window=sliding_window,
+            scaling=scaling,
+            softcap=softcap,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            cu_seqlens=cu_seq_lens_q,
+        )
+        return out, None
+    if attention_mask is not None:
+        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]  # a static cache
+    batch, num_heads, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    cached = num_keys > num_queries
+    if cached and group_size is not None:
+        raise ModelError(
+            f"{num_queries} queries on {num_keys} keys in training mode: shifted attention trains whole sequences; call"
+            " model.eval() before generating, and train with use_cache=False"
+        )
+    starts = document_starts(
+        batch,
+        num_keys,
+        position_ids=None if cached else position_ids,
+        attention_mask=attention_mask,
+        cu_seqlens=None if cached else cu_seq_lens_q,
+        device=query.device,
+    )
+    schedule = build_schedule(num_heads, starts, group_size=group_size, sliding_window=sliding_window)
+    out = _Attention.apply(query, key, value, schedule, num_keys - num_queries, scaling, softcap)
+    return out.transpose(1, 2), None
+
+
+class _Attention(torch.autograd.Function):
+    """All queries as one tile; keeps q, k, v, out and one number per query and head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        schedule: Schedule,
+        start: int,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        out, lse = tile_forward(q, k, v, schedule, start=start, scaling=scaling, softcap=softcap)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.rest = (schedule, start, scaling, softcap)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        schedule, start, scaling, softcap = ctx.rest
+        grad_k, grad_v = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
+        grad_q = tile_backward(
+            grad_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            schedule,
+            start=start,
+            scaling=scaling,
+            softcap=softcap,
+            grad_k=grad_k,
+            grad_v=grad_v,
+        )
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
+
+
+def _refuse(
+    module: nn.Module, dropout: float, attention_mask: Tensor | None, is_causal: bool | None, kwargs: dict[str, Any]
+) -> None:
+    name = type(module).__name__
+    if dropout:
+        raise ModelError(
+            f"{name}: attention dropout {dropout} is not supported: its pattern cannot be repeated tile by tile; load"
+            " the model with attention_dropout=0.0 (adapter dropout is unaffected)"
+        )
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ModelError(f"{name}: attends in both directions; longfit's attention is causal; use attention 'sdpa'")
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ModelError(
+            f"{name}: attention mask of shape {list(attention_mask.shape)}; allowed is [batch, keys], 0 is padding;"
+            " pack documents with position_ids that restart at 0 instead of a mask"
+        )
+    for unsupported, meaning in _UNSUPPORTED.items():
+        if kwargs.get(unsupported) is not None and kwargs[unsupported] is not False:
+            raise ModelError(f"{name}: {unsupported} ({meaning}) is not supported; use attention 'eager' or 'sdpa'")
+
+
+_UNSUPPORTED = {
+    "s_aux": "attention sinks",
+    "position_bias": "a learned bias per distance",
+    "cache": "the paged cache of continuous batching",
+    "output_attentions": "attention weights, which never exist as a whole",
+}
+
+
+def _same_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Under autocast, do what torch's own attention does: run in the autocast dtype."""
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        return q.to(dtype), k.to(dtype), v.to(dtype)
+    return q, k, v

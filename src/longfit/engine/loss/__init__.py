@@ -1,0 +1,1 @@
+"""The next-token loss without logits of the whole sequence."""

@@ -1,0 +1,115 @@
+"""The next-token loss of a causal language model: its own decoder, then the tiled loss in place of logits.
+
+Dividing *once*, by the number of trained tokens of the whole optimiser step (``num_items``), makes gradient
+accumulation exact: a mean of micro-batch means is another loss when their token counts differ.
+
+Not here: the auxiliary balance loss of mixture-of-experts routers.
+"""
+
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longfit.attention.visibility import document_starts
+from longfit.engine.hf_model import base_model, hidden_states, output_head
+from longfit.engine.host_memory import give_back
+from longfit.engine.loss.linear_cross_entropy import IGNORED, linear_cross_entropy
+from longfit.engine.sweep.install import sweeper_of
+
+
+def shifted_labels(
+    input_ids: Tensor, labels: Tensor | None, position_ids: Tensor | None, attention_mask: Tensor | None
+) -> Tensor:
+    """The label of each token is the next one, unless that begins another document or either is padding.
+
+    Args:
+        input_ids: ``[B, T]``.
+        labels: ``[B, T]``, -100 where not trained; default: ``input_ids`` without padding.
+        position_ids: ``[B or 1, T]``; a document begins where the position does not increase, as for attention.
+        attention_mask: ``[B, T]``, 0 for padding.
+    Returns: int64 ``[B, T]``; the last column is -100.
+    Raises: ValueError: shapes disagree (DataError, where attention would refuse them too).
+    """
+    if labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(f"labels {tuple(labels.shape)}: must have the shape of input_ids, {tuple(input_ids.shape)}")
+    device = input_ids.device
+    targets = (input_ids if labels is None else labels.to(device)).clone()
+    starts = document_starts(*input_ids.shape, position_ids=position_ids, attention_mask=attention_mask, device=device)
+    targets.masked_fill_(starts == torch.arange(input_ids.shape[1], device=device), IGNORED)
+    if attention_mask is not None and labels is None:
+        targets.masked_fill_(attention_mask.to(device) == 0, IGNORED)
+    return F.pad(targets[:, 1:], (0, 1), value=IGNORED)
+
+
+def training_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    *,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    num_items: int | Tensor | None = None,
+) -> Tensor:
+    """Next-token loss of a causal language model: its own decoder, then the tiled loss in place of logits.
+
+    Args:
+        model: a transformers causal language model, or a PeftModel around one.
+        input_ids: ``[B, T]`` int64.
+        labels: ``[B, T]``, not shifted, -100 where not trained; default: every token of ``input_ids`` but padding. The
+            first token of a document (position 0 after another token) and a token after padding are never trained on.
+        position_ids: ``[B, T]``; restarting at 0 separates packed documents.
+        attention_mask: ``[B, T]``, 0 for padding.
+        num_items: trained tokens of the whole optimiser step, for exact gradient accumulation; default: of this call.
+    Returns: the loss, float32 (float64 for float64), 0-dim.
+    Raises: ModelError: the model's head cannot be entered. DataError: no token is trained on. ValueError: shapes.
+    """
+    targets = shifted_labels(input_ids, labels, position_ids, attention_mask)
+    sweeper = sweeper_of(model)
+    if sweeper is not None and torch.is_grad_enabled() and not model.training:
+        warnings.warn(
+            "the model is in eval mode, so its layers are neither swept nor checkpointed; call model.train() first",
+            stacklevel=2,
+        )
+    give_back(input_ids.device)
+    hidden, norm = hidden_states(
+        model,
+        input_ids=input_ids,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+        return_dict=True,
+    )
+    give_back(input_ids.device)
+    head_module = base_model(model).get_output_embeddings()
+    with nullcontext() if sweeper is None else sweeper.present(head_module, backward=torch.is_grad_enabled()):
+        head = output_head(model)
+        loss = linear_cross_entropy(
+            hidden,
+            head.weight,
+            targets,
+            bias=head.bias,
+            softcap=head.softcap,
+            scale=head.scale,
+            norm=norm,
+            num_items=num_items,
+            overwrite_hidden=not hidden.is_leaf and hidden.is_contiguous(),  # the decoder made it for this call alone
+        )
+    give_back(input_ids.device)
+    return loss
+
+
+class TrainingLoss(nn.Module):
+    """A model whose forward is its training loss: what DDP, FSDP2 and Accelerate wrap, so that their hooks see it."""
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Tensor] = training_loss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, input_ids: Tensor, **arguments: Any) -> Tensor:
+        return self.loss(self.model, input_ids, **arguments)

@@ -1,0 +1,1 @@
+"""Where layer inputs, and frozen weights, wait until backward needs them."""

@@ -1,0 +1,225 @@
+"""Where layer inputs wait between forward and backward.
+
+The sweep saves one thing per layer: its input, tile by tile: ``layers x hidden size x 2`` bytes a token, 262 kB for an
+8B model. An arena says where. It hands out one ``Stay`` per layer pass; a stay is put in forward and got in backward.
+
+    MemoryArena     the tensors as they are, or copies of them, on their own device
+    FileArena       a file that is deleted as it is made; read and written, not mapped, so that it costs no memory
+    PinnedArena     pinned host memory of a CUDA device (``pinned_activations.py``)
+"""
+
+import errno
+import os
+import shutil
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from longfit.errors import PlanError
+from longfit.words import format_bytes
+
+
+class Stay(Protocol):
+    """The input of one layer pass, put tile by tile in forward and taken back, in any order, in backward."""
+
+    def put(self, index: int, tile: Tensor) -> None:
+        """Keep a tile ``[B, t, D]``; the caller may overwrite it after ``settle(index)``."""
+        ...
+
+    def settle(self, index: int) -> None:
+        """Order the current stream after the reading of a tile that was put."""
+        ...
+
+    def prefetch(self, index: int) -> None:
+        """Say that a tile is soon to be got."""
+        ...
+
+    def get(self, index: int) -> Tensor:
+        """The tile, byte for byte unless the arena says otherwise, on the device it came from; not to be changed."""
+        ...
+
+    def close(self) -> None:
+        """Give the space back; nothing can be got any more."""
+        ...
+
+
+class Arena(Protocol):
+    """A place for layer inputs.
+
+    Attributes:
+        aliases: whether it keeps the very tensors it is given, so that they must not be overwritten.
+    """
+
+    aliases: bool
+
+    def open(self, num_tiles: int) -> Stay:
+        """Begin the stay of one layer's input."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------ where the tensors are
+class MemoryArena:
+    """Keeps tiles on their device: what a CPU wants, and a device with memory to spare."""
+
+    def __init__(self, *, copy: bool = False) -> None:
+        """Keep the tensors themselves, or, with ``copy``, copies: then layers may write outputs over inputs."""
+        self.aliases = not copy
+
+    def open(self, num_tiles: int) -> "_KeptStay":
+        return _KeptStay(self.aliases)
+
+
+class _KeptStay:
+    def __init__(self, aliases: bool) -> None:
+        self._aliases = aliases
+        self._tiles: dict[int, tuple[Tensor, int]] = {}
+
+    def put(self, index: int, tile: Tensor) -> None:
+        kept = tile if self._aliases else tile.clone()
+        self._tiles[index] = (kept, kept._version)
+
+    def settle(self, index: int) -> None:
+        pass
+
+    def prefetch(self, index: int) -> None:
+        pass
+
+    def get(self, index: int) -> Tensor:
+        tile, version = self._tiles[index]
+        if tile._version != version:
+            raise RuntimeError(
+                "the input of a swept layer was changed in place between forward and backward, so its gradient would be"
+                " wrong; clone the hidden states before changing them"
+            )
+        return tile
+
+    def close(self) -> None:
+        self._tiles.clear()
+
+
+# ------------------------------------------------------------------------------------------------ a file
+@dataclass(frozen=True)
+class _Slot:
+    offset: int
+    num_bytes: int
+
+
+class FileArena:
+    """Keeps tiles in a file without a name, which the system deletes when the process ends, however it ends.
+
+    The file is read and written, not mapped: mapped pages count as memory of the process, the page cache does not, and
+    the kernel drops it when somebody needs the space. Space is used again by later layers and steps.
+    """
+
+    aliases = False
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
+        """Make the file in ``folder``, default the system's folder for temporary files.
+
+        That folder is memory, not disk, on systems that mount it as tmpfs; name another one there.
+        """
+        self.folder = Path(folder or tempfile.gettempdir())
+        self._file: Any = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  (lives as long as the arena)
+        self._end = 0
+        self._free: dict[int, list[_Slot]] = defaultdict(list)
+
+    def open(self, num_tiles: int) -> "_FileStay":
+        return _FileStay(self)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the file."""
+        return self._end
+
+    def take(self, num_bytes: int) -> _Slot:
+        """Take a stretch of the file; the space is reserved now, so that a full disk shows here.
+
+        Raises: PlanError: the disk is full.
+        """
+        if self._free[num_bytes]:
+            return self._free[num_bytes].pop()
+        slot = _Slot(self._end, num_bytes)
+        try:
+            if sys.platform == "linux":
+                os.posix_fallocate(self._file.fileno(), slot.offset, num_bytes)
+            else:  # elsewhere the space is not reserved, and a full disk shows when it is written
+                os.ftruncate(self._file.fileno(), slot.offset + num_bytes)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            left = shutil.disk_usage(self.folder).free
+            raise PlanError(
+                f"{self.folder}: full after {format_bytes(self._end)} of layer inputs ({format_bytes(left)} left); free"
+                " space, name another folder, or shorten the context"
+            ) from error
+        self._end += num_bytes
+        return slot
+
+    def give(self, slot: _Slot) -> None:
+        """Give a stretch back."""
+        self._free[slot.num_bytes].append(slot)
+
+    def write(self, slot: _Slot, data: memoryview) -> None:
+        """Write all of ``data``."""
+        done = 0
+        while done < slot.num_bytes:
+            done += os.pwrite(self._file.fileno(), data[done:], slot.offset + done)
+
+    def read(self, slot: _Slot, data: memoryview) -> None:
+        """Fill all of ``data``."""
+        done = 0
+        while done < slot.num_bytes:
+            count = os.preadv(self._file.fileno(), [data[done:]], slot.offset + done)
+            if count == 0:
+                raise PlanError(f"{self.folder}: the file of layer inputs ends early; was it truncated by someone?")
+            done += count
+
+    def will_need(self, slot: _Slot) -> None:
+        """Let the kernel read ahead."""
+        if sys.platform == "linux":
+            os.posix_fadvise(self._file.fileno(), slot.offset, slot.num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._file.close()
+
+
+class _FileStay:
+    def __init__(self, arena: FileArena) -> None:
+        self._arena = arena
+        self._tiles: dict[int, tuple[_Slot, torch.Size, torch.dtype, torch.device]] = {}
+
+    def put(self, index: int, tile: Tensor) -> None:
+        data = tile.detach().contiguous().cpu()
+        slot = self._arena.take(data.numel() * data.element_size())
+        self._arena.write(slot, _bytes_of(data))
+        self._tiles[index] = (slot, tile.shape, tile.dtype, tile.device)
+
+    def settle(self, index: int) -> None:
+        pass
+
+    def prefetch(self, index: int) -> None:
+        self._arena.will_need(self._tiles[index][0])
+
+    def get(self, index: int) -> Tensor:
+        slot, shape, dtype, device = self._tiles[index]
+        tile = torch.empty(shape, dtype=dtype)
+        self._arena.read(slot, _bytes_of(tile))
+        return tile.to(device)
+
+    def close(self) -> None:
+        while self._tiles:
+            self._arena.give(self._tiles.popitem()[1][0])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.flatten().view(torch.uint8).numpy().data

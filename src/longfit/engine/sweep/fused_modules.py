@@ -1,0 +1,222 @@
+"""Norms and gated products of a layer in one pass over the elements, for as long as the layer is swept.
+
+A root-mean-square norm written in torch makes float32 copies of its input, silu and its product keep two tensors of the
+intermediate size and make two more in backward. In bf16 on a processor that can, longfit has kernels that read and
+write every element once (``kernels/cpu/elementwise.py``).
+
+Which modules compute such a function is asked of the modules, not of a list of families: a norm must give, bit for bit,
+what the formula gives, for random weights and rows of every size; of an MLP the inner projections are made to give
+chosen tensors, and what reaches the outer one must be, bit for bit, ``silu(gate) * up``. Gemma's norm, which adds one
+to its weight, or an MLP with another activation, a clamp, a dropout or parameters beside its projections keep their own
+forward.
+
+Nothing is installed in a model. The forward of a module is set aside while its layer is swept, and only there; inputs
+that the kernels do not take (another dtype, say) are computed by torch as the module would.
+
+Not here: rotary embedding, which models compute in a function, not in a module.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from longfit.engine.sweep.recompute_state import random_state_kept
+from longfit.kernels.cpu import elementwise as cpu_elementwise
+
+
+# ------------------------------------------------------------------------------------------------ the two functions
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, inverse_rms = cpu_elementwise.rms_norm_forward(x, weight, eps=eps)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        return *cpu_elementwise.rms_norm_backward(grad, *ctx.saved_tensors, trains=ctx.needs_input_grad[1]), None
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return cpu_elementwise.swiglu_forward(gate, up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return cpu_elementwise.swiglu_backward(grad, *ctx.saved_tensors)
+
+
+# ------------------------------------------------------------------------------------------------ the modules
+@dataclass(frozen=True)
+class Norm:
+    """A module that is a root-mean-square norm with a weight."""
+
+    module: nn.Module
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        if not cpu_elementwise.takes(x, weight):
+            return type(self.module).forward(self.module, x)
+        return _RmsNorm.apply(x, weight, self.eps)
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """A module that computes ``down(silu(gate(x)) * up(x))``."""
+
+    module: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner: Any = self.module
+        gate, up = inner.gate_proj(x), inner.up_proj(x)
+        if not cpu_elementwise.takes(gate, up) or gate.shape != up.shape:
+            return inner.down_proj(F.silu(gate) * up)
+        return inner.down_proj(_SwiGlu.apply(gate, up))
+
+
+Fused = Norm | GatedMlp
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+def find_fused(layer: nn.Module) -> tuple[Fused, ...]:
+    """The modules of a layer whose function the kernels compute; none without kernels, on a card or in a trace."""
+    if cpu_elementwise.supported() is not None or not all(map(_is_plain, layer.parameters())):
+        return ()
+    with torch.no_grad(), random_state_kept(torch.device("cpu")):
+        found = [as_norm(module) or as_gated_mlp(module) for module in layer.modules()]
+    return tuple(fused for fused in found if fused is not None)
+
+
+def _is_plain(parameter: Tensor) -> bool:
+    return type(parameter.data) is Tensor and parameter.device.type == "cpu"
+
+
+@contextmanager
+def fused_forwards(modules: tuple[Fused, ...]) -> Iterator[None]:
+    """Compute these modules by the kernels while this lasts; not those that somebody else has replaced or watches."""
+    free = [fused for fused in modules if "forward" not in vars(fused.module) and not _is_passed_by_watched(fused)]
+    try:
+        for fused in free:
+            fused.module.forward = fused.forward
+        yield
+    finally:
+        for fused in free:
+            vars(fused.module).pop("forward", None)
+
+
+def _is_passed_by_watched(fused: Fused) -> bool:
+    """Whether the kernels would pass by a module inside, such as an activation, whose call somebody wants to see."""
+    inside = fused.module.named_children()
+    return any(_is_watched(child) for name, child in inside if name not in PROJECTIONS)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+# ------------------------------------------------------------------------------------------------ who computes what
+def as_norm(module: nn.Module) -> Norm | None:
+    """The module as a norm, if it gives ``w * bf16(x / rms(x))`` bit for bit."""
+    eps = vars(module).get("variance_epsilon", vars(module).get("eps"))
+    names = [name for name, _ in (*module.named_parameters(), *module.named_buffers(), *module.named_children())]
+    if names != ["weight"] or not isinstance(eps, float) or not _takes_one_tensor(module) or _is_watched(module):
+        return None
+    weight: Any = module.weight
+    if weight.dim() != 1:
+        return None
+    given, x = _chosen(len(weight), 1), _chosen(len(weight), 2)
+    expected = given[0] * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    for _ in _modes(module):
+        if not _equal(torch.func.functional_call(module, {"weight": given[0]}, (x,)), expected):
+            return None
+    return Norm(module, eps)
+
+
+def as_gated_mlp(module: nn.Module) -> GatedMlp | None:
+    """The module as a gated MLP, if what reaches its outer projection is ``silu(gate) * up`` bit for bit."""
+    children = dict(module.named_children())
+    if not set(PROJECTIONS) <= children.keys() or not _takes_one_tensor(module):
+        return None
+    if any(map(_is_watched, children.values())):  # who watches must not be shown the tensors chosen below
+        return None
+    tensors = (name for name, _ in (*module.named_parameters(), *module.named_buffers()))
+    if any(name.split(".")[0] not in PROJECTIONS for name in tensors):  # a scale, say, that is 1 now and trains
+        return None
+    outer, inner = (vars(children[name]).get("in_features") for name in ("gate_proj", "down_proj"))
+    if not isinstance(outer, int) or not isinstance(inner, int):
+        return None
+    x, gate, up, out = (_chosen(size, seed)[None] for seed, size in enumerate((outer, inner, inner, outer), 1))
+    expected = F.silu(gate) * up
+    for _ in _modes(module):
+        given: dict[str, list[Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}
+        with _answers(children, given, {"gate_proj": gate, "up_proj": up, "down_proj": out}):
+            result = type(module).forward(module, x)
+        inputs = [*given["gate_proj"], *given["up_proj"]]
+        if len(inputs) != 2 or any(tensor is not x for tensor in inputs) or result is not out:
+            return None
+        if len(given["down_proj"]) != 1 or not _equal(given["down_proj"][0], expected):
+            return None
+    return GatedMlp(module)
+
+
+def _takes_one_tensor(module: nn.Module) -> bool:
+    """Whether the forward is the class's own, and is called with one tensor and nothing else."""
+    return "forward" not in vars(module) and len(inspect.signature(module.forward).parameters) == 1
+
+
+def _chosen(size: int, seed: int) -> Tensor:
+    """Rows of every magnitude between 1e-3 and 1e3, bf16 ``[16, size]``."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(16, size, generator=generator) * torch.logspace(-3, 3, 16)[:, None]
+    return values.to(torch.bfloat16)
+
+
+def _equal(tensor: Any, expected: Tensor) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype == expected.dtype and torch.equal(tensor, expected)
+
+
+def _modes(module: nn.Module) -> Iterator[None]:
+    """Evaluation and training, one after the other."""
+    before = [(part, part.training) for part in module.modules()]
+    try:
+        for training in (False, True):
+            module.train(training)
+            yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+@contextmanager
+def _answers(
+    children: dict[str, nn.Module], given: dict[str, list[Tensor]], answers: dict[str, Tensor]
+) -> Iterator[None]:
+    """Let some children note what they are given, and answer with chosen tensors."""
+
+    def forward(name: str, x: Tensor) -> Tensor:
+        given[name].append(x)
+        return answers[name]
+
+    before = {name: vars(children[name]).get("forward") for name in answers}
+    try:
+        for name in answers:
+            children[name].forward = partial(forward, name)
+        yield
+    finally:
+        for name, own in before.items():
+            vars(children[name]).pop("forward", None)
+            if own is not None:
+                children[name].forward = own

@@ -1,0 +1,84 @@
+"""A call of a decoder layer, as the gradient-checkpointing door hands it over, repeated on one tile of tokens.
+
+Whatever the layer is given per token (rotary tables, positions, per-layer inputs) is cut; what describes the whole
+sequence is passed on whole, because the attention function wants it so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from longfit.engine.sweep.tile_pass import LayerWalk
+from longfit.errors import ModelError
+
+WHOLE = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Keyword arguments that describe the whole sequence: the attention function wants them uncut."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A layer's raw forward and what it was called with; calls it again on one tile of tokens."""
+
+    layer: nn.Module
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+    num_tokens: int
+
+    @property
+    def carries_gradient(self) -> bool:
+        """Whether an argument besides the hidden states needs a gradient, which the sweep would lose."""
+        return _carries_gradient((self.args, self.keywords))
+
+    def tile(self, hidden: Tensor, walk: LayerWalk) -> Tensor:
+        """Run the layer on hidden states [B, t, D]; returns [B, t, D]."""
+        start, end = walk.span
+        cut = partial(_cut, start=start, end=end, num_tokens=self.num_tokens)
+        keywords = {name: value if name in WHOLE else cut(value) for name, value in self.keywords.items()}
+        out = self.function(self.layer, hidden, *map(cut, self.args), **keywords, sweep=walk)
+        if walk.num_calls == 0:
+            raise ModelError(
+                f"{type(self.layer).__name__} did not attend through longfit's attention: the attention implementation"
+                " was changed after enable_sweep; call enable_sweep(model) again"
+            )
+        return out[0] if isinstance(out, tuple) else out
+
+
+def _cut(value: Any, *, start: int, end: int, num_tokens: int) -> Any:
+    """Take the tokens [start, end) of whatever is given per token: tensors, and tuples, lists or dicts of them."""
+    if end - start == num_tokens:
+        return value
+    again = partial(_cut, start=start, end=end, num_tokens=num_tokens)
+    if isinstance(value, dict):
+        return {key: again(part) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(again, value))
+    if not isinstance(value, Tensor):
+        return value
+    axes = [axis for axis, size in enumerate(value.shape) if size == num_tokens]
+    if len(axes) > 1 and axes[:1] != [1]:
+        raise ModelError(
+            f"a layer is given a tensor of shape {tuple(value.shape)} for {num_tokens} tokens, which cannot be cut into"
+            " tiles; masks over pairs of tokens must come as a 2-D padding mask"
+        )
+    return value.narrow(1 if 1 in axes else axes[0], start, end - start) if axes else value
+
+
+def layer_call(function: Any, args: tuple[Any, ...]) -> tuple[LayerCall, Tensor]:
+    """Take apart ``partial(forward, layer, **keywords)`` and its arguments."""
+    keywords = dict(function.keywords)
+    if not args:
+        args = (keywords.pop("hidden_states"),)
+    hidden = args[0]
+    return LayerCall(function.args[0], function.func, args[1:], keywords, hidden.shape[1]), hidden
+
+
+def _carries_gradient(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_carries_gradient, value.values()))
+    if isinstance(value, (tuple, list)):
+        return any(map(_carries_gradient, value))
+    return isinstance(value, Tensor) and value.requires_grad

@@ -1,0 +1,81 @@
+"""Which layers of a model can be swept: two tokens are run through the decoder, and every layer is watched.
+
+A layer can be swept if it comes to the gradient-checkpointing door, passes keyword arguments down to exactly one call
+of longfit's attention, and returns hidden states only. Asking the layer is more reliable than a list of families.
+"""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longfit.attention.backends import tile_forward
+from longfit.attention.visibility import build_schedule, document_starts
+from longfit.engine.sweep.layer_call import LayerCall, layer_call
+from longfit.engine.sweep.recompute_state import random_state_kept
+
+
+class _Probe:
+    """Stands in for a walk: attends plainly and counts."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        self.num_calls += 1
+        starts = document_starts(query.shape[0], query.shape[2], device=query.device)
+        schedule = build_schedule(query.shape[1], starts)
+        scaling, softcap = options["scaling"], options["softcap"]
+        return tile_forward(query, key, value, schedule, start=0, scaling=scaling, softcap=softcap)[0].transpose(1, 2)
+
+
+def probe_layers(base: Any, inner: Any, device: torch.device) -> dict[nn.Module, str | None]:
+    """Run two tokens through the decoder; for every layer that comes to the door, None or why it cannot be swept."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    reasons: dict[nn.Module, str | None] = {}
+    if not base.supports_gradient_checkpointing:
+        return reasons
+
+    def door(function: Any, *args: Any) -> Any:
+        if not isinstance(function, partial) or not function.args or not isinstance(function.args[0], nn.Module):
+            return function(*args)
+        with torch.no_grad():
+            out, reasons[function.args[0]] = _try(*layer_call(function, args))
+        return out
+
+    base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=door)
+    layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
+    modes = [layer.training for layer in layers]
+    try:
+        for layer in layers:
+            layer.training = True  # the layer alone: its dropout modules stay in their mode
+        with torch.enable_grad(), random_state_kept(device):  # without gradients some versions pass the door by
+            inner(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+    finally:
+        for layer, mode in zip(layers, modes, strict=True):
+            layer.training = mode
+        base._set_gradient_checkpointing(enable=False)
+    return reasons
+
+
+def _try(call: LayerCall, hidden: Tensor) -> tuple[Any, str | None]:
+    """Run a layer on two tokens with a probe: its output, and None or why it cannot be swept."""
+    probe = _Probe()
+    accepts = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(call.function).parameters.values())
+    plain = partial(call.function, call.layer, hidden, *call.args, **call.keywords)
+    if not accepts:
+        return plain(), f"{type(call.layer).__name__} does not pass keyword arguments on"
+    try:
+        out = plain(sweep=probe)
+    except TypeError as error:
+        if "'sweep'" not in str(error):
+            raise
+        return plain(), f"its attention does not take keyword arguments ({error})"
+    if probe.num_calls != 1:
+        return out, f"it attends {probe.num_calls} times through the attention interface, not once"
+    if not isinstance(out, Tensor) or out.shape[:2] != hidden.shape[:2]:  # a model takes [0] of a tuple, even of one
+        return out, "it does not return the hidden states alone"
+    return out, None

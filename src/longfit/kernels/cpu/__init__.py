@@ -1,0 +1,1 @@
+"""The C++ kernels, bound through a C ABI (``csrc/longfit.h``)."""

@@ -1,0 +1,236 @@
+"""Attention of a tile of queries over all earlier keys in C++: forward with log-sum-exp, and backward from it.
+
+The kernels (csrc/attention_forward_avx512bf16.cpp and its backward twin) multiply bf16 pairs with vdpbf16ps and keep
+every sum in fp32; P and dS are rounded to bf16 before the products that consume them, as on a GPU's tensor cores. So
+out and the gradients carry bf16 rounding, and the log-sum-exp is good to fp32. The same call on as many threads gives
+the same bits every time. There is one instruction set so far; `supported` names what is missing elsewhere.
+
+What a query sees is one number per head class: all keys from ``first_key`` to itself. Exact and shifted attention
+(LongLoRA, section 3.2), sliding windows and packed documents all have that form; keys that a block of queries does not
+see cost nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from longfit.kernels.cpu.library import library, unavailable
+
+ISA = "avx512_bf16"
+
+
+class View(ctypes.Structure):
+    """``longfit_attention_view`` of csrc/attention.h, which explains the fields."""
+
+    _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("token", c_int64)]
+
+
+class Tile(ctypes.Structure):
+    """``longfit_attention_tile`` of csrc/attention.h, which explains the fields."""
+
+    _fields_ = [
+        ("batch", c_int64),
+        ("query_heads", c_int64),
+        ("kv_heads", c_int64),
+        ("queries", c_int64),
+        ("keys", c_int64),
+        ("head_dim", c_int64),
+        ("classes", c_int64),
+        ("start", c_int64),
+        ("key_offset", c_int64),
+        ("first_key", c_void_p),
+        ("head_bounds", c_void_p),
+        ("out_of_memory", c_void_p),
+        ("scaling", c_float),
+        ("threads", c_int32),
+    ]
+
+
+def supported() -> str | None:
+    """Say why this machine cannot run the kernels; None when it can."""
+    reason = unavailable()
+    if reason is None and library().isa != ISA:
+        reason = f"it needs a processor with AVX-512 BF16, the instruction set in use is {library().isa}"
+    return reason
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_key: Tensor,
+    head_bounds: Sequence[int],
+    *,
+    start: int,
+    scaling: float,
+    key_offset: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Attend from the queries of a tile to the keys they see (FlashAttention-2, algorithm 1).
+
+    Args:
+        q: bf16 ``[B, H, t, D]``, tokens ``[start, start + t)``; any strides.
+        k, v: bf16 ``[B, K, n, D]``, tokens ``[key_offset, key_offset + n)``; H a multiple of K.
+        first_key: int32 ``[C, B, t]``; query i of a head of class c sees the keys ``first_key[c, b, i] .. start + i``.
+            It never decreases along t, and all that it shows is in ``k``.
+        head_bounds: C + 1 numbers; class c is the query heads ``[head_bounds[c], head_bounds[c + 1])``.
+        start: the token number of the first query.
+        scaling: of the scores; any sign.
+        key_offset: the token number of the first key.
+    Returns: out bf16 ``[B, H, t, D]``, stored as ``[B, t, H, D]``; natural log-sum-exp of the scores, fp32
+        ``[B, H, t]``.
+    Raises: ValueError: the arguments do not fit each other. BackendError: the library is missing. MemoryError.
+    """
+    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    call = _Call(q, k, v, first_key, head_bounds, start=start, scaling=scaling, key_offset=key_offset)
+    batch, heads, queries, head_dim = q.shape
+    out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)  # [B, H, t, D]
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    if q.numel():
+        call.run("attention_forward", _view(q), _view(k), _view(v), _view(out), lse.data_ptr())
+    return out, lse
+
+
+def attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    first_key: Tensor,
+    head_bounds: Sequence[int],
+    *,
+    start: int,
+    scaling: float,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    key_offset: int = 0,
+) -> Tensor:
+    """Differentiate `attention_forward` (FlashAttention-2, algorithm 2).
+
+    Args:
+        grad_out: bf16 ``[B, H, t, D]``.
+        q, k, v, first_key, head_bounds, start, scaling, key_offset: those of the forward.
+        out, lse: what it returned; another kernel's will do.
+        grad_k, grad_v: fp32 ``[B, K, n, D]``; the tile's share is **added in place**.
+    Returns: grad_q bf16 ``[B, H, t, D]``, stored as ``[B, t, H, D]``.
+    Raises: as `attention_forward`.
+    """
+    grad_out, q, k, v, out = (_unit_stride(x) for x in (grad_out, q, k, v, out))
+    call = _Call(q, k, v, first_key, head_bounds, start=start, scaling=scaling, key_offset=key_offset)
+    batch, heads, queries, head_dim = q.shape
+    for name, x, like, dtype in (
+        ("grad_out", grad_out, q, torch.bfloat16),
+        ("out", out, q, torch.bfloat16),
+        ("grad_k", grad_k, k, torch.float32),
+        ("grad_v", grad_v, v, torch.float32),
+    ):
+        if x.shape != like.shape or x.dtype != dtype or x.device.type != "cpu":
+            raise ValueError(f"{name}: got {_describe(x)}, must be {list(like.shape)} in {dtype} on the CPU")
+    if lse.shape != q.shape[:3] or lse.dtype != torch.float32:
+        raise ValueError(f"lse: got {_describe(lse)}, must be {list(q.shape[:3])} in torch.float32")
+    if any(x.stride(3) != 1 and head_dim > 1 for x in (grad_k, grad_v)):
+        raise ValueError(f"grad_k {grad_k.stride()}, grad_v {grad_v.stride()}: the last stride must be 1")
+    grad_q = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)  # [B, H, t, D]
+    if q.numel():
+        lse = lse.contiguous()
+        inputs = (_view(x) for x in (grad_out, q, k, v, out))
+        grads = (_view(x) for x in (grad_q, grad_k, grad_v))
+        call.run("attention_backward", *inputs, lse.data_ptr(), *grads)
+    return grad_q
+
+
+class _Call:
+    """The description of a tile, and the tensors that it points into."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first_key: Tensor,
+        head_bounds: Sequence[int],
+        *,
+        start: int,
+        scaling: float,
+        key_offset: int,
+    ) -> None:
+        _check(q, k, v, first_key, head_bounds, start=start, key_offset=key_offset)
+        self._first_key = first_key.contiguous()
+        self._head_bounds = torch.tensor(head_bounds, dtype=torch.int64)
+        self._out_of_memory = torch.zeros((), dtype=torch.int32)
+        batch, heads, queries, head_dim = q.shape
+        self._tile = Tile(
+            batch=batch,
+            query_heads=heads,
+            kv_heads=k.shape[1],
+            queries=queries,
+            keys=k.shape[2],
+            head_dim=head_dim,
+            classes=first_key.shape[0],
+            start=start,
+            key_offset=key_offset,
+            first_key=self._first_key.data_ptr(),
+            head_bounds=self._head_bounds.data_ptr(),
+            out_of_memory=self._out_of_memory.data_ptr(),
+            scaling=scaling,
+            threads=torch.get_num_threads(),
+        )
+
+    def run(self, kernel: str, *arguments: View | int) -> None:
+        pointers = (ctypes.byref(x) if isinstance(x, View) else x for x in arguments)
+        library().kernel(kernel)(ctypes.byref(self._tile), *pointers)
+        if self._out_of_memory:
+            raise MemoryError(f"{kernel}: no memory for {self._tile.queries} queries; choose a smaller tile")
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, head_bounds: Sequence[int], *, start: int, key_offset: int
+) -> None:
+    if any(x.dim() != 4 or x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in (q, k, v)):
+        raise ValueError(
+            f"q {_describe(q)}, k {_describe(k)}, v {_describe(v)}: must be [B, H, t, D] and twice [B, K, n, D] in"
+            " torch.bfloat16 on the CPU"
+        )
+    batch, heads, queries, head_dim = q.shape
+    if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim or not k.shape[1] or heads % k.shape[1]:
+        raise ValueError(
+            f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}: must be [B, H, t, D] and twice [B, K, n, D] with"
+            " H a multiple of K"
+        )
+    bounds = list(head_bounds)
+    if bounds[:1] != [0] or bounds[-1:] != [heads] or bounds != sorted(bounds):
+        raise ValueError(f"head_bounds {bounds}: must rise from 0 to the {heads} query heads")
+    if first_key.shape != (len(bounds) - 1, batch, queries) or first_key.dtype != torch.int32:
+        expected = [len(bounds) - 1, batch, queries]
+        raise ValueError(f"first_key: got {_describe(first_key)}, must be {expected} in torch.int32")
+    if start < key_offset or start + queries > key_offset + k.shape[2]:
+        raise ValueError(
+            f"queries {start} .. {start + queries - 1} do not see themselves among the keys"
+            f" {key_offset} .. {key_offset + k.shape[2] - 1}; a query's own key must be there"
+        )
+    if not q.numel():
+        return
+    itself = torch.arange(start, start + queries, dtype=torch.int32)
+    if int(first_key.min()) < key_offset or (first_key > itself).any() or (first_key.diff() < 0).any():
+        raise ValueError(
+            f"first_key: must never decrease along the queries, show each query itself, and no key before the first"
+            f" one given, {key_offset}"
+        )
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _view(x: Tensor) -> View:
+    return View(x.data_ptr(), *x.stride()[:3])
+
+
+def _describe(x: Tensor) -> str:
+    return f"{list(x.shape)} in {x.dtype} on {x.device.type}"

@@ -1,0 +1,45 @@
+"""The tiled loss with its kernel: taken where it fits, and as near to float64 as torch's operations are."""
+
+import pytest
+import torch
+
+from longfit.engine.loss import linear_cross_entropy
+from longfit.kernels.cpu import elementwise as cpu_elementwise
+
+UNSUPPORTED = cpu_elementwise.supported()
+pytestmark = pytest.mark.skipif(UNSUPPORTED is not None, reason=f"C++ elementwise kernels: {UNSUPPORTED}")
+
+TOKENS, WORDS, WIDTH = 37, 211, 24
+
+
+def loss_and_gradients(dtype, **options):
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (
+        torch.randn(rows, WIDTH, generator=generator).bfloat16().to(dtype).requires_grad_() for rows in (TOKENS, WORDS)
+    )
+    labels = torch.randint(0, WORDS, (TOKENS,), generator=generator)
+    labels[::5] = -100
+    loss = linear_cross_entropy(hidden, weight, labels, token_tile=16, **options)
+    loss.backward()
+    return [x.detach().double() for x in (loss, hidden.grad, weight.grad)]
+
+
+def test_it_is_as_near_to_float64_as_torch(monkeypatch):
+    calls = []
+    kernel = cpu_elementwise.cross_entropy_
+    monkeypatch.setattr(cpu_elementwise, "cross_entropy_", lambda *a, **k: (calls.append(1), kernel(*a, **k))[1])
+    got = loss_and_gradients(torch.bfloat16)
+    assert len(calls) == 2  # 29 trained tokens
+    monkeypatch.setattr(cpu_elementwise, "supported", lambda: "not now")
+    plain = loss_and_gradients(torch.bfloat16)
+    assert len(calls) == 2
+    for ours, torchs, truth in zip(got, plain, loss_and_gradients(torch.float64), strict=True):
+        # The same roundings of logits and gradients; where one falls otherwise, another draw of the same noise.
+        assert (ours - truth).norm() <= 1.1 * (torchs - truth).norm()
+
+
+@pytest.mark.parametrize("options", [{"softcap": 5.0}, {"scale": 0.5}, {"vocab_tile": 100}])
+def test_other_logits_stay_with_torch(monkeypatch, options):
+    monkeypatch.setattr(cpu_elementwise, "cross_entropy_", None)
+    loss_and_gradients(torch.bfloat16, **options)
+    loss_and_gradients(torch.float32)

@@ -1,0 +1,99 @@
+"""Bytes per token on the accelerator, counted on fake tensors: real models at full size, without weights or a GPU.
+
+Live storages are counted while a training step runs at two lengths; the slope between them is what a token costs, in
+forward and in backward, whichever is larger (a tile's activations, which do not grow, differ between the two). What
+waits in the arena is not on the accelerator. The vocabulary is small, because its cost does not grow either. Attention
+is replaced by what a kernel allocates (output, log-sum-exp, query gradient and its float32 sum): a fake tensor has no
+values to attend with.
+"""
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from tests.fake_tensors import HostArena, LiveBytes, tile_backward, tile_forward
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from longfit.attention.hf_attention import attention_key
+from longfit.attention.visibility import build_schedule, document_starts
+from longfit.engine.loss import linear_cross_entropy
+from longfit.engine.loss.training_loss import training_loss
+from longfit.engine.sweep import probe, tile_pass
+from longfit.engine.sweep.install import enable_sweep
+from longfit.engine.sweep.recompute_state import RandomState
+from longfit.engine.sweep.tile_pass import Visible
+
+GROUP, TILE, SHORT, LONG = 4096, 2048, 8192, 16384  # a tile of shifted attention sees at most SHORT keys
+
+SHAPES = {
+    "Llama-3.1-8B": {"intermediate_size": 14336, "num_key_value_heads": 8},
+    "Llama-2-7B": {"intermediate_size": 11008, "num_key_value_heads": 32},
+}
+
+
+def empty_model(shape, key):
+    """Two layers of a Llama with adapters on all linear layers, without memory."""
+    config = transformers.LlamaConfig(
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_hidden_layers=2,
+        vocab_size=1024,
+        max_position_embeddings=1 << 20,
+        **shape,
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation=key)
+        lora = LoraConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, lora, autocast_adapter_dtype=False, low_cpu_mem_usage=True).train()
+
+
+def fill(model):
+    """Give every parameter and buffer a tensor of the mode that is on."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+        for name, b in module._buffers.items():
+            module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
+
+
+def step_peaks(num_tokens, shape, group_size):
+    """Most live bytes in forward and in backward of a step of two layers; weights and adapters are not counted."""
+    schedule = build_schedule(2, document_starts(1, num_tokens), group_size=group_size)
+    visible = Visible.of(schedule, TILE)
+    key = attention_key("shifted", group_size) if group_size else attention_key()
+    model = empty_model(shape, key)
+    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        for module in (tile_pass, probe):
+            patch.setattr(module, "tile_forward", tile_forward)
+        patch.setattr(tile_pass, "tile_backward", tile_backward)
+        patch.setattr(tile_pass.Visible, "of", lambda schedule, tile: visible)
+        patch.setattr(linear_cross_entropy, "_trained_rows", lambda labels, num_words: torch.arange(len(labels)))
+        patch.setattr(RandomState, "same", lambda self, other: True)
+        fill(model)
+        report = enable_sweep(model, tile=TILE, arena=HostArena(), kept_bytes=0)  # as on an accelerator
+        assert len(report.layers) == 2
+        ids = torch.zeros(1, num_tokens, dtype=torch.long)
+        with LiveBytes() as live:
+            loss = training_loss(model, ids, num_items=num_tokens)
+            forward_peak, live.peak = live.peak, live.now
+            loss.backward()
+        assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)
+        return forward_peak, live.peak
+
+
+@pytest.mark.parametrize(
+    ("name", "group_size", "most"),
+    [
+        ("Llama-3.1-8B", None, 32_000),
+        ("Llama-3.1-8B", GROUP, 18_000),
+        ("Llama-2-7B", None, 70_000),
+        ("Llama-2-7B", GROUP, 18_000),
+    ],
+)
+def test_bytes_per_token(name, group_size, most, record_property):
+    short, long = (step_peaks(num_tokens, SHAPES[name], group_size) for num_tokens in (SHORT, LONG))
+    slopes = [(b - a) / (LONG - SHORT) for a, b in zip(short, long, strict=True)]
+    record_property("bytes_per_token", max(slopes))
+    assert 8_192 < max(slopes) < most  # one hidden state is the least that this algorithm can hold

@@ -1,0 +1,99 @@
+"""The walk over a layer's tiles: which keys each tile sees, and when gradients of keys are finished."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longfit.attention.visibility import Schedule, build_schedule, document_starts
+from longfit.engine.sweep.tile_pass import LayerWalk, TileLeft, Visible
+from longfit.errors import ModelError
+
+HEADS, KEY_HEADS, DIM = 6, 2, 4
+
+
+def make_schedule(num_tokens: int, **pattern: int) -> Schedule:
+    return build_schedule(HEADS, document_starts(1, num_tokens), **pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern", [{}, {"sliding_window": 3}, {"group_size": 4}, {"sliding_window": 9}], ids=["all", "w3", "g4", "w9"]
+)
+@pytest.mark.parametrize(("num_tokens", "tile"), [(13, 3), (12, 4), (5, 8)])
+def test_tiles_see_all_keys_of_their_schedule_and_load_each_once(
+    num_tokens: int, tile: int, pattern: dict[str, int]
+) -> None:
+    schedule = make_schedule(num_tokens, **pattern)
+    visible = Visible.of(schedule, tile)
+    assert len(visible.lows) == -(-num_tokens // tile)
+    for index, low in enumerate(visible.lows):
+        start, end = visible.span(index)
+        furthest = int(schedule.first_key[:, :, start:end].min())
+        assert low % tile == 0
+        assert low <= furthest < low + tile  # as few whole tiles as hold them
+        assert end - low <= visible.capacity
+    loaded = [new for index in reversed(range(len(visible.lows))) for new in visible.new_tiles(index)]
+    assert len(loaded) == len(set(loaded))
+    # The last tile's window is stored by the walk itself, so every tile below it is loaded once.
+    needed = {key // tile for index, low in enumerate(visible.lows) for key in range(low, visible.span(index)[0])}
+    assert set(loaded) == needed
+
+
+def attend(walk: LayerWalk, qkv: list[Tensor], **options: Any) -> Tensor:
+    settings = dict.fromkeys(
+        ("group_size", "sliding_window", "softcap", "position_ids", "attention_mask", "cu_seqlens")
+    )
+    start, end = walk.span
+    return walk.attend(*(part[:, :, start:end] for part in qkv), **settings | {"scaling": 0.5} | options)
+
+
+def random_qkv(num_tokens: int) -> list[Tensor]:
+    heads = (HEADS, KEY_HEADS, KEY_HEADS)
+    return [torch.randn(1, h, num_tokens, DIM, dtype=torch.float64, requires_grad=True) for h in heads]
+
+
+@pytest.mark.parametrize("pattern", [{}, {"sliding_window": 3}, {"group_size": 4}], ids=["all", "w3", "g4"])
+def test_a_walk_there_and_back_is_attention_and_its_gradient(pattern: dict[str, int]) -> None:
+    num_tokens, tile = 13, 3
+    qkv, wanted = random_qkv(num_tokens), torch.randn(1, num_tokens, HEADS, DIM, dtype=torch.float64)
+    first = make_schedule(num_tokens, **pattern).first_key.repeat_interleave(
+        HEADS // (2 if "group_size" in pattern else 1), 0
+    )
+    key = torch.arange(num_tokens)
+    seen = (key >= first[:, 0, :, None]) & (key <= key[:, None])  # [H, T, T]
+    query, keys, values = qkv[0], *(part.repeat_interleave(HEADS // KEY_HEADS, 1) for part in qkv[1:])
+    scores = (0.5 * query @ keys.transpose(2, 3)).masked_fill(~seen, float("-inf"))
+    dense = (scores.softmax(-1) @ values).transpose(1, 2)
+    expected = torch.autograd.grad(dense, qkv, wanted)
+
+    forward = LayerWalk(num_tokens, tile, {})
+    for index in range(5):
+        forward.begin("forward", index)
+        start, end = forward.span
+        # float64: a softmax over at most 13 scores and a sum of as many products, some tens of roundings of 1e-16
+        torch.testing.assert_close(attend(forward, qkv, **pattern), dense[:, start:end], rtol=1e-12, atol=1e-13)
+    back = LayerWalk(num_tokens, tile, {}, visible=forward.visible)
+    for index in reversed(range(5)):
+        for new in back.turn_to_gradients(index):
+            back.begin("keys", new)
+            with pytest.raises(TileLeft):
+                attend(back, qkv, **pattern)
+        back.begin("gradients", index)
+        start, end = back.span
+        found = torch.autograd.grad(attend(back, qkv, **pattern), qkv, wanted[:, start:end])
+        for part, whole in zip(found, expected, strict=True):  # of k, v too: finished, not partial
+            torch.testing.assert_close(part[:, :, start:end], whole[:, :, start:end], rtol=1e-11, atol=1e-12)
+
+
+def test_layers_that_attend_twice_or_with_tokens_of_their_own_are_refused() -> None:
+    walk, qkv = LayerWalk(6, 3, {}), random_qkv(6)
+    attend(walk, qkv)
+    with pytest.raises(ModelError, match="attends more than once"):
+        attend(walk, qkv)
+    walk.begin("forward", 1)
+    with pytest.raises(ModelError, match="a tile of 3 tokens attends with 4 queries and 3 keys"):
+        walk.attend(
+            qkv[0][:, :, :4], qkv[1][:, :, 3:], qkv[2][:, :, 3:], group_size=None, sliding_window=None, scaling=1.0,
+            softcap=None, position_ids=None, attention_mask=None, cu_seqlens=None,
+        )  # fmt: skip

@@ -1,0 +1,71 @@
+"""Memory of its own for what outlives a tile: any shape, dtype and order of axes, and gone when nobody holds it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from longfit.engine import host_memory
+
+MANY = (3, host_memory.SMALLEST_BYTES // 4, 2)
+
+
+def mapped_bytes():
+    """Of this process, all mappings together."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [MANY, (2, 5), (0, 4), ()])
+def test_an_empty_tensor_can_be_written(shape, dtype):
+    like = torch.zeros(1, dtype=torch.float32)
+    made = host_memory.empty(like, shape, dtype)
+    assert made.shape == shape
+    assert made.dtype == dtype
+    assert made.is_contiguous()
+    assert made.fill_(1).sum() == made.numel()
+    assert host_memory.empty(like, shape).dtype == torch.float32
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the bytes of the process from /proc")
+def test_a_mapping_goes_back_to_the_system_as_a_whole():
+    like = torch.zeros(1)
+    made = [host_memory.empty(like, (1 << 20,)).zero_() for _ in range(16)]
+    with_all = mapped_bytes()
+    del made[::2]
+    assert with_all - mapped_bytes() >= 8 * (4 << 20)
+    assert all(part.sum() == 0 for part in made)
+
+
+def test_tensors_without_memory_stay_so():
+    with FakeTensorMode():
+        assert host_memory.empty(torch.zeros(1), MANY).fake_mode is not None
+    assert host_memory.empty(torch.zeros(1, device="meta"), MANY).device.type == "meta"
+
+
+class Doubled(torch.autograd.Function):
+    """As a swept layer: its output is a host_memory, or what it is given, written over."""
+
+    @staticmethod
+    def forward(ctx, x, over):
+        out = x if over else host_memory.empty(x, tuple(x.shape))
+        torch.mul(x, 2, out=out)
+        if over:
+            ctx.mark_dirty(x)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad, None
+
+
+def test_a_layer_may_write_over_the_output_of_the_one_before():
+    x = torch.ones(MANY, requires_grad=True)
+    Doubled.apply(Doubled.apply(x, False), True).sum().backward()
+    assert torch.equal(x.grad, torch.full(MANY, 4.0))
+
+
+def test_no_memory_is_told_as_such():
+    with pytest.raises(MemoryError, match=r"bytes for .* in torch\.float32: "):
+        host_memory.empty(torch.zeros(1), (1 << 44,))
