@@ -42,13 +42,13 @@ class Cell:
         tool: "longfit" or "peer".
         context: tokens of the one sequence.
         attention: "exact", or "shifted" with groups of ``GROUP``.
-        arena: where longfit's layer inputs wait: "ram" or "file".
+        offload: where longfit's layer inputs wait: "ram" or "file".
     """
 
     tool: str
     context: int
     attention: str = "exact"
-    arena: str = "ram"
+    offload: str = "ram"
 
     @property
     def key(self) -> str:
@@ -57,13 +57,13 @@ class Cell:
 
 CELLS = (
     *(Cell(tool, context) for context in (2048, 4096, 8192, 16384) for tool in ("peer", "longfit")),
-    *(Cell("longfit", 16384, "shifted", arena) for arena in ("ram", "file")),
-    *(Cell("longfit", 65536, "shifted", arena) for arena in ("ram", "file")),
+    *(Cell("longfit", 16384, "shifted", offload) for offload in ("ram", "file")),
+    *(Cell("longfit", 65536, "shifted", offload) for offload in ("ram", "file")),
     Cell("longfit", 131072, "shifted", "file"),
 )
 MORE_CELLS = (
     Cell("longfit", 131072, "shifted", "ram"),
-    *(Cell("longfit", context, "exact", arena) for context in (16384, 65536) for arena in ("file", "ram")),
+    *(Cell("longfit", context, "exact", offload) for context in (16384, 65536) for offload in ("file", "ram")),
 )
 QUICK_CELLS = (Cell("peer", 1024), Cell("longfit", 1024), Cell("longfit", 2048, "shifted", "file"))
 
@@ -84,14 +84,14 @@ def longfit_model(folder: Path, cell: Cell, scratch: Path, **load: Any) -> tuple
     import longfit
     from longfit.attention.hf_attention import attention_key
     from longfit.engine.hf_model import base_model
-    from longfit.engine.offload.activations import FileArena
+    from longfit.engine.offload.activations import FileActivations
     from longfit.engine.sweep.install import enable_sweep
 
     model, tokenizer = longfit.load(str(folder), quant="nf4", double_quant=True, **load)
     model = longfit.add_adapters(model, rank=16, alpha=32).train()
     shifted = cell.attention == "shifted"
     base_model(model).set_attn_implementation(attention_key(cell.attention, GROUP if shifted else None))
-    report = enable_sweep(model, arena=FileArena(scratch) if cell.arena == "file" else None)
+    report = enable_sweep(model, offload=FileActivations(scratch) if cell.offload == "file" else None)
     assert not report.fallback, report.fallback
     return model, tokenizer
 
@@ -229,25 +229,28 @@ def verdicts(cells: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Each target, what was measured, and whether it is met; targets whose cells are missing are left out."""
     rows: list[tuple[str, str, str]] = []
 
-    def get(tool: str, context: int, attention: str = "exact", arena: str = "ram") -> dict[str, Any] | None:
-        found = cells.get(Cell(tool, context, attention, arena).key)
+    def get(tool: str, context: int, attention: str = "exact", offload: str = "ram") -> dict[str, Any] | None:
+        found = cells.get(Cell(tool, context, attention, offload).key)
         return None if found is None or "error" in found else found
 
     def row(target: str, measured: float, unit: str, met: bool) -> None:
         rows.append((target, f"{measured:.3g} {unit}", "yes" if met else "**no**"))
 
-    for arena, most in (("ram", 45), ("file", 12)):
+    for offload, most in (("ram", 45), ("file", 12)):
         for attention in ("exact", "shifted"):
-            a, b = get("longfit", 16384, attention, arena), get("longfit", 65536, attention, arena)
+            a, b = get("longfit", 16384, attention, offload), get("longfit", 65536, attention, offload)
             if a and b:
                 slope = (b["peak_rss_bytes"] - a["peak_rss_bytes"]) / (65536 - 16384) / 1e3
                 row(
-                    f"16k to 64k, {attention}, inputs in {arena}: at most {most} kB a token", slope, "kB", slope <= most
+                    f"16k to 64k, {attention}, inputs in {offload}: at most {most} kB a token",
+                    slope,
+                    "kB",
+                    slope <= most,
                 )
-    for arena in ("ram", "file"):
-        if longest := get("longfit", 131072, "shifted", arena):
+    for offload in ("ram", "file"):
+        if longest := get("longfit", 131072, "shifted", offload):
             peak = longest["peak_rss_bytes"] / 1e9
-            row(f"131,072 tokens, shifted, inputs in {arena}: under 8 GB", peak, "GB", peak < 8)
+            row(f"131,072 tokens, shifted, inputs in {offload}: under 8 GB", peak, "GB", peak < 8)
     for context, factor in ((2048, 1.5), (4096, 2), (8192, 2), (16384, 3)):
         peer, ours = get("peer", context), get("longfit", context)
         if peer and ours:
@@ -277,8 +280,8 @@ def table(results: dict[str, Any]) -> str:
     order = [cell.key for cell in CELLS + MORE_CELLS + QUICK_CELLS]
     for key in sorted(results["cells"], key=order.index):
         value = results["cells"][key]
-        tool, context, attention, arena = key.split("-")
-        start = f"| {tool} | {int(context):,} | {attention} | {arena if tool == 'longfit' else 'ram'} |"
+        tool, context, attention, offload = key.split("-")
+        start = f"| {tool} | {int(context):,} | {attention} | {offload if tool == 'longfit' else 'ram'} |"
         if "error" in value:
             lines.append(f"{start} failed: {value['error'][0]} | | | {value['commit']} |")
         else:
@@ -300,9 +303,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
     curves: dict[str, list[tuple[int, float]]] = {}
     for key, value in results["cells"].items():
-        tool, context, attention, arena = key.split("-")
+        tool, context, attention, offload = key.split("-")
         if "error" not in value:
-            name = "PEFT + bitsandbytes" if tool == "peer" else f"longfit, {attention}, layer inputs in {arena}"
+            name = "PEFT + bitsandbytes" if tool == "peer" else f"longfit, {attention}, layer inputs in {offload}"
             curves.setdefault(name, []).append((int(context), value["peak_rss_bytes"] / 1e9))
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for name, points in curves.items():

@@ -31,7 +31,7 @@ from longfit.attention.backends import tile_backward, tile_forward
 from longfit.attention.hf_attention import attention_key
 from longfit.attention.visibility import Schedule, build_schedule, document_starts
 from longfit.engine.hf_model import base_model
-from longfit.engine.offload.activations import MemoryArena
+from longfit.engine.offload.activations import DeviceActivations
 from longfit.engine.sweep.install import disable_sweep
 from longfit.errors import PlanError
 from longfit.kernels import dispatch
@@ -179,7 +179,7 @@ def train_rows(bench: Bench) -> tuple[float, dict[int, int]]:
     layers = sizes.config["num_hidden_layers"]
     model = model_of(bench, layers=layers)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    arena, peaks, seconds_of = bench.arena(), {}, {}
+    offload, peaks, seconds_of = bench.offload(), {}, {}
     per_flop = 1 / (0.4 * bench.gemm_flops)
 
     def run(name: str, tokens: int, group: int | None = None) -> tuple[float, int] | None:
@@ -187,7 +187,7 @@ def train_rows(bench: Bench) -> tuple[float, dict[int, int]]:
         flops = step_flops(sizes.config, tokens, layers=layers, group=group)
         if not report.allows("train", name, flops * per_flop * 1.2):
             return None
-        bench.reserve(arena, tile, tokens, layers)
+        bench.reserve(offload, tile, tokens, layers)
         ids = torch.randint(sizes.config["vocab_size"], (1, tokens), device=bench.device)
         try:
             seconds, peak = bench.once(lambda: step(model, ids, optimizer))
@@ -201,7 +201,7 @@ def train_rows(bench: Bench) -> tuple[float, dict[int, int]]:
             report.add("train", f"{name}, peak memory", peak / GIB, "GiB")
         return seconds, peak
 
-    tile = sweep(bench, model, "exact", arena)
+    tile = sweep(bench, model, "exact", offload)
     step(model, torch.randint(sizes.config["vocab_size"], (1, sizes.contexts[0]), device=bench.device), optimizer)
     for tokens in sizes.contexts:
         result = run(f"exact, {tokens:,} tokens", tokens)
@@ -210,7 +210,7 @@ def train_rows(bench: Bench) -> tuple[float, dict[int, int]]:
             _plan_row(bench, tokens, result[1], "exact")
     _offload_row(bench, model, run)
     longest = sizes.contexts[-1]
-    sweep(bench, model, "shifted", arena)
+    sweep(bench, model, "shifted", offload)
     result = run(f"shifted, {longest:,} tokens", longest, sizes.group)
     if result is not None and longest in seconds_of:
         name = f"shifted, {longest:,} tokens, times faster than exact"
@@ -222,7 +222,7 @@ def train_rows(bench: Bench) -> tuple[float, dict[int, int]]:
     for tokens in sizes.plain_contexts:
         run(f"plain checkpointing, {tokens:,} tokens", tokens)
     base_model(model).gradient_checkpointing_disable()
-    sweep(bench, model, "exact", arena)
+    sweep(bench, model, "exact", offload)
     _fused_row(bench, model, optimizer, per_flop)
     return per_flop, peaks
 
@@ -254,7 +254,7 @@ def _offload_row(bench: Bench, model: Any, run: Callable[..., tuple[float, int] 
     """Layer inputs on the host against on the device."""
     tokens = bench.sizes.offload_context
     on_host = run(f"exact, {tokens:,} tokens, layer inputs on the host", tokens)
-    sweep(bench, model, "exact", MemoryArena(copy=True))
+    sweep(bench, model, "exact", DeviceActivations(copy=True))
     on_device = run(f"exact, {tokens:,} tokens, layer inputs on the device", tokens)
     if on_host is not None and on_device is not None:
         name = f"offloaded layer inputs, {tokens:,} tokens, time over kept on the device"
@@ -267,7 +267,7 @@ def _plan_row(bench: Bench, tokens: int, peak: int, attention: str) -> None:
     shape = ModelShape.of({"model_type": "llama", **bench.sizes.config})
     group = bench.sizes.group if attention == "shifted" else None
     settings = PlanSettings(
-        context=tokens, rank=RANK, arena="ram", attention=attention, group_size=group, evaluates=False
+        context=tokens, rank=RANK, offload="ram", attention=attention, group_size=group, evaluates=False
     )
     plan = memory_plan(shape, settings)
     at_peak = sum(size for name, size in plan.at_peak("accelerator"))
@@ -280,9 +280,9 @@ def slope_rows(bench: Bench, per_flop: float) -> dict[str, Line]:
     sizes, lines = bench.sizes, {}
     model = model_of(bench, layers=2)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    arena = bench.arena()
+    offload = bench.offload()
     for attention, most in (("exact", 32.0), ("shifted", 18.0)):
-        tile = sweep(bench, model, attention, arena)
+        tile = sweep(bench, model, attention, offload)
         measured: list[tuple[int, int]] = []
         for tokens in sizes.slope_contexts:
             name = f"two layers, {attention}, {tokens:,} tokens"
@@ -290,7 +290,7 @@ def slope_rows(bench: Bench, per_flop: float) -> dict[str, Line]:
             flops = step_flops(sizes.config, tokens, layers=2, group=group)
             if not bench.report.allows("memory", name, flops * per_flop * 1.3):
                 break
-            bench.reserve(arena, tile, tokens, 2)
+            bench.reserve(offload, tile, tokens, 2)
             ids = torch.randint(sizes.config["vocab_size"], (1, tokens), device=bench.device)
             try:
                 seconds, peak = bench.once(partial(step, model, ids, optimizer))
@@ -347,7 +347,7 @@ def _try_card(bench: Bench, name: str, fraction: float, context: int, *, ballast
         held = torch.empty(max(0, ballast), dtype=torch.uint8, device=bench.device)
         model = model_of(bench, layers=2)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-        sweep(bench, model, "exact", bench.arena())
+        sweep(bench, model, "exact", bench.offload())
         ids = torch.randint(bench.sizes.config["vocab_size"], (1, context), device=bench.device)
         seconds, peak = bench.once(lambda: step(model, ids, optimizer))
         note = f"peak {peak / GIB:.2f} GiB with a ballast of {held.nbytes / GIB:.2f} GiB"

@@ -13,8 +13,8 @@ from gpu_report import Report
 from longfit.attention.hf_attention import attention_key
 from longfit.engine.hf_model import base_model
 from longfit.engine.loss.training_loss import training_loss
-from longfit.engine.offload.activations import Arena, MemoryArena
-from longfit.engine.offload.pinned_activations import PinnedArena
+from longfit.engine.offload.activations import ActivationOffload, DeviceActivations
+from longfit.engine.offload.pinned_activations import PinnedActivations
 from longfit.engine.sweep.install import enable_sweep
 from longfit.layers.linear4bit import Linear4bit
 from longfit.model.adapters import add_adapters
@@ -115,17 +115,17 @@ class Bench:
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         return torch.randn(*shape, device=self.device, dtype=dtype or self.dtype)
 
-    def arena(self) -> Arena:
+    def offload(self) -> ActivationOffload:
         """Where layer inputs wait: in host memory."""
-        return PinnedArena(self.device) if self.cuda else MemoryArena(copy=True)
+        return PinnedActivations(self.device) if self.cuda else DeviceActivations(copy=True)
 
-    def reserve(self, arena: Arena, tile: int, tokens: int, layers: int) -> None:
+    def reserve(self, offload: ActivationOffload, tile: int, tokens: int, layers: int) -> None:
         """Pin the memory of a step before it is timed: a run does that once, in its first step."""
-        if isinstance(arena, PinnedArena):
+        if isinstance(offload, PinnedActivations):
             num_bytes = tile * self.sizes.config["hidden_size"] * self.dtype.itemsize
-            slabs = [arena.take(num_bytes) for _ in range(layers * -(-tokens // tile))]
+            slabs = [offload.take(num_bytes) for _ in range(layers * -(-tokens // tile))]
             for slab in slabs:
-                arena.give(slab)
+                offload.give(slab)
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -169,11 +169,11 @@ def step(model: Any, ids: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def sweep(bench: Bench, model: Any, attention: str, arena: Arena, *, tile: int | None = None) -> int:
-    """Choose attention and arena; returns the tile."""
+def sweep(bench: Bench, model: Any, attention: str, offload: ActivationOffload, *, tile: int | None = None) -> int:
+    """Choose attention and offload; returns the tile."""
     key = attention_key(attention, bench.sizes.group if attention == "shifted" else None)
     base_model(model).set_attn_implementation(key)
-    return enable_sweep(model, tile=tile, arena=arena).tile
+    return enable_sweep(model, tile=tile, offload=offload).tile
 
 
 def step_flops(config: dict[str, int], tokens: int, *, layers: int, group: int | None = None) -> float:

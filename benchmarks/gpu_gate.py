@@ -36,7 +36,7 @@ def gate(bench: Bench) -> None:
     _hold_attention(bench)
     model = model_of(bench, layers=2, config=TINY.config, dtype=torch.float64, rank=4)
     ids = torch.randint(TINY.config["vocab_size"], (1, 90), device=bench.device)
-    worst = check_gradients(model, ids, tile=32, arena=bench.arena()).worst
+    worst = check_gradients(model, ids, tile=32, offload=bench.offload()).worst
     # Everything but the norms, which transformers computes in float32, is float64.
     assert worst[1] < 1e-5, f"gradient of {worst[0]} is off by {worst[1]}"
     _hold_fused(bench, ids)
@@ -46,7 +46,7 @@ def _hold_fused(bench: Bench, ids: Tensor) -> None:
     """Liger's norms, rotary embedding and SwiGLU against the model's own, swept; nothing where they are not used."""
     model = model_of(bench, layers=2, config=TINY.config, dtype=torch.float32, rank=4)
     trained = [p for p in model.parameters() if p.requires_grad]
-    sweep(bench, model, "exact", bench.arena(), tile=32)
+    sweep(bench, model, "exact", bench.offload(), tile=32)
     for parameter in trained:  # with B at zero nothing would reach A
         nn.init.normal_(parameter, std=0.1)
     own = torch.autograd.grad(training_loss(model, ids), trained)

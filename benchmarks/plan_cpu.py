@@ -59,7 +59,7 @@ class Cell:
     rank: int = 8
     optim: str = "adamw"
     train_embeddings: bool = False
-    arena: str = "device"
+    offload: str = "device"
 
     @property
     def key(self) -> str:
@@ -78,19 +78,19 @@ class Cell:
 CELLS = (
     Cell(2048),
     Cell(2048, rank=64, optim="adamw8bit"),
-    Cell(2048, rank=64, train_embeddings=True, arena="file"),
+    Cell(2048, rank=64, train_embeddings=True, offload="file"),
     Cell(2048, optim="adamw8bit", train_embeddings=True),
-    Cell(4096, rank=64, arena="file"),
+    Cell(4096, rank=64, offload="file"),
     Cell(4096, "shifted", optim="adamw8bit", train_embeddings=True),
     Cell(8192),
-    Cell(8192, "shifted", rank=64, train_embeddings=True, arena="file"),
+    Cell(8192, "shifted", rank=64, train_embeddings=True, offload="file"),
     Cell(32_768, "shifted", rank=64),
     Cell(65_536, "shifted", optim="adamw8bit"),
-    Cell(16_384, "shifted", optim="adamw8bit", arena="file"),
+    Cell(16_384, "shifted", optim="adamw8bit", offload="file"),
     Cell(16_384, rank=64),
     Cell(65_536, "shifted", rank=64, train_embeddings=True),
-    Cell(32_768, "shifted", optim="adamw8bit", train_embeddings=True, arena="file"),
-    Cell(65_536, "shifted", arena="file"),
+    Cell(32_768, "shifted", optim="adamw8bit", train_embeddings=True, offload="file"),
+    Cell(65_536, "shifted", offload="file"),
 )
 """The telling ones first, the long ones last: a run may be broken off and gone on with."""
 
@@ -132,7 +132,7 @@ def load_libraries(scratch: Path) -> None:
 
     import longfit
     from longfit.engine.loss.training_loss import training_loss
-    from longfit.engine.offload.activations import FileArena
+    from longfit.engine.offload.activations import FileActivations
     from longfit.engine.sweep.install import enable_sweep
     from longfit.layers.linear4bit import Linear4bit
 
@@ -142,7 +142,7 @@ def load_libraries(scratch: Path) -> None:
         if name.endswith("_proj"):
             tiny.set_submodule(name, Linear4bit.from_linear(module))
     model = longfit.add_adapters(tiny, rank=4, train_embeddings=True, train_norms=True).train()
-    enable_sweep(model, arena=FileArena(scratch), tile=64)
+    enable_sweep(model, offload=FileActivations(scratch), tile=64)
     training_loss(model, torch.zeros(1, 256, dtype=torch.long)).backward()
     learned = [p for p in model.parameters() if p.requires_grad]
     longfit.PagedAdamW(learned, state_bits=8).step()
@@ -157,7 +157,7 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     from longfit.attention.hf_attention import attention_key
     from longfit.engine.hf_model import base_model
     from longfit.engine.loss.training_loss import training_loss
-    from longfit.engine.offload.activations import FileArena, MemoryArena
+    from longfit.engine.offload.activations import DeviceActivations, FileActivations
     from longfit.engine.sweep.install import enable_sweep
     from longfit.planning.constant_bytes import trained, uses_torch_adamw
 
@@ -180,8 +180,8 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
     model = longfit.add_adapters(model, rank=cell.rank, alpha=2 * cell.rank, train_embeddings=whole, train_norms=whole)
     group = cell.settings.effective_group_size
     base_model(model).set_attn_implementation(attention_key(cell.attention, group))
-    arena: Any = FileArena(scratch) if cell.arena == "file" else MemoryArena()
-    report = enable_sweep(model, arena=arena)
+    offload: Any = FileActivations(scratch) if cell.offload == "file" else DeviceActivations()
+    report = enable_sweep(model, offload=offload)
     assert not report.fallback, report.fallback
     found["tile"] = report.tile
     model.train()
@@ -288,7 +288,7 @@ def table(results: dict[str, Any]) -> str:
         within = abs(off) <= 50e6 or abs(off) <= 0.05 * got
         columns = (
             *(f"{cell.context:,}", cell.attention, str(cell.rank), "8-bit" if cell.optim == "adamw8bit" else "32-bit"),
-            *("trained" if cell.train_embeddings else "frozen", "file" if cell.arena == "file" else "memory"),
+            *("trained" if cell.train_embeddings else "frozen", "file" if cell.offload == "file" else "memory"),
             *(f"{plan / 1e6:,.0f}", _said(found), f"{off / 1e6:+,.0f} ({off / got:+.1%})"),
             "yes" if within else "**no**",
             *(f"{alone / 1e6:,.0f}", f"{got_alone / 1e6:,.0f}", f"{(alone - got_alone) / 1e6:+,.0f}"),

@@ -31,7 +31,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self.sizes.pop(key, 0)
 
 
-class HostArena:
+class HostActivations:
     """What the accelerator sees of layer inputs that wait elsewhere: one tile at a time."""
 
     aliases = False

@@ -170,3 +170,9 @@ def test_our_own_faults_end_with_1_and_a_traceback_only_with_debug(
     assert capsys.readouterr().err == "error: no kernel\n"
     assert main(["doctr"]) == 2
     assert "doctor" in capsys.readouterr().err
+
+
+def test_an_option_that_is_called_otherwise_now_is_named(
+    train_words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--arena is called --offload now" in refused([*train_words, "--arena=file"], capsys)

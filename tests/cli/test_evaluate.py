@@ -37,7 +37,7 @@ def test_each_measure_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> No
         (300, 1, 2),
     ]
     assert main([*words, "--data", text]) == 0
-    assert "(hay: documents)" in capsys.readouterr().out
+    assert "(haystack: documents)" in capsys.readouterr().out
 
     words = ["eval", model, "quant", "--data", text, "--types", "nf4,int8", "--block-sizes", "32,64", "--window", "60"]
     assert main([*words, "--json"]) == 0

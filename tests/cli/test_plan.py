@@ -37,7 +37,7 @@ def test_what_does_not_fit_comes_with_a_ladder(capsys: pytest.CaptureFixture[str
     assert "does not fit: accelerator needs" in out
     assert "layer inputs" in out
     assert "longfit train" in out
-    assert "engine.arena=ram" in out
+    assert "engine.offload=ram" in out
 
 
 def test_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:

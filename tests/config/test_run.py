@@ -25,6 +25,19 @@ def test_bytes_parse(text: str, num_bytes: int) -> None:
     assert parse_bytes(text) == num_bytes
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("engine.arena=file", "engine.offload=file"),
+        ("engine.arena_folder=/disk", "engine.offload_folder=/disk"),
+        ("engine.keep_attention=0", "engine.saved_attention=0"),
+    ],
+)
+def test_a_renamed_setting_is_refused_with_its_new_name(old: str, new: str) -> None:
+    with pytest.raises(ConfigError, match=f"is called {new.partition('=')[0]} now; write {new}"):
+        load_config(overrides=[old], flags=NEEDED)
+
+
 def test_later_sources_win_and_are_remembered(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("train:\n  learning_rate: 2e-4\n  seed: 1\n  steps: 9\ncontext: {context: 16k}\n")
@@ -80,8 +93,8 @@ def test_all_mistakes_are_told_at_once_each_with_its_place_and_its_fix(tmp_path:
         ),
         (["train.steps=5", "train.warmup_steps=5"], "must be smaller than steps"),
         (["optim.file=state"], "file only acts with a budget"),
-        (["engine.engine=plain", "engine.tile=64"], "tile, arena and keep_attention only act with engine sweep"),
-        (["engine.arena_folder=/tmp"], "arena_folder only acts with arena file"),
+        (["engine.engine=plain", "engine.tile=64"], "tile, offload and saved_attention only act with engine sweep"),
+        (["engine.offload_folder=/tmp"], "offload_folder only acts with offload file"),
         (
             ["engine.stream_folder=/tmp", "engine.stream=ram"],
             "stream_folder only acts with stream file; add --stream file",

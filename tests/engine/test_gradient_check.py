@@ -8,7 +8,8 @@ from tests.tiny_models import VOCABULARY, tiny_model
 
 from longfit.engine.gradient_check import check_gradients
 from longfit.engine.sweep import tile_pass
-from longfit.engine.sweep.install import enable_sweep, sweeper_of
+from longfit.engine.sweep.install import enable_sweep
+from longfit.engine.sweep.sweeper import sweeper_of
 
 
 def adapted(dropout=0.0):

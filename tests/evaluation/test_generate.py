@@ -5,7 +5,7 @@ import torch
 from tests.model_folders import byte_tokenizer, llama
 
 from longfit.errors import ConfigError, ContextError
-from longfit.evaluation.generate import Conversation, _choose, _settled, end_tokens, generate, require_room
+from longfit.evaluation.generate import Conversation, _choose, _settled, end_tokens, generate, require_space
 from longfit.evaluation.reader import Reader
 
 CHATML = (
@@ -121,14 +121,14 @@ def test_what_does_not_fit_is_refused_with_its_numbers(model, tokenizer) -> None
     talk = Conversation(model, tokenizer, document="x" * 60)  # the model takes 64
     with pytest.raises(ContextError, match=r"more than the model's context of 64; nothing is cut in silence"):
         next(talk.ask("What?", max_new_tokens=10))
-    require_room(54, 10, 64)
+    require_space(54, 10, 64)
     with pytest.raises(
         ContextError,
         match=r"55 tokens and the answer may take 10: 1 more than .* allow an answer of at most 9 tokens, .* of 65",
     ):
-        require_room(55, 10, 64)
+        require_space(55, 10, 64)
     with pytest.raises(ContextError, match=r"64; nothing is cut in silence: give a shorter text, or train"):
-        require_room(64, 1, 64)
+        require_space(64, 1, 64)
 
 
 @pytest.mark.parametrize(

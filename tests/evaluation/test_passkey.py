@@ -10,7 +10,7 @@ from longfit.errors import ConfigError, DataError
 from longfit.evaluation import passkey as module
 from longfit.evaluation import passkey_prompts as prompts
 from longfit.evaluation.passkey import passkey, wilson
-from longfit.evaluation.passkey_prompts import Hay, Needle
+from longfit.evaluation.passkey_prompts import Haystack, Needle
 
 # bytes: introduction, needle and question alone take 268 tokens, 475 with three keys together
 LENGTHS = {False: (300, 420), True: (520, 600)}
@@ -99,7 +99,7 @@ def test_trials_are_those_of_brute_force(
         assert trial.key_nll == pytest.approx(key_nll, rel=1e-9)  # float64 in other orders
         assert trial.correct == (re.findall(r"\d+", answer)[:1] == [trial.key])
     assert len({trial.key for trial in result.trials}) == 12
-    assert (result.hay, result.together) == ("filler" if documents is None else "documents", together)
+    assert (result.haystack, result.together) == ("filler" if documents is None else "documents", together)
     if not together:  # the same cell alone has the same keys, and the same numbers
         alone = passkey(model, tokenizer, **{**settings, "lengths": (420,), "depths": (0.4,), "trials": 1})
         kept = [trial for trial in result.trials if (trial.length, trial.depth) == (420, 0.4)]
@@ -108,9 +108,9 @@ def test_trials_are_those_of_brute_force(
 
 
 def prompt_of(tokenizer, length: int, depth: float, key: str = "48213"):
-    hay, needle = Hay.filler(1000), Needle(key, None, depth)
-    most = prompts._most_units(tokenizer, hay, length, [needle])
-    return prompts._prompt(tokenizer, hay, most, length, 0, [needle], needle)
+    haystack, needle = Haystack.filler(1000), Needle(key, None, depth)
+    most = prompts._most_units(tokenizer, haystack, length, [needle])
+    return prompts._prompt(tokenizer, haystack, most, length, 0, [needle], needle)
 
 
 def test_the_needle_lies_at_its_depth(tokenizer) -> None:
@@ -118,7 +118,7 @@ def test_the_needle_lies_at_its_depth(tokenizer) -> None:
     room = 2000 - len(prompts.INTRODUCTION + needle.put_into(prompts.NEEDLE) + needle.put_into(prompts.QUESTION))
     for depth in (0.0, 0.3, 0.77, 1.0):
         prompt = prompt_of(tokenizer, 2000, depth)
-        # half a sentence of 23 bytes, of hay that may leave most of one unused
+        # half a sentence of 23 bytes, of haystack that may leave most of one unused
         assert abs(prompt.shared - depth * room) < 12 + 23
         assert 2000 - 23 < len(prompt.token_ids) <= 2000
 
@@ -180,9 +180,9 @@ def test_wilson_is_the_published_interval() -> None:
         ({"lengths": [200]}, ConfigError, r"length 200: the shortest prompt has \d+ tokens"),
         ({"lengths": [0]}, ConfigError, "length 0"),
         ({"depths": [i / 30 for i in range(30)], "together": True}, ConfigError, "at most 22 keys"),
-        ({"documents": ["short"]}, DataError, r"all the hay makes a prompt of \d+ tokens"),
+        ({"documents": ["short"]}, DataError, r"the whole haystack makes a prompt of \d+ tokens"),
         ({"documents": ["", "\n"]}, DataError, "2 documents without text"),
-        ({"documents": ["Hide it: THE PASS KEY IS 5."]}, DataError, "the hay itself says"),
+        ({"documents": ["Hide it: THE PASS KEY IS 5."]}, DataError, "the haystack itself says"),
     ],
 )
 def test_errors(model, tokenizer, settings, error, message: str) -> None:

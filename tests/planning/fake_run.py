@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
-from tests.fake_tensors import HostArena, LiveBytes, tile_backward, tile_forward
+from tests.fake_tensors import HostActivations, LiveBytes, tile_backward, tile_forward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -19,7 +19,7 @@ from longfit.attention.hf_attention import attention_key
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.loss import linear_cross_entropy as loss_module
 from longfit.engine.loss.training_loss import training_loss
-from longfit.engine.offload.activations import MemoryArena
+from longfit.engine.offload.activations import DeviceActivations
 from longfit.engine.sweep import probe as sweep_probe
 from longfit.engine.sweep import tile_pass
 from longfit.engine.sweep.install import enable_sweep
@@ -105,7 +105,7 @@ class Peaks:
     after: int
 
 
-def step_peaks(config, *, num_tokens, tile, layers=2, arena="host", group_size=None, windows=(None,), **settings):
+def step_peaks(config, *, num_tokens, tile, layers=2, offload="host", group_size=None, windows=(None,), **settings):
     """Most live bytes in forward and in backward of one step; weights and adapters are counted apart."""
     attention = "shifted" if group_size else "exact"
     model = meta_model(config, layers=layers, attention=attention, group_size=group_size, **settings)
@@ -138,14 +138,19 @@ def step_peaks(config, *, num_tokens, tile, layers=2, arena="host", group_size=N
         patch.setattr(tile_pass, "tile_backward", tile_backward)
         patch.setattr(tile_pass, "build_schedule", build)
         patch.setattr(tile_pass.Visible, "of", Visible_of)
-        patch.setattr(loss_module, "_trained_rows", lambda labels, num_words: torch.arange(len(labels)))
+        patch.setattr(loss_module, "_trained_rows", lambda labels, vocab_size: torch.arange(len(labels)))
         patch.setattr(loss_module, "CPU_LOGITS", loss_module.DEVICE_LOGITS)  # fake tensors are on the CPU
         patch.setattr(RandomState, "same", lambda self, other: True)
         live = LiveBytes()
         with live:
             fill(model)
         weights, live.peak = live.now, 0
-        report = enable_sweep(model, tile=tile, arena=HostArena() if arena == "host" else MemoryArena(), kept_bytes=0)
+        report = enable_sweep(
+            model,
+            tile=tile,
+            offload=HostActivations() if offload == "host" else DeviceActivations(),
+            saved_attention_bytes=0,
+        )
         assert not report.fallback, report.fallback
         ids = torch.zeros(1, num_tokens, dtype=torch.long)
         with live:

@@ -18,7 +18,7 @@ LLAMA = ModelShape.of(config("Llama-3.1-8B"))
 def test_a_run_that_fits_needs_no_ladder() -> None:
     found = plan(config("Llama-3.1-8B"), context=4096, vram=24 * GIB, ram=32 * GIB, rank=32)
     assert found.fits
-    assert found.rungs == ()
+    assert found.suggestions == ()
     assert ladder_lines(found) == []
 
 
@@ -26,16 +26,16 @@ def test_a_run_that_fits_needs_no_ladder() -> None:
 def test_a_ladder_makes_a_long_run_fit_and_is_no_longer_than_needed(vram: int) -> None:
     found = plan(config("Llama-3.1-8B"), context=102_400, vram=vram * GIB, ram=64 * GIB, rank=32)
     assert not found.fits
-    assert [rung.fits for rung in found.rungs] == [False] * (len(found.rungs) - 1) + [True]
+    assert [suggestion.fits for suggestion in found.suggestions] == [False] * (len(found.suggestions) - 1) + [True]
     names = [lever.name for lever in LEVERS]
-    order = [names.index(rung.name) for rung in found.rungs]
+    order = [names.index(suggestion.name) for suggestion in found.suggestions]
     assert order == sorted(order)
     settings = found.settings
-    for rung in found.rungs:
+    for suggestion in found.suggestions:
         before = memory_plan(LLAMA, settings)
-        settings = settings.changed(rung.changes)
+        settings = settings.changed(suggestion.changes)
         after = memory_plan(LLAMA, settings)
-        for place, freed in rung.frees.items():
+        for place, freed in suggestion.frees.items():
             assert before.peak(place) - after.peak(place) == freed
     assert not excess(memory_plan(LLAMA, settings), {"accelerator": vram * GIB, "host": 64 * GIB})
 
@@ -44,11 +44,11 @@ def test_what_is_pasted_is_accepted_by_a_run() -> None:
     found = plan(
         config("Llama-3.1-8B"), context=200_000, vram=6 * GIB, ram=16 * GIB, disk=10**13, train_embeddings=True
     )
-    assert len(found.rungs) >= 4
-    words = [word for rung in found.rungs for word in rung.paste.split()]
+    assert len(found.suggestions) >= 4
+    words = [word for suggestion in found.suggestions for word in suggestion.paste.split()]
     read = load_config(overrides=["model.name=m", "data.path=d", *words])
-    for rung in found.rungs:
-        for name, value in rung.changes.items():
+    for suggestion in found.suggestions:
+        for name, value in suggestion.changes.items():
             if (name, value) != ("file", False):
                 assert KEYS[name] in read.given()
     assert all(word in "\n".join(ladder_lines(found)) for word in words)
@@ -65,28 +65,33 @@ def test_where_nothing_helps_the_longest_context_is_named() -> None:
 
 def test_what_is_given_is_left_alone() -> None:
     limits = {"accelerator": 8 * GIB, "host": 256 * GIB}
-    rungs, _ = climb(LLAMA, PlanSettings(102_400), limits, fixed=frozenset({"arena", "tile"}))
-    assert rungs
-    assert not any({"arena", "tile"} & rung.changes.keys() for rung in rungs)
+    suggestions, _ = climb(LLAMA, PlanSettings(102_400), limits, fixed=frozenset({"offload", "tile"}))
+    assert suggestions
+    assert not any({"offload", "tile"} & suggestion.changes.keys() for suggestion in suggestions)
     silent, _ = climb(LLAMA, PlanSettings(102_400), limits, silent=True)
-    assert {name for rung in silent for name in rung.changes} <= {"arena", "tile", "keep_attention", "batch_size"}
-    assert all(rung.exact for rung in silent)
+    assert {name for suggestion in silent for name in suggestion.changes} <= {
+        "offload",
+        "tile",
+        "saved_attention",
+        "batch_size",
+    }
+    assert all(suggestion.exact for suggestion in silent)
 
 
 def test_after_running_out_of_memory_there_is_one_step_down() -> None:
-    rung = step_down(LLAMA, PlanSettings(65_536), "accelerator")
-    assert rung is not None
-    assert rung.changes == {"arena": "ram"}
+    suggestion = step_down(LLAMA, PlanSettings(65_536), "accelerator")
+    assert suggestion is not None
+    assert suggestion.changes == {"offload": "ram"}
     on_cpu = step_down(ModelShape.of(config("SmolLM2-135M")), PlanSettings(16_384, device="cpu"), "host")
     assert on_cpu is not None
     assert on_cpu.frees["host"] > 0
-    smallest = PlanSettings(256, device="cpu", tile=128, keep_attention=0)
+    smallest = PlanSettings(256, device="cpu", tile=128, saved_attention=0)
     assert step_down(ModelShape.of(config("SmolLM2-135M")), smallest, "host") is None
 
 
 @pytest.mark.parametrize("vram", [12, 24, 80])
 def test_the_longest_context_fits_and_the_next_does_not(vram: int) -> None:
-    settings, limits = PlanSettings(1024, arena="ram", rank=32), {"accelerator": vram * GIB, "host": 512 * GIB}
+    settings, limits = PlanSettings(1024, offload="ram", rank=32), {"accelerator": vram * GIB, "host": 512 * GIB}
     longest = longest_context(LLAMA, settings, limits)
     assert longest % 1024 == 0
     assert not excess(memory_plan(LLAMA, settings.changed({"context": longest})), limits)
@@ -100,12 +105,12 @@ def test_the_longest_context_fits_and_the_next_does_not(vram: int) -> None:
         ({"context": 0}, "context 0"),
         ({"context": 4096, "rank": -1}, "rank -1"),
         ({"context": 4096, "tile": 0}, "tile 0"),
-        ({"context": 4096, "keep_attention": -1}, "keep_attention"),
+        ({"context": 4096, "saved_attention": -1}, "saved_attention"),
         ({"context": 4096, "optim": "sgd"}, "adamw8bit"),
-        ({"context": 4096, "arena": "disk"}, "device, ram, pinned, file"),
+        ({"context": 4096, "offload": "disk"}, "device, ram, pinned, file"),
         ({"context": 4096, "wheels": 4}, "no such setting"),
         ({"context": 4096, "vram": -5}, "vram -5"),
-        ({"context": 4096, "device": "cpu", "arena": "pinned"}, "for accelerators"),
+        ({"context": 4096, "device": "cpu", "offload": "pinned"}, "for accelerators"),
         ({"context": 4096, "device": "cpu", "stream": "ram"}, "already"),
         ({"context": 4096, "engine": "plain"}, "only swept"),
     ],

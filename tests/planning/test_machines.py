@@ -71,5 +71,5 @@ def test_seconds_are_a_range_and_grow_with_the_context() -> None:
     short, long = (step_seconds(SMOL, PlanSettings(tokens, device="cpu"), RATES) for tokens in (2048, 8192))
     assert 0 < short[0] < short[1] < long[1]
     assert long[0] > 4 * short[0]  # attention grows faster than the tokens
-    slow_disk = step_seconds(SMOL, PlanSettings(8192, device="cpu", arena="file"), RATES)
+    slow_disk = step_seconds(SMOL, PlanSettings(8192, device="cpu", offload="file"), RATES)
     assert slow_disk[1] > long[1]

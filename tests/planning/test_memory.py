@@ -47,12 +47,12 @@ def agree(name: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None
     monkeypatch.setitem(per_token_bytes.LOGITS, "cpu", DEVICE_LOGITS)  # as in the simulation
     shape = ModelShape.of(config(name))
     shape = replace(shape, windows=shape.windows[:2])
-    settings = PlanSettings(**{"context": 8192, "rank": 32, "arena": "pinned", **changes})  # type: ignore[arg-type]
+    settings = PlanSettings(**{"context": 8192, "rank": 32, "offload": "pinned", **changes})  # type: ignore[arg-type]
     found = step_peaks(
         config(name),
         num_tokens=settings.context,
         tile=settings.tile_tokens(shape),
-        arena="device" if settings.aliases else "host",
+        offload="device" if settings.aliases else "host",
         group_size=settings.effective_group_size,
         rank=settings.rank,
         train_embeddings=settings.train_embeddings,
@@ -97,10 +97,10 @@ def test_a_step_on_fake_tensors_holds_what_is_planned(name: str, monkeypatch: py
     [
         ("Llama-3.1-8B", {"context": 16_384, "attention": "shifted", "group_size": 4096}),
         ("Llama-2-7B", {"train_embeddings": True, "train_norms": True}),
-        ("SmolLM2-135M", {"train_embeddings": True, "train_norms": True, "arena": "device"}),
-        ("Llama-3.1-8B", {"context": 1024, "rank": 8, "arena": "device"}),
+        ("SmolLM2-135M", {"train_embeddings": True, "train_norms": True, "offload": "device"}),
+        ("Llama-3.1-8B", {"context": 1024, "rank": 8, "offload": "device"}),
         ("Qwen3-8B", {"targets": ("q_proj", "self_attn.v_proj")}),
-        ("SmolLM2-135M", {"dropout": 0.1, "device": "cpu", "arena": "file", "keep_attention": 0}),
+        ("SmolLM2-135M", {"dropout": 0.1, "device": "cpu", "offload": "file", "saved_attention": 0}),
     ],
 )
 def test_so_it_does_with_other_settings(name: str, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,10 +147,10 @@ def test_windows_are_as_wide_as_the_walk_makes_them(tokens: int, tile: int, rule
 @pytest.mark.parametrize("name", NAMES)
 def test_more_of_anything_never_takes_less(name: str) -> None:
     shape = ModelShape.of(config(name))
-    start = PlanSettings(8192, arena="ram")
+    start = PlanSettings(8192, offload="ram")
     larger: list[dict[str, object]] = [
         *({"context": 16_384}, {"rank": 64}, {"batch_size": 2}, {"train_embeddings": True}, {"quant": "none"}),
-        *({"arena": "device"}, {"gradient_accumulation": 4}, {"dtype": "float32"}),
+        *({"offload": "device"}, {"gradient_accumulation": 4}, {"dtype": "float32"}),
     ]
     least = memory_plan(shape, start)
     for change in larger:
@@ -162,12 +162,12 @@ def test_more_of_anything_never_takes_less(name: str) -> None:
 def test_places_hold_what_is_sent_there() -> None:
     shape = ModelShape.of(config("Llama-3.1-8B"))
     inputs = 32 * 65_536 * 4096 * 2
-    for arena, place in (("device", "accelerator"), ("ram", "host"), ("file", "disk")):
-        plan = memory_plan(shape, PlanSettings(65_536, arena=arena))
+    for offload, place in (("device", "accelerator"), ("ram", "host"), ("file", "disk")):
+        plan = memory_plan(shape, PlanSettings(65_536, offload=offload))
         (component,) = [c for c in plan.components if c.name == "layer inputs"]
         assert (component.place, component.largest) == (place, inputs)
-    streamed = memory_plan(shape, PlanSettings(65_536, arena="ram", stream="ram"))
-    kept = memory_plan(shape, PlanSettings(65_536, arena="ram"))
+    streamed = memory_plan(shape, PlanSettings(65_536, offload="ram", stream="ram"))
+    kept = memory_plan(shape, PlanSettings(65_536, offload="ram"))
     largest = 128_256 * 4096 * 2
     weights = constant_bytes.weights(shape, PlanSettings(65_536))
     saved = kept.bytes_in("accelerator", "backward") - streamed.bytes_in("accelerator", "backward")

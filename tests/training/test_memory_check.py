@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from longfit.config import RunConfig
-from longfit.engine.sweep.install import sweeper_of
+from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.errors import PlanError
 from longfit.planning.memory import HOST_BASE_BYTES, memory_plan
 from longfit.planning.plan import Plan, plan
 from longfit.training import loop, memory_check, prepare
-from longfit.training.memory_check import Room, machine_limits, plan_run, plan_settings
+from longfit.training.memory_check import StepDown, machine_limits, plan_run, plan_settings
 from longfit.training.metrics import Event
 
 MakeConfig = Callable[..., RunConfig]
@@ -31,11 +31,11 @@ def small_plan() -> Plan:
 def test_a_plan_takes_every_setting_of_a_run(make_config: MakeConfig) -> None:
     settings = {
         **{"adapter.rank": 5, "optim.optim": "adamw8bit", "optim.budget": 1 << 20, "optim.file": "f"},
-        **{"engine.tile": 32, "engine.arena": "file", "train.batch_size": 3, "engine.keep_attention": 7},
+        **{"engine.tile": 32, "engine.offload": "file", "train.batch_size": 3, "engine.saved_attention": 7},
     }
     found = plan_settings(make_config(**settings), device=CPU, native_context=64)
     assert (found.rank, found.optim, found.budget, found.file) == (5, "adamw8bit", 1 << 20, True)
-    assert (found.tile, found.arena, found.batch_size, found.keep_attention) == (32, "file", 3, 7)
+    assert (found.tile, found.offload, found.batch_size, found.saved_attention) == (32, "file", 3, 7)
     assert found.device == "cpu"
 
 
@@ -58,10 +58,10 @@ def test_what_is_left_free_is_chosen_so_that_it_fits(make_config: MakeConfig, mo
     changed, found = plan_run(config, Path("runs/x"), device=CPU, on_event=events.append)
     assert found is not None
     assert found.fits
-    assert changed.engine.tile is not None or changed.engine.keep_attention == 0
+    assert changed.engine.tile is not None or changed.engine.saved_attention == 0
     assert "to fit, chosen" in events[0].text
     assert found.memory.peak("host") <= less
-    forced = config.replace({"engine.tile": 4096, "engine.keep_attention": 1 << 29, "engine.arena": "device"})
+    forced = config.replace({"engine.tile": 4096, "engine.saved_attention": 1 << 29, "engine.offload": "device"})
     with pytest.raises(PlanError, match="cheapest first"):
         plan_run(forced, Path("runs/x"), device=CPU, on_event=events.append)
 
@@ -95,7 +95,7 @@ def test_processes_share_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_after_one_lack_of_memory_the_step_runs_again_with_less() -> None:
     found, events, changes = small_plan(), [], []
-    room = Room(found, lambda rung: changes.append(rung), events.append)
+    step_down = StepDown(found, lambda suggestion: changes.append(suggestion), events.append)
     calls = iter([LACK, None])
 
     def step() -> float:
@@ -104,15 +104,15 @@ def test_after_one_lack_of_memory_the_step_runs_again_with_less() -> None:
             raise failure
         return 1.5
 
-    assert room.run(step) == 1.5
-    (rung,) = changes
+    assert step_down.run(step) == 1.5
+    (suggestion,) = changes
     before, after = (
         memory_plan(memory_check.read_shape(found.model), s)
-        for s in (found.settings, found.settings.changed(rung.changes))
+        for s in (found.settings, found.settings.changed(suggestion.changes))
     )
     assert after.peak("host") < before.peak("host")
-    assert "the largest component is attention kept for backward" in events[0].text
-    assert rung.paste in events[0].text
+    assert "the largest component is attention saved for backward" in events[0].text
+    assert suggestion.paste in events[0].text
 
 
 def test_the_second_lack_stops_and_other_errors_pass() -> None:
@@ -123,14 +123,14 @@ def test_the_second_lack_stops_and_other_errors_pass() -> None:
         raise RuntimeError("shapes do not match")
 
     changes: list[Any] = []
-    room = Room(small_plan(), changes.append, lambda event: None)
+    step_down = StepDown(small_plan(), changes.append, lambda event: None)
     with pytest.raises(RuntimeError, match="shapes"):
-        room.run(bug)
+        step_down.run(bug)
     with pytest.raises(PlanError, match="largest component"):
-        room.run(lack)
+        step_down.run(lack)
     assert len(changes) == 1
     with pytest.raises(PlanError, match="shorten"):
-        Room(None, changes.append, lambda event: None).run(lack)
+        StepDown(None, changes.append, lambda event: None).run(lack)
 
 
 @pytest.mark.parametrize("stream", ["none", "file"])

@@ -7,25 +7,25 @@ import torch
 from tests.training.conftest import MakeConfig
 from tests.training.tiny import read_losses
 
-from longfit.engine.offload.activations import FileArena
+from longfit.engine.offload.activations import FileActivations
 from longfit.errors import BackendError, ConfigError
 from longfit.training.loop import train
 from longfit.training.metrics import Event
-from longfit.training.prepare import make_arena, stream_frozen
+from longfit.training.prepare import make_offload, stream_frozen
 
 CPU = torch.device("cpu")
 
 
 def test_ram_is_where_a_cpu_has_layer_inputs_anyway(make_config: MakeConfig, tmp_path: Path) -> None:
-    assert make_arena(make_config(engine__arena="ram"), CPU) is None
-    file = make_config(engine__arena="file", engine__arena_folder=str(tmp_path))
-    assert isinstance(make_arena(file, CPU), FileArena)
+    assert make_offload(make_config(engine__offload="ram"), CPU) is None
+    file = make_config(engine__offload="file", engine__offload_folder=str(tmp_path))
+    assert isinstance(make_offload(file, CPU), FileActivations)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"engine__arena": "pinned"}, "arena .pinned.: pinned host memory is for accelerators; on a CPU use"),
+        ({"engine__offload": "pinned"}, "offload .pinned.: pinned host memory is for accelerators; on a CPU use"),
         ({"engine__stream": "ram"}, "stream .ram.: on a CPU the weights are in host memory already; use file or none"),
         ({"engine__stream": "file", "engine__stream_folder": "/not/there"}, "/not/there: No such file or directory"),
     ],

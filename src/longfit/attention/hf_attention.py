@@ -4,7 +4,7 @@
     attend           what is registered: one layer's attention, or a tile's of it under the layer sweep
 
 Shifted attention (LongLoRA, section 3.2) acts only while a module trains; evaluation and generation are exact. The
-computation is ``tile_attention``'s; here is what a layer asks for, turned into a schedule, and what is refused.
+computation is ``backends``'; here is what a layer asks for, turned into a schedule, and what is refused.
 """
 
 from functools import partial

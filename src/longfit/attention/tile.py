@@ -10,7 +10,7 @@ from longfit.attention.visibility import Schedule
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """The arguments of ``tile_attention.tile_forward``, checked.
+    """The arguments of ``backends.tile_forward``, checked.
 
     Attributes:
         q: ``[B, H, t, D]``, tokens ``[start, start + t)``; any float dtype, any strides.

@@ -7,7 +7,7 @@
 Exact attention is one sequence; each packed document, each group of shifted attention is one more. So shifted attention
 needs no roll and no mask: two classes of heads are called with different boundaries.
 
-Unlike the pieces of ``attention_aten.py``, made for a kernel that aligns causality top-left and is called on one
+Unlike the pieces of ``torch_cpu.py``, made for a kernel that aligns causality top-left and is called on one
 sequence at a time, sequences keep the earlier keys and the causal square together.
 """
 

@@ -15,7 +15,7 @@ import typer
 
 from longfit.cli import chat, data, demo, doctor, evaluate, plan, runs, train
 from longfit.cli.output import print_error, print_note
-from longfit.errors import BackendError, LongfitError
+from longfit.errors import BackendError, ConfigError, LongfitError
 
 EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -61,6 +61,16 @@ def _show_warning(message: Warning | str, *place: object, **more: object) -> Non
     print_note(f"warning: {message}")
 
 
+RENAMED_FLAGS = {"--arena": "--offload"}
+"""Options that have another name now."""
+
+
+def _refuse_renamed(words: Sequence[str]) -> None:
+    for flag in (word.partition("=")[0] for word in words):
+        if flag in RENAMED_FLAGS:
+            raise ConfigError(f"{flag} is called {RENAMED_FLAGS[flag]} now; write that")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -76,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
+        _refuse_renamed(words)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             if not debug:  # what other libraries will change is for developers

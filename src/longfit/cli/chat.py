@@ -31,14 +31,14 @@ def chat(
     longest = read_tokens("--max-new-tokens", max_new_tokens)
     interactive = not question and sys.stdin.isatty()
 
-    from longfit.evaluation.generate import Conversation, require_room
+    from longfit.evaluation.generate import Conversation, require_space
     from longfit.training.prepare import open_target
 
     text = None if document is None else read_document(document)
     print_note(f"loading {target}")
     model, tokenizer = open_target(target, quant=quant)
     talk = Conversation(model, tokenizer, document=text)
-    require_room(len(talk.prompt("")), longest, talk.context)
+    require_space(len(talk.prompt("")), longest, talk.context)
     if document is not None:
         print_note(f"{document}: {len(talk.prompt('')):,} of {talk.context:,} tokens")
     for number, asked in enumerate(question or _questions(interactive)):

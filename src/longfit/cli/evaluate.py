@@ -29,7 +29,7 @@ def evaluate(
         ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Held-out text, or the hay of passkeys: a path.", rich_help_panel=TEXT)
+        str | None, typer.Option(help="Held-out text, or the haystack of passkeys: a path.", rich_help_panel=TEXT)
     ] = None,
     window: Annotated[
         str | None, typer.Option(help="Tokens read at once; default: what the model takes.", rich_help_panel=TEXT)
@@ -201,7 +201,7 @@ def _passkey(
         return
     print_lines(
         f"{sum(trial.correct for trial in result.trials)} of {len(result.trials)} pass keys found:"
-        f" {result.accuracy:.0%}, {result.low:.0%} to {result.high:.0%} (hay: {result.hay})"
+        f" {result.accuracy:.0%}, {result.low:.0%} to {result.high:.0%} (haystack: {result.haystack})"
     )
     rows = [
         (

@@ -45,7 +45,7 @@ def plan(
     quant: Annotated[str, typer.Option(help="nf4, fp4, int4 or none.", rich_help_panel=RUN)] = "nf4",
     optim: Annotated[str, typer.Option(help="adamw or adamw8bit.", rich_help_panel=RUN)] = "adamw",
     optim_budget: Annotated[str | None, typer.Option(help="Resident state, as 2GiB.", rich_help_panel=RUN)] = None,
-    arena: Annotated[str, typer.Option(help="device, ram or file.", rich_help_panel=RUN)] = "device",
+    offload: Annotated[str, typer.Option(help="device, ram or file.", rich_help_panel=RUN)] = "device",
     stream: Annotated[str, typer.Option(help="Frozen weights: none, ram or file.", rich_help_panel=RUN)] = "none",
     tile: Annotated[str | None, typer.Option(help="Tokens at once.", rich_help_panel=RUN)] = None,
     batch_size: Annotated[int, typer.Option(help="Windows in one pass.", rich_help_panel=RUN)] = 1,
@@ -72,7 +72,7 @@ def plan(
         tile=None if tile is None else read_tokens("--tile", tile),
         budget=None if optim_budget is None else read_bytes("--optim-budget", optim_budget),
         file=optim_budget is not None and on_cpu,
-        **{"rank": rank, "attention": attention, "quant": quant, "optim": optim, "arena": arena, "stream": stream},
+        **{"rank": rank, "attention": attention, "quant": quant, "optim": optim, "offload": offload, "stream": stream},
         **{"batch_size": batch_size, "gradient_accumulation": gradient_accumulation},
         **{"train_embeddings": train_embeddings, "train_norms": train_norms},
     )
@@ -198,11 +198,11 @@ def longest_rows(
 
     options: list[tuple[str, dict[str, Any]]] = [("these settings", {})]
     if settings.device == "cuda":
-        options.append(("layer inputs in host memory", {"arena": "ram"}))
-        options.append(("and weights streamed from there", {"arena": "ram", "stream": "ram"}))
-        options.append(("everything in files", {"arena": "file", "stream": "file"}))
+        options.append(("layer inputs in host memory", {"offload": "ram"}))
+        options.append(("and weights streamed from there", {"offload": "ram", "stream": "ram"}))
+        options.append(("everything in files", {"offload": "file", "stream": "file"}))
     else:
-        options.append(("layer inputs in a file", {"arena": "file", "keep_attention": 0}))
+        options.append(("layer inputs in a file", {"offload": "file", "saved_attention": 0}))
     rows = []
     for name, changes in options:
         rows.append((name, longest_context(shape, settings.changed(changes), limits), paste(changes)))
@@ -233,7 +233,7 @@ def _print_gpus(
                 "accelerator": format_bytes(needs),
                 "host": format_bytes(found.peaks["host"]),
             }
-            row["to change"] = " ".join(rung.paste for rung in found.rungs)
+            row["to change"] = " ".join(suggestion.paste for suggestion in found.suggestions)
             if found.context_that_fits is not None:
                 row["to change"] = f"{row['to change']} --context {found.context_that_fits}".strip()
         else:

@@ -40,7 +40,7 @@ SETTINGS = (
     Setting("group_size", "context.group_size", CONTEXT, "Tokens in a shifted group."),
     Setting("quant", "model.quant", MEMORY, "nf4, fp4, int4 or none."),
     Setting("engine", "engine.engine", MEMORY, "sweep or plain."),
-    Setting("arena", "engine.arena", MEMORY, "device, ram, pinned or file."),
+    Setting("offload", "engine.offload", MEMORY, "device, ram, pinned or file."),
     Setting("stream", "engine.stream", MEMORY, "Frozen weights wait in ram or file."),
     Setting("optim", "optim.optim", MEMORY, "adamw or adamw8bit."),
     Setting("optim_budget", "optim.budget", MEMORY, "Resident state, as 2GiB."),

@@ -44,6 +44,13 @@ FOREIGN_NAMES = {
     "torch_dtype": "model.dtype",
 }
 
+# What longfit called its settings before.
+RENAMED = {
+    "engine.arena": "engine.offload",
+    "engine.arena_folder": "engine.offload_folder",
+    "engine.keep_attention": "engine.saved_attention",
+}
+
 _MISSING = {
     "model.name": "no base model given: longfit train MODEL DATA",
     "data.path": "no data given: longfit train MODEL DATA",
@@ -55,6 +62,8 @@ def unknown_key(item: Given) -> str:
     if item.key in SECTIONS:
         first = next(iter(SECTIONS[item.key].model_fields))
         return f"{item}: a section holds `key: value` lines; did you mean {item.key}.{first}?"
+    if item.key in RENAMED:
+        return f"{item.origin}: {item.key} is called {RENAMED[item.key]} now; write {RENAMED[item.key]}={item.value}"
     guess = nearest_key(item.key)
     advice = f"did you mean {guess}?" if guess else f"the sections are {', '.join(SECTIONS)}"
     return f"{item.origin}: unknown key {item.key}; {advice}"

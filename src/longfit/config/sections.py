@@ -213,11 +213,11 @@ class EngineSection(Section):
     """Norms, rotary embedding and SwiGLU on a card: liger-kernel where it can (auto), insisted on, or torch (none)."""
     tile: Tokens | None = None
     """Tokens the sweep handles at once; unset: chosen by the engine."""
-    keep_attention: Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)] | None = None
-    """Bytes of attention outputs kept for backward instead of computed again; unset: 512MiB on a CPU, else none."""
-    arena: Literal["device", "ram", "pinned", "file"] = "device"
+    saved_attention: Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)] | None = None
+    """Bytes of attention outputs saved for backward instead of computed again; unset: 512MiB on a CPU, else none."""
+    offload: Literal["device", "ram", "pinned", "file"] = "device"
     """Where layer inputs wait for backward: on the device, in host memory (ram; pinned: CUDA only), or in a file."""
-    arena_folder: str | None = None
+    offload_folder: str | None = None
     """Folder of that file, on a real disk; unset: the system's folder for temporary files."""
     stream: Literal["none", "ram", "file"] = "none"
     """Where frozen weights wait, to be brought in a layer ahead: nowhere, in host memory (CUDA), or in a file."""
@@ -227,12 +227,12 @@ class EngineSection(Section):
     @model_validator(mode="after")
     def _settings_need_what_they_act_on(self) -> "EngineSection":
         if self.engine == "plain" and (
-            self.tile is not None or self.arena != "device" or self.keep_attention is not None
+            self.tile is not None or self.offload != "device" or self.saved_attention is not None
         ):
-            raise _contradiction("tile, arena and keep_attention only act with engine sweep; drop them")
+            raise _contradiction("tile, offload and saved_attention only act with engine sweep; drop them")
         if self.engine == "plain" and self.stream != "none":
             raise _contradiction("stream only acts with engine sweep; drop it")
-        for name in ("arena", "stream"):
+        for name in ("offload", "stream"):
             if getattr(self, f"{name}_folder") is not None and getattr(self, name) != "file":
                 text = "{name}_folder only acts with {name} file; add --{name} file or drop it"
                 raise _contradiction(text, name=name)

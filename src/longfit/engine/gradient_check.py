@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from longfit.engine.hf_model import base_model
 from longfit.engine.loss.training_loss import shifted_labels, training_loss
-from longfit.engine.offload.activations import Arena
-from longfit.engine.sweep.install import SweepReport, enable_sweep, sweeper_of
+from longfit.engine.offload.activations import ActivationOffload
+from longfit.engine.sweep.install import SweepReport, enable_sweep
+from longfit.engine.sweep.sweeper import sweeper_of
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative error that rounding in another order may cause, by the dtype of the hidden states.
@@ -66,7 +67,7 @@ def check_gradients(
     batch: Mapping[str, Tensor] | Tensor,
     *,
     tile: int | None = None,
-    arena: Arena | None = None,
+    offload: ActivationOffload | None = None,
 ) -> GradientReport:
     """Compare the engine's loss and gradients with plain autograd's; the model is left as it was, ``.grad`` included.
 
@@ -74,7 +75,7 @@ def check_gradients(
         model: a transformers causal language model or a PeftModel around one, swept or not, with something to train.
         batch: ``input_ids`` ``[B, T]``, or a mapping with it and what else :func:`training_loss` takes.
         tile: tokens per tile; default: a third of the batch's, so that tiles meet.
-        arena: where layer inputs wait; default: the arena in use, if the model is swept.
+        offload: where layer inputs wait; default: the offload in use, if the model is swept.
     Returns: errors per parameter.
     Raises: ValueError: nothing is trainable. ModelError: the model cannot be entered.
     """
@@ -83,12 +84,12 @@ def check_gradients(
     if not named:
         raise ValueError("no parameter of the model requires a gradient; add adapters first (longfit.add_adapters)")
     sweeper = sweeper_of(model)
-    arena = arena or (None if sweeper is None else sweeper.arena)
+    offload = offload or (None if sweeper is None else sweeper.offload)
     parameters = list(named.values())
     with _left_as_found(model), torch.enable_grad():
         plain_loss, dtype = _plain_loss(model, **inputs)
         plain = torch.autograd.grad(plain_loss, parameters, allow_unused=True)
-        report = enable_sweep(model, tile=tile or max(1, inputs["input_ids"].shape[1] // 3), arena=arena)
+        report = enable_sweep(model, tile=tile or max(1, inputs["input_ids"].shape[1] // 3), offload=offload)
         loss = training_loss(model, **inputs)
         swept = torch.autograd.grad(loss, parameters, allow_unused=True)
     errors = {name: _relative_error(a, b) for name, a, b in zip(named, swept, plain, strict=True)}

@@ -1,7 +1,7 @@
 """Where a transformers model is entered: its decoder, its last norm, its output matrix. Nothing of it is changed.
 
 The loss needs the hidden states *before* the last norm, because that norm, run over the whole sequence with its float32
-copies, would cost more than all else that is held per token. :func:`hidden_states` gets them through a public door: a
+copies, would cost more than all else that is held per token. :func:`hidden_states` gets them without a patch: a
 forward hook catches the norm's input and hands the norm no token at all, so that it costs nothing and the caller can
 apply it tile by tile.
 """

@@ -1,6 +1,6 @@
 """Memory of its own for what outlives a tile, where the heap would be left with holes.
 
-The C library keeps freed blocks of up to 32 MiB for later requests. A sweep frees layer inputs, kept attention, keys
+The C library keeps freed blocks of up to 32 MiB for later requests. A sweep frees layer inputs, saved attention, keys
 and values in sizes that the next request seldom fits, and a small block that stays, such as a gradient, spoils the
 place of a large one: after the backward of SmolLM2-135M on 8,192 tokens 860 of 1,100 MB of heap were holes. What lives
 longer than a tile therefore gets a mapping of its own on a CPU, which goes back to the system as a whole; the heap is

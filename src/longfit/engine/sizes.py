@@ -14,7 +14,7 @@ SMALLEST_TILE, LARGEST_TILE = 256, 4096
 
 CPU_LOGITS = 1 << 24
 """Logits held at once on a CPU: 64 MiB in float32, and as much again in temporaries, whatever context and vocabulary.
-For SmolLM2's 49,152 words a sixth faster than twice as many, which leave the cache between one operation and the next.
+For a vocabulary of 49,152 a sixth faster than twice as many, which leave the cache between one operation and the next.
 """
 
 DEVICE_LOGITS = 1 << 25
@@ -24,8 +24,8 @@ GRADIENT_ROWS = 4096
 """Rows of the output matrix whose gradient is added at once: torch adds a bf16 product to a float32 sum through a
 float32 copy of the product, 107 MB for all rows of SmolLM2."""
 
-CPU_KEPT_BYTES = 512 << 20
-"""Attention outputs kept for backward on a CPU: those of SmolLM2-135M at 14,000 tokens. On an accelerator, none."""
+CPU_SAVED_ATTENTION_BYTES = 512 << 20
+"""Attention outputs saved for backward on a CPU: those of SmolLM2-135M at 14,000 tokens. On an accelerator, none."""
 
 TRIMMED_LAYERS = 4
 """Layers differentiated on a CPU between two trims of the heap (``host_memory.py``)."""

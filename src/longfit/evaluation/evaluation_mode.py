@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from longfit.attention.hf_attention import attention_key
 from longfit.engine.hf_model import base_model
-from longfit.engine.sweep.install import enable_sweep, sweeper_of, swept_evaluation
+from longfit.engine.sweep.evaluation import swept_evaluation
+from longfit.engine.sweep.install import enable_sweep
+from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.errors import DataError, ModelError
 
 _CHECKPOINTING = {"gradient_checkpointing", "_gradient_checkpointing_func"}

@@ -54,7 +54,7 @@ def generate(
     Raises: ContextError: prompt and answer do not fit. ConfigError: impossible sampling. DataError: as ``Reader.read``.
     """
     _check_sampling(max_new_tokens, temperature, top_p)
-    require_room(len(token_ids), max_new_tokens, context_of(reader.model))
+    require_space(len(token_ids), max_new_tokens, context_of(reader.model))
     ends, draw = end_tokens(reader.model, tokenizer), torch.Generator().manual_seed(seed)
     made: list[int] = []
     shown = 0
@@ -152,7 +152,7 @@ def context_of(model: nn.Module) -> int:
     return int(base_model(model).config.get_text_config().max_position_embeddings)
 
 
-def require_room(num_prompt: int, max_new_tokens: int, context: int) -> None:
+def require_space(num_prompt: int, max_new_tokens: int, context: int) -> None:
     """Raise ContextError unless a prompt and its answer fit."""
     if num_prompt + max_new_tokens <= context:
         return

@@ -13,11 +13,11 @@ before the first trial is won. Chance wins 1 in 90,000 trials.
                       (RULER, arXiv 2404.06654, calls it multi-key). SmolLM2-135M, which finds every single key in
                       512 tokens, finds 4 of 18 among nine in 600 to 1,024. For larger models.
 
-Hay is the filler of the papers, which a model soon ignores, or the user's own documents, which are harder. This shows
-that a position *can* be read; it does not show that a model reasons over a long text.
+The haystack is the filler of the papers, which a model soon ignores, or the user's own documents, which are harder.
+This shows that a position *can* be read; it does not show that a model reasons over a long text.
 
 Prompts are read in an order in which each reuses the keys and values of what it shares with the one before; the result
-is that of reading each alone. How prompts are made is ``hay.py``.
+is that of reading each alone. How prompts are made is ``passkey_prompts.py``.
 """
 
 import math
@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 from longfit.errors import ConfigError
-from longfit.evaluation.passkey_prompts import THINGS, Hay, Prompt, make_prompts
+from longfit.evaluation.passkey_prompts import THINGS, Haystack, Prompt, make_prompts
 from longfit.evaluation.reader import Reader, shared_prefix
 from longfit.evaluation.tokens import decode
 
@@ -83,7 +83,7 @@ class PasskeyResult:
         accuracy, low, high: over all trials, with the Wilson interval.
         cells: by length, then depth.
         trials: in the same order.
-        hay: ``"filler"`` or ``"documents"``.
+        haystack: ``"filler"`` or ``"documents"``.
         together: whether the keys of all depths were in one text.
         confidence: of the intervals.
         seed: decides the keys, cell by cell, whatever else is in the grid.
@@ -94,7 +94,7 @@ class PasskeyResult:
     high: float
     cells: tuple[Cell, ...]
     trials: tuple[Trial, ...]
-    hay: str
+    haystack: str
     together: bool
     confidence: float
     seed: int
@@ -119,15 +119,15 @@ def passkey(
         model: a transformers causal language model, or a PeftModel around one; attention is exact meanwhile.
         tokenizer: its own.
         lengths: tokens of a prompt; each is filled as far as whole sentences or lines go. May exceed the context.
-        depths: where the needle lies in the hay, from 0 (begin) to 1 (end).
+        depths: where the needle lies in the haystack, from 0 (begin) to 1 (end).
         trials: per cell, each with another key; or a number for each depth, from the begin to the end.
-        documents: text to use as hay, in order; None is the papers' filler.
+        documents: text of the haystack, in order; None is the papers' filler.
         together: hide the keys of all depths in one text and read it once; see above.
         seed: decides the keys.
         confidence: of the intervals.
         on_progress: called with trials done and trials in all.
-    Raises: ConfigError: an empty or impossible grid. DataError: too little hay, hay that speaks of a pass key itself,
-            or a tokenizer that is not the model's.
+    Raises: ConfigError: an empty or impossible grid. DataError: too short a haystack, one that speaks of a pass key
+            itself, or a tokenizer that is not the model's.
     """
     depths = sorted({float(depth) for depth in depths})
     counts = [trials] * len(depths) if isinstance(trials, int) else list(trials)
@@ -136,11 +136,13 @@ def passkey(
         raise ConfigError(f"trials {counts}: together, every text asks for the keys of all depths; give one number")
     if together and len(depths) > len(THINGS):
         raise ConfigError(f"{len(depths)} depths: together, at most {len(THINGS)} keys can be told apart; give fewer")
-    hay = Hay.filler(max(lengths)) if documents is None else Hay.of(documents)
+    haystack = Haystack.filler(max(lengths)) if documents is None else Haystack.of(documents)
     prompts = [
         prompt
         for length in sorted(set(lengths))
-        for prompt in make_prompts(tokenizer, hay, length, depths=depths, trials=counts, together=together, seed=seed)
+        for prompt in make_prompts(
+            tokenizer, haystack, length, depths=depths, trials=counts, together=together, seed=seed
+        )
     ]
 
     def rank(index: int) -> tuple[int, int, int]:  # what shares most is read together, what shares least last
@@ -232,7 +234,7 @@ def _check(lengths: Sequence[int], depths: Sequence[float], trials: Sequence[int
         raise ConfigError(f"length {min(lengths)}: must be a number of tokens")
     wrong = [depth for depth in depths if not 0 <= depth <= 1]
     if wrong:
-        raise ConfigError(f"depth {wrong[0]}: must lie between 0 (begin of the hay) and 1 (its end)")
+        raise ConfigError(f"depth {wrong[0]}: must lie between 0 (begin of the haystack) and 1 (its end)")
     if len(trials) != len(depths):
         raise ConfigError(f"trials {list(trials)}: {len(trials)} numbers for {len(depths)} depths; give one for each")
     if min(trials) < 1:

@@ -1,12 +1,13 @@
 """Long texts with pass keys hidden in them, and the questions that ask for one (see ``passkey.py``).
 
     There is an important info hidden inside a lot of irrelevant text. [...]
-    hay  The pass key is 48213. Remember it. 48213 is the pass key.  hay
+    haystack  The pass key is 48213. Remember it. 48213 is the pass key.  haystack
     What is the pass key? The pass key is
 
-Hay comes in pieces, whole sentences or lines, and needles lie between them, so that every prompt is text a tokenizer
-might meet: it is made as text and then made tokens, never put together from tokens. Several keys can be hidden
-together, each named after a thing ("The pass key of the lantern is ..."); then one reading of the text serves them all.
+The haystack comes in pieces, whole sentences or lines, and needles lie between them, so that every prompt is text a
+tokenizer might meet: it is made as text and then made tokens, never put together from tokens. Several keys can be
+hidden together, each named after a thing ("The pass key of the lantern is ..."); then one reading of the text serves
+them all.
 """
 
 import random
@@ -34,23 +35,23 @@ THINGS = (
     "island", "pencil", "rocket", "saddle", "temple", "wagon", "anchor", "button", "castle", "desert", "engine",
 )  # fmt: skip
 LOW, HIGH = 10_000, 99_999  # five digits, all numbers equally long
-LONGEST_UNIT = 400  # characters of hay that are never cut; a longer line is cut where sentences or words end
+LONGEST_UNIT = 400  # characters of the haystack that are never cut; a longer line is cut where sentences or words end
 
 
 @dataclass(frozen=True)
-class Hay:
+class Haystack:
     """Text in pieces between which a needle may lie; each ends in white space."""
 
     units: tuple[str, ...]
     separator: str  # after the needle, as after every piece
 
     @classmethod
-    def filler(cls, num_tokens: int) -> "Hay":
+    def filler(cls, num_tokens: int) -> "Haystack":
         """The filler of the papers; a sentence has more than one token, so there is enough."""
         return cls(tuple(islice(cycle(FILLER), num_tokens)), " ")
 
     @classmethod
-    def of(cls, documents: Sequence[str]) -> "Hay":
+    def of(cls, documents: Sequence[str]) -> "Haystack":
         """Documents one after the other, line by line; long lines sentence by sentence.
 
         Raises: DataError: no text in them, or they speak of a pass key themselves.
@@ -60,7 +61,9 @@ class Hay:
         )
         telling = next((unit for unit in units if "pass key" in unit.lower()), None)
         if telling is not None:
-            raise DataError(f"the hay itself says {telling.strip()[:80]!r}: no answer could be judged; use other text")
+            raise DataError(
+                f"the haystack itself says {telling.strip()[:80]!r}: no answer could be judged; use other text"
+            )
         if not any(unit.strip() for unit in units):
             raise DataError(f"{len(documents)} documents without text: nothing to hide a pass key in; give some text")
         return cls(units, "\n")
@@ -86,7 +89,7 @@ class Prompt:
         length, depth, trial: its place in the grid.
         key: what is asked for.
         token_ids, with_answer: ``[N]`` and a little more.
-        shared: characters of hay that prompts of other trials begin with too.
+        shared: characters of the haystack that prompts of other trials begin with too.
     """
 
     length: int
@@ -100,7 +103,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Needle:
-    """A key, what it is the key of (None for just "pass key"), and its depth in the hay."""
+    """A key, what it is the key of (None for just "pass key"), and its depth in the haystack."""
 
     key: str
     thing: str | None
@@ -113,26 +116,33 @@ class Needle:
 
 
 def make_prompts(
-    tokenizer: Any, hay: Hay, length: int, *, depths: Sequence[float], trials: Sequence[int], together: bool, seed: int
+    tokenizer: Any,
+    haystack: Haystack,
+    length: int,
+    *,
+    depths: Sequence[float],
+    trials: Sequence[int],
+    together: bool,
+    seed: int,
 ) -> list[Prompt]:
     """The prompts of one length, by depth and then trial.
 
     Args:
         tokenizer: the model's.
-        hay: what to hide keys in.
+        haystack: what to hide keys in.
         length: tokens of a prompt at most.
         depths: ascending.
         trials: of each depth, the same of all if ``together``; every one has a key of its own.
         together: hide the keys of all depths in one text, one text a trial.
         seed: decides the keys.
-    Raises: ConfigError: ``length`` is too short. DataError: too little hay.
+    Raises: ConfigError: ``length`` is too short. DataError: too short a haystack.
     """
     things = [None] if not together else [THINGS[index] for index in range(len(depths))]
     probe = [Needle(str(HIGH), thing, 1.0) for thing in things]
-    most = _most_units(tokenizer, hay, length, probe)
+    most = _most_units(tokenizer, haystack, length, probe)
     prompts: dict[tuple[float, int], Prompt] = {}
     keys = {
-        depth: _keys(hay.units[:most], f"{seed} {length} {depth}", count)
+        depth: _keys(haystack.units[:most], f"{seed} {length} {depth}", count)
         for depth, count in zip(depths, trials, strict=True)
     }
     for trial in range(max(trials)):
@@ -143,18 +153,18 @@ def make_prompts(
             if trial >= trials[index]:
                 continue
             hidden = needles if together else [Needle(keys[depth][trial], None, depth)]
-            prompts[depth, trial] = _prompt(tokenizer, hay, most, length, trial, hidden, hidden[index * together])
+            prompts[depth, trial] = _prompt(tokenizer, haystack, most, length, trial, hidden, hidden[index * together])
     return [prompts[depth, trial] for depth, count in zip(depths, trials, strict=True) for trial in range(count)]
 
 
 def shortest_prompt(tokenizer: Any) -> int:
-    """Tokens of a prompt with one key and one sentence of hay, about: keys differ in tokens."""
+    """Tokens of a prompt with one key and one sentence of the haystack, about: keys differ in tokens."""
     needle = Needle(str(HIGH), None, 1.0)
-    return len(encode(tokenizer, _text(Hay.filler(1), 1, [needle], needle)[0]))
+    return len(encode(tokenizer, _text(Haystack.filler(1), 1, [needle], needle)[0]))
 
 
 def _keys(units: Sequence[str], seed: str, count: int) -> list[str]:
-    """Different numbers that do not occur in the hay."""
+    """Different numbers that do not occur in the haystack."""
     draw = random.Random(seed)
     keys: list[str] = []
     while len(keys) < count:
@@ -164,36 +174,36 @@ def _keys(units: Sequence[str], seed: str, count: int) -> list[str]:
     return keys
 
 
-def _most_units(tokenizer: Any, hay: Hay, length: int, needles: Sequence[Needle]) -> int:
+def _most_units(tokenizer: Any, haystack: Haystack, length: int, needles: Sequence[Needle]) -> int:
     """The largest number of pieces with which a prompt still fits; found by doubling, then halving."""
 
     def tokens(num_units: int) -> int:
-        return len(encode(tokenizer, _text(hay, num_units, needles, needles[0])[0]))
+        return len(encode(tokenizer, _text(haystack, num_units, needles, needles[0])[0]))
 
     smallest = tokens(1)
     if smallest > length:
         raise ConfigError(f"length {length}: the shortest prompt has {smallest} tokens; give at least that")
     fits, step = 1, 1
-    while fits + step <= len(hay.units) and tokens(fits + step) <= length:
+    while fits + step <= len(haystack.units) and tokens(fits + step) <= length:
         fits, step = fits + step, step * 2
     while step > 1:
         step //= 2
-        if fits + step <= len(hay.units) and tokens(fits + step) <= length:
+        if fits + step <= len(haystack.units) and tokens(fits + step) <= length:
             fits += step
-    if fits == len(hay.units):
+    if fits == len(haystack.units):
         raise DataError(
-            f"length {length:,}: all the hay makes a prompt of {tokens(fits):,} tokens; give more documents, or shorter"
-            " lengths"
+            f"length {length:,}: the whole haystack makes a prompt of {tokens(fits):,} tokens; give more documents, or"
+            " shorter lengths"
         )
     return fits
 
 
 def _prompt(
-    tokenizer: Any, hay: Hay, most: int, length: int, trial: int, needles: Sequence[Needle], asked: Needle
+    tokenizer: Any, haystack: Haystack, most: int, length: int, trial: int, needles: Sequence[Needle], asked: Needle
 ) -> Prompt:
-    """One prompt; its keys and things may have more tokens than those that the hay was measured with."""
+    """One prompt; its keys and things may have more tokens than those that the haystack was measured with."""
     for num_units in range(most, 0, -1):
-        text, shared = _text(hay, num_units, needles, asked)
+        text, shared = _text(haystack, num_units, needles, asked)
         token_ids = encode(tokenizer, text)
         if len(token_ids) <= length:
             with_answer = encode(tokenizer, text + ANSWER.format(key=asked.key))
@@ -201,20 +211,20 @@ def _prompt(
     raise ConfigError(f"length {length}: no prompt with key {asked.key} is that short; give a larger length")
 
 
-def _text(hay: Hay, num_units: int, needles: Sequence[Needle], asked: Needle) -> tuple[str, int]:
-    """Hay with needles, depths ascending, and a question; the characters of hay before the first needle."""
-    places = [_place(hay, num_units, needle.depth) for needle in needles]
+def _text(haystack: Haystack, num_units: int, needles: Sequence[Needle], asked: Needle) -> tuple[str, int]:
+    """The haystack with needles, depths ascending, and a question; its characters before the first needle."""
+    places = [_place(haystack, num_units, needle.depth) for needle in needles]
     parts, done = [INTRODUCTION], 0
     for place, needle in zip(places, needles, strict=True):
-        parts += ["".join(hay.units[done:place]), needle.put_into(NEEDLE), hay.separator]
+        parts += ["".join(haystack.units[done:place]), needle.put_into(NEEDLE), haystack.separator]
         done = place
-    rest = "".join(hay.units[done:num_units]).rstrip()
+    rest = "".join(haystack.units[done:num_units]).rstrip()
     return "".join([*parts, rest, asked.put_into(QUESTION)]), len(parts[1])
 
 
-def _place(hay: Hay, num_units: int, depth: float) -> int:
+def _place(haystack: Haystack, num_units: int, depth: float) -> int:
     """The number of pieces before the boundary nearest to a depth."""
-    sizes = [len(unit) for unit in hay.units[:num_units]]
+    sizes = [len(unit) for unit in haystack.units[:num_units]]
     target, end = depth * sum(sizes), 0.0
     for index, size in enumerate(sizes):
         if end + size / 2 > target:

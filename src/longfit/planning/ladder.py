@@ -1,7 +1,7 @@
 """What to change when a run does not fit, cheapest first: what each change frees, what it costs, and how to say it.
 
-A ladder is climbed only as far as needed. Each rung is a change of settings on top of those below it, kept only if it
-relieves a place that holds too much. First come changes that leave every number of the run as it is (where things
+A ladder is climbed only as far as needed. Each suggestion is a change of settings on top of those before it, made only
+if it relieves a place that holds too much. First come changes that leave every number of the run as it is (where things
 wait, how many tokens at once), then those that change rounding, then those that change what is learned.
 """
 
@@ -18,8 +18,8 @@ PAGE_BUDGET_BYTES = 64 << 20
 CONTEXT_STEP = 1024
 
 KEYS = {
-    **{"tile": "engine.tile", "arena": "engine.arena", "stream": "engine.stream", "optim": "optim.optim"},
-    **{"keep_attention": "engine.keep_attention", "budget": "optim.budget", "file": "optim.file"},
+    **{"tile": "engine.tile", "offload": "engine.offload", "stream": "engine.stream", "optim": "optim.optim"},
+    **{"saved_attention": "engine.saved_attention", "budget": "optim.budget", "file": "optim.file"},
     **{"attention": "context.attention", "train_embeddings": "adapter.train_embeddings", "rank": "adapter.rank"},
     **{
         "quant": "model.quant",
@@ -32,7 +32,7 @@ KEYS = {
 
 
 @dataclass(frozen=True)
-class Rung:
+class Suggestion:
     """One change.
 
     Attributes:
@@ -42,7 +42,7 @@ class Rung:
         frees: bytes less at each place's peak (negative: more).
         costs: what it costs.
         exact: whether the run computes the same numbers.
-        fits: whether the run fits with this rung and those before it.
+        fits: whether the run fits with this suggestion and those before it.
     """
 
     name: str
@@ -99,16 +99,16 @@ LEVERS = (
         "layer inputs wait in host memory",
         "host memory; the copies hide behind computing above some thousand tokens",
         True,
-        _one(lambda s: _on_card(s) and s.arena == "device", arena="ram"),
+        _one(lambda s: _on_card(s) and s.offload == "device", offload="ram"),
         silent=True,
     ),
     _Lever("one window at a time, as many a step", "nothing but launches", True, _batches),
     _Lever("smaller tiles", "some per cent of speed for each halving", True, _tiles, silent=True),
     _Lever(
-        "attention is computed again, not kept",
+        "attention is computed again, not saved",
         "a third forward pass of attention",
         True,
-        lambda s, shape: iter([{"keep_attention": 0}] if s.keep_attention != 0 and s.device == "cpu" else []),
+        lambda s, shape: iter([{"saved_attention": 0}] if s.saved_attention != 0 and s.device == "cpu" else []),
         silent=True,
     ),
     _Lever(
@@ -121,7 +121,7 @@ LEVERS = (
         "layer inputs wait in a file",
         "the disk must take and give all of them every step",
         True,
-        _one(lambda s: s.arena != "file", arena="file"),
+        _one(lambda s: s.offload != "file", offload="file"),
     ),
     _Lever(
         "weights are streamed from host memory",
@@ -171,16 +171,16 @@ def climb(
     *,
     fixed: frozenset[str] = frozenset(),
     silent: bool = False,
-) -> tuple[list[Rung], PlanSettings]:
-    """Climb the ladder until the run fits or no rung is left.
+) -> tuple[list[Suggestion], PlanSettings]:
+    """Climb the ladder until the run fits or no suggestion is left.
 
     Args:
         limits: bytes at "accelerator", "host" and "disk"; a place that is missing is not limited.
         fixed: settings that must stay.
-        silent: use only rungs that nobody needs to be asked about.
-    Returns: the rungs, cheapest first, the last of which fits if any does; the settings with all of them.
+        silent: use only suggestions that nobody needs to be asked about.
+    Returns: the suggestions, cheapest first, the last of which fits if any does; the settings with all of them.
     """
-    rungs: list[Rung] = []
+    suggestions: list[Suggestion] = []
     for lever in LEVERS:
         if silent and not lever.silent:
             continue
@@ -188,7 +188,7 @@ def climb(
         for changes in lever.options(settings, shape):
             over = excess(memory_plan(shape, settings), limits)
             if not over:
-                return rungs, settings
+                return suggestions, settings
             if fixed & changes.keys():
                 break
             before = memory_plan(shape, best[0] if best else settings)
@@ -199,21 +199,25 @@ def climb(
             if not excess(after, limits):
                 break
         if best is not None:
-            rungs.append(_rung(lever, best[1], shape, settings, best[0], limits))
+            suggestions.append(_suggestion(lever, best[1], shape, settings, best[0], limits))
             settings = best[0]
-    return rungs, settings
+    return suggestions, settings
 
 
-def step_down(shape: ModelShape, settings: PlanSettings, place: str) -> Rung | None:
+def step_down(shape: ModelShape, settings: PlanSettings, place: str) -> Suggestion | None:
     """Return the silent change that frees most of a place, as after running out of memory there; None if none does."""
     before = memory_plan(shape, settings).peak(place)
-    rungs = []
+    suggestions = []
     for lever in LEVERS:
         changes = next(lever.options(settings, shape), None) if lever.silent else None
         if changes is not None:
             after = settings.changed(changes)
-            rungs.append(_rung(lever, changes, shape, settings, after, {place: before - 1}))
-    return max((rung for rung in rungs if rung.fits), key=lambda rung: rung.frees[place], default=None)
+            suggestions.append(_suggestion(lever, changes, shape, settings, after, {place: before - 1}))
+    return max(
+        (suggestion for suggestion in suggestions if suggestion.fits),
+        key=lambda suggestion: suggestion.frees[place],
+        default=None,
+    )
 
 
 def _relieves(before: MemoryPlan, after: MemoryPlan, over: Mapping[str, int], limits: Mapping[str, int]) -> bool:
@@ -223,17 +227,17 @@ def _relieves(before: MemoryPlan, after: MemoryPlan, over: Mapping[str, int], li
     return relieved and not newly
 
 
-def _rung(
+def _suggestion(
     lever: _Lever,
     changes: Mapping[str, Any],
     shape: ModelShape,
     before: PlanSettings,
     after: PlanSettings,
     limits: Mapping[str, int],
-) -> Rung:
+) -> Suggestion:
     old, new = memory_plan(shape, before), memory_plan(shape, after)
     frees = {place: old.peak(place) - new.peak(place) for place in PLACES if old.peak(place) != new.peak(place)}
-    return Rung(lever.name, changes, paste(changes), frees, lever.costs, lever.exact, not excess(new, limits))
+    return Suggestion(lever.name, changes, paste(changes), frees, lever.costs, lever.exact, not excess(new, limits))
 
 
 def paste(changes: Mapping[str, Any]) -> str:

@@ -154,7 +154,7 @@ def step_seconds(shape: ModelShape, settings: PlanSettings, rates: Rates) -> tup
     inputs = 2.0 * shape.num_layers * settings.context * settings.batch_size * settings.gradient_accumulation
     inputs *= shape.hidden_size * settings.element_bytes
     speed = {"device": None, "ram": rates.copy_bytes, "pinned": rates.copy_bytes, "file": rates.disk_bytes}[
-        settings.arena
+        settings.offload
     ]
     copying = 0.0 if speed is None or settings.aliases else inputs / speed
     return max(computing, copying), 2 * computing + copying

@@ -1,7 +1,7 @@
 """The bytes of a run by component, phase and place.
 
     load        weights arrive, quantised one by one
-    forward     layer inputs pile up in the arena; one layer's keys and values
+    forward     layer inputs pile up where they are offloaded; one layer's keys and values
     loss        a tile of logits
     backward    its first layer: keys, values, their float32 gradients, a tile's local graph; all that forward left
     last layer  the same, when what forward left is gone and all gradients are there
@@ -44,7 +44,8 @@ HEAP_HOLES = 0.7
 """Share of a tile's activations that glibc's heap adds while layers are differentiated, in holes too small for the next
 request. Measured apart from any plan: the backward pass of eight layers of SmolLM2-135M over one tile of 4,096 tokens
 (activations of 118 MB) took 236 MB as it is, and 154 MB with each block of a mebibyte or more in a mapping of its own,
-which leaves no holes and takes a quarter longer. Other phases begin with the holes given back (``engine/heap.py``)."""
+which leaves no holes and takes a quarter longer. Other phases begin with the holes given back
+(``engine/host_memory.py``)."""
 
 MODULE_BYTES = 60_000
 """Python's objects for the adapter of one layer: 12.4 MB for the 210 of SmolLM2-135M, whatever their rank."""
@@ -214,12 +215,13 @@ def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Co
     """What every token of the context costs."""
     tokens, e = settings.context * settings.batch_size, settings.element_bytes
     hidden = tokens * shape.hidden_size * e
-    place = {"device": device, "ram": "host", "pinned": "host", "file": "disk"}[settings.arena]
+    place = {"device": device, "ram": "host", "pinned": "host", "file": "disk"}[settings.offload]
     inputs = shape.num_layers * hidden
     keys = max(per_token_bytes.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
     several = settings.context > settings.tile_tokens(shape)
-    kept = per_token_bytes.kept_bytes(shape, settings)
-    # The embedding's output stays until the decoder returns; layers write over their input unless the arena keeps it.
+    saved = per_token_bytes.saved_attention_bytes(shape, settings)
+    # The embedding's output stays until the decoder returns; layers write over their input unless it is that input that
+    # waits for backward.
     passing = {
         "forward": (1 if settings.aliases else 2) * hidden,
         "loss": hidden,
@@ -239,9 +241,9 @@ def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Co
             ),
         ),
         Component(
-            "attention kept for backward",
+            "attention saved for backward",
             device,
-            {**_in(("forward", "loss", "backward"), sum(kept)), "last layer": kept[0]},
+            {**_in(("forward", "loss", "backward"), sum(saved)), "last layer": saved[0]},
         ),
     ]
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from longfit.attention.limits import KEY_BLOCK
-from longfit.engine.sizes import CPU_KEPT_BYTES, CPU_LOGITS, DEVICE_LOGITS
+from longfit.engine.sizes import CPU_LOGITS, CPU_SAVED_ATTENTION_BYTES, DEVICE_LOGITS
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
 LOGITS = {"cpu": CPU_LOGITS, "cuda": DEVICE_LOGITS}
-KEPT_BYTES = {"cpu": CPU_KEPT_BYTES, "cuda": 0}
+SAVED_ATTENTION_BYTES = {"cpu": CPU_SAVED_ATTENTION_BYTES, "cuda": 0}
 
 
 def window_tokens(context: int, tile: int, *, group_size: int | None = None, sliding_window: int | None = None) -> int:
@@ -128,14 +128,14 @@ def loss_bytes(shape: ModelShape, settings: PlanSettings, *, gradient: bool) -> 
     return tokens * (words * per_word + shape.hidden_size * (4 * e + 6 * 4))
 
 
-def kept_bytes(shape: ModelShape, settings: PlanSettings) -> tuple[int, int]:
-    """Bytes of attention outputs kept from forward to backward, as far as their budget goes (``saved_attention.py``).
+def saved_attention_bytes(shape: ModelShape, settings: PlanSettings) -> tuple[int, int]:
+    """Bytes of attention outputs saved from forward to backward, as far as their budget goes (``saved_attention.py``).
 
     Returns: those of the first layer, which is served first and differentiated last; those of all others.
     """
     tokens = settings.context * settings.batch_size
     layer = tokens * (settings.element_bytes * shape.query_width + 4 * shape.num_heads)
-    allowed = KEPT_BYTES[settings.device] if settings.keep_attention is None else settings.keep_attention
+    allowed = SAVED_ATTENTION_BYTES[settings.device] if settings.saved_attention is None else settings.saved_attention
     first = min(allowed, layer)
     return first, min(allowed, shape.num_layers * layer) - first
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from longfit.errors import ConfigError
-from longfit.planning.ladder import Rung, climb, excess, longest_context
+from longfit.planning.ladder import Suggestion, climb, excess, longest_context
 from longfit.planning.machines import Rates, fused_kernels_here, step_seconds
 from longfit.planning.memory import PLACES, MemoryPlan, memory_plan
 from longfit.planning.settings import PlanSettings
@@ -24,7 +24,7 @@ class Plan:
         memory: by component, phase and place.
         limits: bytes there are, by place.
         fits: whether every place holds what it must.
-        rungs: what to change, cheapest first, where it does not fit; empty where it does.
+        suggestions: what to change, cheapest first, where it does not fit; empty where it does.
         context_that_fits: where no ladder helps, the longest context that fits with all of it.
         seconds: of a step, from and to, if the machine's rates were measured.
     """
@@ -34,7 +34,7 @@ class Plan:
     memory: MemoryPlan
     limits: Mapping[str, int]
     fits: bool
-    rungs: tuple[Rung, ...]
+    suggestions: tuple[Suggestion, ...]
     context_that_fits: int | None
     seconds: tuple[float, float] | None
 
@@ -68,7 +68,7 @@ class Plan:
             "components": [
                 {"name": c.name, "place": c.place, "by_phase": dict(c.by_phase)} for c in self.memory.components
             ],
-            "ladder": [asdict(rung) for rung in self.rungs],
+            "ladder": [asdict(suggestion) for suggestion in self.suggestions],
             "context_that_fits": self.context_that_fits,
             "seconds_per_step": self.seconds,
         }
@@ -92,8 +92,8 @@ def plan(
         vram: bytes of the accelerator; None plans a run on the CPU.
         ram, disk: bytes of host memory and of disk; None is no limit.
         rates: of the machine, for the time of a step.
-        settings: the others, as in ``PlanSettings``: rank, optim, attention, arena, tile, train_embeddings, ...
-    Returns: the plan; ``plan.fits``, ``plan.peaks``, ``plan.rungs``, ``plan.to_dict()``.
+        settings: the others, as in ``PlanSettings``: rank, optim, attention, offload, tile, train_embeddings, ...
+    Returns: the plan; ``plan.fits``, ``plan.peaks``, ``plan.suggestions``, ``plan.to_dict()``.
     Raises: ModelError: an unknown, incomplete or encoder configuration. ConfigError: nonsense in the settings.
     """
     for name, value in (("vram", vram), ("ram", ram), ("disk", disk)):
@@ -126,30 +126,30 @@ def plan_shape(
     """
     memory = memory_plan(shape, settings)
     fits = not excess(memory, limits)
-    rungs: list[Rung] = []
+    suggestions: list[Suggestion] = []
     shorter: int | None = None
     if not fits:
-        rungs, changed = climb(shape, settings, limits, fixed=fixed)
+        suggestions, changed = climb(shape, settings, limits, fixed=fixed)
         if excess(memory_plan(shape, changed), limits):
             shorter = longest_context(shape, changed, limits, most=settings.context)
     seconds = step_seconds(shape, settings, rates) if rates is not None else None
-    return Plan(name, settings, memory, dict(limits), fits, tuple(rungs), shorter, seconds)
+    return Plan(name, settings, memory, dict(limits), fits, tuple(suggestions), shorter, seconds)
 
 
 def ladder_lines(found: Plan) -> list[str]:
     """What to change, as text that can be pasted."""
     if found.fits:
         return []
-    lines = ["what would make it fit, cheapest first:"] if found.rungs else []
-    for number, rung in enumerate(found.rungs, 1):
+    lines = ["what would make it fit, cheapest first:"] if found.suggestions else []
+    for number, suggestion in enumerate(found.suggestions, 1):
         frees = ", ".join(
             f"{'frees' if size > 0 else 'takes'} {format_bytes(abs(size))} of {place}"
-            for place, size in rung.frees.items()
+            for place, size in suggestion.frees.items()
         )
-        kind = "" if rung.exact else "; changes the numbers of the run"
-        lines.append(f"  {number}. {rung.paste:<44} {rung.name}: {frees}; costs {rung.costs}{kind}")
-    words = " ".join(rung.paste for rung in found.rungs)
-    if found.rungs and found.rungs[-1].fits:
+        kind = "" if suggestion.exact else "; changes the numbers of the run"
+        lines.append(f"  {number}. {suggestion.paste:<44} {suggestion.name}: {frees}; costs {suggestion.costs}{kind}")
+    words = " ".join(suggestion.paste for suggestion in found.suggestions)
+    if found.suggestions and found.suggestions[-1].fits:
         lines += ["paste:", f"  longfit train {found.model} DATA --context {found.settings.context} {words}"]
     elif found.context_that_fits:
         lines += [

@@ -16,7 +16,7 @@ CHOICES = {
     "device": ("cuda", "cpu"),
     "quant": ("nf4", "fp4", "int4", "none"),
     "attention": ("exact", "shifted"),
-    "arena": ("device", "ram", "pinned", "file"),
+    "offload": ("device", "ram", "pinned", "file"),
     "stream": ("none", "ram", "file"),
     "optim": ("adamw", "adamw8bit"),
     "dtype": ("bfloat16", "float16", "float32"),
@@ -39,7 +39,7 @@ class PlanSettings:
         group_size: of shifted attention; None is a quarter of the context.
         budget: bytes of optimiser state kept on the device; None keeps all there.
         file: whether what exceeds the budget goes to a file (always, on a CPU).
-        keep_attention: bytes of attention outputs kept for backward; None is the engine's choice.
+        saved_attention: bytes of attention outputs saved for backward; None is the engine's choice.
         evaluates: whether there is validation text.
         targets: "all-linear", or the names of the layers that get an adapter.
         dropout: on the input of the adapters.
@@ -64,10 +64,10 @@ class PlanSettings:
     budget: int | None = None
     file: bool = False
     engine: str = "sweep"
-    arena: str = "device"
+    offload: str = "device"
     stream: str = "none"
     tile: int | None = None
-    keep_attention: int | None = None
+    saved_attention: int | None = None
     keep_checkpoints: int = 2
     evaluates: bool = False
     targets: str | tuple[str, ...] = "all-linear"
@@ -91,16 +91,16 @@ class PlanSettings:
             raise ContextError(f"group_size {self.group_size}: must be an even number of tokens, at least 2")
         if self.group_size is not None and self.attention != "shifted":
             raise ContextError(f"group_size {self.group_size}: exact attention has no groups; say attention 'shifted'")
-        if self.keep_attention is not None and self.keep_attention < 0:
-            raise ConfigError(f"keep_attention {self.keep_attention}: must be at least 0, which keeps nothing")
+        if self.saved_attention is not None and self.saved_attention < 0:
+            raise ConfigError(f"saved_attention {self.saved_attention}: must be at least 0, which keeps nothing")
         if self.engine == "plain":
             raise UnplannedError("engine 'plain': only swept training is planned; use engine sweep")
         if isinstance(self.targets, str) and self.targets != "all-linear":
             raise ConfigError(f"targets {self.targets!r}: must be 'all-linear' or a tuple of names of linear layers")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout {self.dropout}: must be at least 0 and below 1")
-        if self.device == "cpu" and self.arena == "pinned":
-            raise ConfigError("arena 'pinned': pinned host memory is for accelerators; on a CPU use ram or file")
+        if self.device == "cpu" and self.offload == "pinned":
+            raise ConfigError("offload 'pinned': pinned host memory is for accelerators; on a CPU use ram or file")
         if self.device == "cpu" and self.stream == "ram":
             raise ConfigError("stream 'ram': on a CPU the weights are in host memory already; use file or none")
 
@@ -131,8 +131,8 @@ class PlanSettings:
 
     @property
     def aliases(self) -> bool:
-        """Whether the arena keeps the very tensors it is given, as it does on their own device."""
-        return self.arena == "device" or (self.arena == "ram" and self.device == "cpu")
+        """Whether layer inputs wait as the very tensors they are, as they do on their own device."""
+        return self.offload == "device" or (self.offload == "ram" and self.device == "cpu")
 
     def tile_tokens(self, shape: ModelShape) -> int:
         """Tokens of a tile in each row of the batch (``engine/sizes.py``, ``Sweeper.tile_for``)."""

@@ -29,7 +29,7 @@ from longfit.config import RunConfig
 from longfit.data.packing import PackedDataset
 from longfit.engine.loss.linear_cross_entropy import IGNORED
 from longfit.engine.loss.training_loss import shifted_labels
-from longfit.engine.sweep.install import swept_evaluation
+from longfit.engine.sweep.evaluation import swept_evaluation
 from longfit.errors import PlanError, RunError
 from longfit.model.save import save_adapter
 from longfit.training import loss_scale, memory_check, run_directory
@@ -153,7 +153,7 @@ def _probe(run: Run) -> None:
     run.tell(Event("phase", f"trying the longest window, {int(lengths[longest[0]]):,} tokens"))
     batch = _batch(run, longest)
     num_trained = _over_processes(run, _num_trained(batch))
-    run.room.run(partial(_differentiate, run, [batch], max(num_trained, 1), run.state.loss_scale))
+    run.step_down.run(partial(_differentiate, run, [batch], max(num_trained, 1), run.state.loss_scale))
     run.optimizer.zero_grad(set_to_none=True)
 
 
@@ -218,7 +218,7 @@ def _scaled_gradients(run: Run, batches: list["_Batch"], num_trained: float) -> 
         differentiate = partial(_differentiate, run, batches, num_trained, scale)
         # Of several processes none may try again alone: the others wait for its gradients where they are.
         alone = run.accelerator.num_processes == 1
-        loss = run.room.run(partial(relieve, run.optimizer, differentiate)) if alone else differentiate()
+        loss = run.step_down.run(partial(relieve, run.optimizer, differentiate)) if alone else differentiate()
         loss = _over_processes(run, loss)
         grad_norm = clip_gradients(run.parameters, run.config.train.max_grad_norm, scale=scale)
         smaller = None if math.isfinite(grad_norm) else loss_scale.after_overflow(scale)

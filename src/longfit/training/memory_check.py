@@ -1,7 +1,7 @@
 """Will this run fit? Planned before anything is loaded, refused with what would make it fit, checked at the end.
 
     plan_run    plans a run on its machine; chooses tile and place of layer inputs where the run leaves them free
-    Room        runs a step's passes; when memory runs out in spite of the plan, steps down once and goes on
+    StepDown    runs a step's passes; when memory runs out in spite of the plan, steps down once and goes on
 
 A plan is advice where it cannot know (an unknown family, plain checkpointing): the run is told so and starts.
 Not here: the arithmetic (`planning/`), and making room by moving optimiser state (`optimizer.py:relieve`).
@@ -22,7 +22,7 @@ import torch
 from longfit.config import RunConfig
 from longfit.errors import ModelError, PlanError
 from longfit.planning import constant_bytes
-from longfit.planning.ladder import KEYS, Rung, climb, step_down
+from longfit.planning.ladder import KEYS, Suggestion, climb, step_down
 from longfit.planning.machines import fused_kernels_here, read_rates
 from longfit.planning.memory import HOST_BASE_BYTES
 from longfit.planning.plan import Plan, ladder_lines, plan_shape
@@ -87,17 +87,17 @@ def plan_run(
         return config, None
     limits = machine_limits(device, run_dir, processes=processes)
     given = frozenset(name for name, key in KEYS.items() if key in config.given())
-    rungs, changed = climb(shape, settings, limits, fixed=given, silent=True)
+    suggestions, changed = climb(shape, settings, limits, fixed=given, silent=True)
     plan = plan_shape(shape, changed, limits, name=config.model.name, rates=read_rates(device.type), fixed=given)
     if not plan.fits:
         asked = plan_shape(shape, settings, limits, name=config.model.name)
         raise PlanError("\n".join(["this run does not fit this machine:", *_overfull(asked), *ladder_lines(asked)]))
-    if rungs:
-        chosen = [keys_of(rung) for rung in rungs]
+    if suggestions:
+        chosen = [keys_of(suggestion) for suggestion in suggestions]
         config = config.replace(
             {key: value for keys in chosen for key, value in keys.items()}, origin="auto: the memory plan"
         )
-        on_event(Event("phase", f"to fit, chosen: {' '.join(rung.paste for rung in rungs)}"))
+        on_event(Event("phase", f"to fit, chosen: {' '.join(suggestion.paste for suggestion in suggestions)}"))
     limit = limits[plan.device_place]
     text = f"planned peak: {format_bytes(plan.device_peak)} of {format_bytes(limit)} {plan.device_place} memory"
     on_event(Event("phase", text, {"planned_peak_bytes": plan.device_peak}))
@@ -114,9 +114,9 @@ def _require_planned(config: RunConfig, device: torch.device, parallelism: str) 
         raise UnplannedError(f"{parallelism}: of several processes only whole replicas (DDP) are planned, no shards")
 
 
-def keys_of(rung: Rung) -> dict[str, Any]:
-    """Return a rung's changes under the names of a run's settings."""
-    return {KEYS[name]: value for name, value in rung.changes.items()}
+def keys_of(suggestion: Suggestion) -> dict[str, Any]:
+    """Return a suggestion's changes under the names of a run's settings."""
+    return {KEYS[name]: value for name, value in suggestion.changes.items()}
 
 
 def machine_limits(device: torch.device, run_dir: Path, *, processes: int = 1) -> dict[str, int]:
@@ -158,15 +158,15 @@ def compare(plan: Plan, measured_bytes: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ out of memory
-class Room:
+class StepDown:
     """Runs what allocates; when memory runs out, changes the run once and runs it again."""
 
-    def __init__(self, plan: Plan | None, change: Callable[[Rung], None], on_event: OnEvent) -> None:
+    def __init__(self, plan: Plan | None, change: Callable[[Suggestion], None], on_event: OnEvent) -> None:
         """Plan for a run.
 
         Args:
             plan: of the run; without one there is nothing to step down to.
-            change: makes a rung's changes in the running model.
+            change: makes a suggestion's changes in the running model.
         """
         self._plan, self._change, self._notify = plan, change, on_event
         self._shape: ModelShape | None = None if plan is None else read_shape(plan.model)
@@ -184,18 +184,18 @@ class Room:
             if not is_out_of_memory(error):
                 raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        rung = self._next_rung()  # outside of the handler, whose frames keep the step's tensors alive
-        if rung is None:
+        suggestion = self._next_suggestion()  # outside of the handler, whose frames keep the step's tensors alive
+        if suggestion is None:
             raise PlanError(f"out of memory ({reason}){self._largest()}; {self._advice()}")
         self._spent = True
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        self._notify(Event("warning", f"out of memory ({reason}){self._largest()}; again with {rung.paste}"))
-        self._change(rung)
+        self._notify(Event("warning", f"out of memory ({reason}){self._largest()}; again with {suggestion.paste}"))
+        self._change(suggestion)
         return self.run(function)
 
-    def _next_rung(self) -> Rung | None:
+    def _next_suggestion(self) -> Suggestion | None:
         if self._spent or self._plan is None or self._shape is None:
             return None
         return step_down(self._shape, self._plan.settings, self._plan.device_place)
@@ -211,7 +211,7 @@ class Room:
     def _advice(self) -> str:
         if self._plan is None:
             return "shorten --context, or free memory, and resume the run"
-        return "free memory, or choose a smaller engine.tile, engine.arena=file or optim.budget, and resume the run"
+        return "free memory, or choose a smaller engine.tile, engine.offload=file or optim.budget, and resume the run"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -16,10 +16,9 @@ from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset, pack, tokenize_documents
 from longfit.data.sources import Documents, read_documents, split_documents
 from longfit.engine.hf_model import base_model
-from longfit.engine.offload.activations import Arena, FileArena
-from longfit.engine.offload.pinned_activations import PinnedArena
-from longfit.engine.offload.weights import stream_weights
-from longfit.engine.sweep.install import change_sweep, enable_sweep
+from longfit.engine.offload.activations import ActivationOffload, FileActivations
+from longfit.engine.offload.pinned_activations import PinnedActivations
+from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weights
 from longfit.errors import ConfigError, ModelError
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters
@@ -117,36 +116,43 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
 def sweep(model: Any, config: RunConfig, *, on_event: OnEvent) -> None:
     """Sweep the layers from now on, as ``engine`` says."""
     engine = config.engine
-    arena = make_arena(config, model.device)
-    report = enable_sweep(model, tile=engine.tile, arena=arena, kept_bytes=engine.keep_attention)
+    offload = make_offload(config, model.device)
+    report = enable_sweep(model, tile=engine.tile, offload=offload, saved_attention_bytes=engine.saved_attention)
     text = f"sweeping {len(report.layers)} layers, {report.tile:,} tokens at a time"
     on_event(Event("phase", text, {"tile": report.tile, "fallback": report.fallback}))
 
 
 def sweep_with_less(model: Any, config: RunConfig) -> None:
-    """Go on sweeping as the config says by now: another tile, another place for layer inputs, less attention kept."""
+    """Go on sweeping as the config says by now: another tile, another place for layer inputs, less attention saved."""
     engine = config.engine
-    change_sweep(model, tile=engine.tile, arena=make_arena(config, model.device), kept_bytes=engine.keep_attention)
+    change_sweep(
+        model,
+        tile=engine.tile,
+        offload=make_offload(config, model.device),
+        saved_attention_bytes=engine.saved_attention,
+    )
 
 
-def make_arena(config: RunConfig, device: torch.device) -> Arena | None:
+def make_offload(config: RunConfig, device: torch.device) -> ActivationOffload | None:
     """Make the place where layer inputs wait; None leaves them on the device, whose memory is ``ram`` on a CPU.
 
     Raises: ConfigError: the place does not exist on this machine.
     """
     section = config.engine
-    if section.arena == "device" or (section.arena == "ram" and device.type == "cpu"):
+    if section.offload == "device" or (section.offload == "ram" and device.type == "cpu"):
         return None
-    if section.arena in ("ram", "pinned"):
+    if section.offload in ("ram", "pinned"):
         if device.type != "cuda":
-            raise ConfigError(f"engine.arena={section.arena}: this run uses no CUDA device; use device, ram or file")
-        return PinnedArena(device)
+            raise ConfigError(
+                f"engine.offload={section.offload}: this run uses no CUDA device; use device, ram or file"
+            )
+        return PinnedActivations(device)
     try:
-        return FileArena(section.arena_folder)
+        return FileActivations(section.offload_folder)
     except OSError as error:
-        folder = f"{section.arena_folder}: " if section.arena_folder else ""
+        folder = f"{section.offload_folder}: " if section.offload_folder else ""
         raise ConfigError(
-            f"engine.arena_folder: {folder}{error.strerror}; name a folder that can be written"
+            f"engine.offload_folder: {folder}{error.strerror}; name a folder that can be written"
         ) from error
 
 

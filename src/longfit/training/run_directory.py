@@ -38,8 +38,8 @@ FREE_SETTINGS = frozenset(
         "data.validation_windows",
         "optim.budget",
         "optim.file",
-        "engine.arena",
-        "engine.arena_folder",
+        "engine.offload",
+        "engine.offload_folder",
         "engine.stream",
         "engine.stream_folder",
     }
@@ -125,7 +125,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make the paths in a config independent of the current directory; hub ids and missing data stay as they are."""
     flat = config.flat()
     may_be_hub_ids = ("model.name", "data.path", "data.validation")
-    always_paths = ("optim.file", "engine.arena_folder", "engine.stream_folder")
+    always_paths = ("optim.file", "engine.offload_folder", "engine.stream_folder")
     paths = {key: flat[key] for key in (*may_be_hub_ids, *always_paths) if flat[key] is not None}
     changed = {
         key: str(Path(path).resolve()) for key, path in paths.items() if key in always_paths or Path(path).exists()

@@ -62,7 +62,7 @@ class Run:
     metrics: MetricsFile
     paging: PagingMeter
     plan: Plan | None
-    room: memory_check.Room
+    step_down: memory_check.StepDown
     state: RunState
     seconds: float = 0.0
 
@@ -164,14 +164,16 @@ def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) ->
     steps = f"{config.train.steps:,} steps" if not state.step else f"steps {state.step + 1:,} to {config.train.steps:,}"
     text = f"training {trainable:,} parameters for {steps} on {len(windows):,} windows of {windows.context:,} tokens"
     notify(Event("phase", text, {"total_steps": config.train.steps, "step": state.step, "run_dir": str(run_dir)}))
-    room = memory_check.Room(
+    step_down = memory_check.StepDown(
         plan,
-        lambda rung: sweep_with_less(model, config.replace(memory_check.keys_of(rung), origin="out of memory")),
+        lambda suggestion: sweep_with_less(
+            model, config.replace(memory_check.keys_of(suggestion), origin="out of memory")
+        ),
         notify,
     )
     return Run(
         config, run_dir, notify, accelerator, loss_module, model, tokenizer, optimizer, windows, validation, metrics,
-        PagingMeter(optimizer), plan, room, state, seconds,
+        PagingMeter(optimizer), plan, step_down, state, seconds,
     )  # fmt: skip
 
 

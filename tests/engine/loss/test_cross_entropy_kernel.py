@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longfit.engine.loss import linear_cross_entropy
+from longfit.engine.loss.linear_cross_entropy import linear_cross_entropy
 from longfit.kernels.cpu import elementwise as cpu_elementwise
 
 UNSUPPORTED = cpu_elementwise.supported()

@@ -39,11 +39,11 @@ def whole_logits_loss(hidden, weight, labels, *, bias=None, softcap=None, scale=
     return total / (num_items or (labels != -100).sum())
 
 
-def problem(num_tokens=37, num_words=53, size=16, dtype=torch.float64, ignored=(0, 5, 6, 36)):
+def problem(num_tokens=37, vocab_size=53, size=16, dtype=torch.float64, ignored=(0, 5, 6, 36)):
     hidden = torch.randn(num_tokens, size, dtype=dtype)
-    weight = torch.randn(num_words, size, dtype=dtype) * 0.5
-    bias = torch.randn(num_words, dtype=dtype)
-    labels = torch.randint(num_words, (num_tokens,))
+    weight = torch.randn(vocab_size, size, dtype=dtype) * 0.5
+    bias = torch.randn(vocab_size, dtype=dtype)
+    labels = torch.randint(vocab_size, (num_tokens,))
     labels[list(ignored)] = -100
     return hidden, weight, bias, labels
 
@@ -72,9 +72,9 @@ def test_value_and_every_gradient_equal_the_definition(tiles, logits, overwrite_
     assert max(relative(g, e) for g, e in zip(got, expected, strict=True)) < EXACT
 
 
-@pytest.mark.parametrize("num_words", [GRADIENT_ROWS, 2 * GRADIENT_ROWS + 1])
-def test_the_gradient_of_many_words_is_added_in_parts(num_words):
-    hidden, weight, bias, labels = problem(num_tokens=9, num_words=num_words, size=4, ignored=(2,))
+@pytest.mark.parametrize("vocab_size", [GRADIENT_ROWS, 2 * GRADIENT_ROWS + 1])
+def test_the_gradient_of_many_words_is_added_in_parts(vocab_size):
+    hidden, weight, bias, labels = problem(num_tokens=9, vocab_size=vocab_size, size=4, ignored=(2,))
     got = gradients(linear_cross_entropy, hidden, weight, bias, labels, token_tile=4)
     expected = gradients(whole_logits_loss, hidden, weight, bias, labels)
     assert max(map(relative, got, expected)) < EXACT
@@ -210,7 +210,7 @@ def test_a_second_backward_raises():
 
 
 def test_whole_logits_are_never_held():
-    hidden, weight, _, labels = problem(num_tokens=2400, num_words=5000, size=48)
+    hidden, weight, _, labels = problem(num_tokens=2400, vocab_size=5000, size=48)
     with LargestTensor() as seen:
         linear_cross_entropy(
             hidden.clone().requires_grad_(), weight.requires_grad_(), labels, token_tile=128, vocab_tile=700

@@ -1,4 +1,4 @@
-"""The pinned arena's books: which slab, which buffer, what is held until when. On a card: ``test_arena.py``.
+"""The pinned offload's books: which slab, which buffer, what is held until when. On a card: ``test_offload.py``.
 
 Streams are stood in for by ones whose work is over at once, so orders between them are not tested here; what is tested
 is that no buffer is written while a tile in it may still be used.
@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from longfit.engine.offload import pinned_activations as arena_pinned
-from longfit.engine.offload.pinned_activations import NUM_BUFFERS, PinnedArena
+from longfit.engine.offload import pinned_activations
+from longfit.engine.offload.pinned_activations import NUM_BUFFERS, PinnedActivations
 
 
 class Stream:
@@ -34,24 +34,26 @@ class Stream:
 
 
 @pytest.fixture
-def arena(monkeypatch: pytest.MonkeyPatch) -> Iterator[PinnedArena]:
+def offload(monkeypatch: pytest.MonkeyPatch) -> Iterator[PinnedActivations]:
     current = Stream()
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: current)
         patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
         patch.setattr(
-            arena_pinned.PinnedMemory, "slab", lambda self, num_bytes: torch.full((num_bytes,), 255, dtype=torch.uint8)
+            pinned_activations.PinnedMemory,
+            "slab",
+            lambda self, num_bytes: torch.full((num_bytes,), 255, dtype=torch.uint8),
         )
-        yield PinnedArena("cpu")
+        yield PinnedActivations("cpu")
 
 
-def put_all(arena: object, tiles: list[Tensor]) -> object:
-    stay = arena.open(len(tiles))
+def put_all(offload: object, tiles: list[Tensor]) -> object:
+    saved_input = offload.open(len(tiles))
     for index, tile in enumerate(tiles):
-        stay.put(index, tile)
-        stay.settle(index)
-    return stay
+        saved_input.put(index, tile)
+        saved_input.settle(index)
+    return saved_input
 
 
 def tiles(count: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -59,64 +61,66 @@ def tiles(count: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_tile_is_whole_until_the_next_is_got(arena: PinnedArena, seed: int) -> None:
+def test_a_tile_is_whole_until_the_next_is_got(offload: PinnedActivations, seed: int) -> None:
     expected, choose = tiles(7), random.Random(seed)
-    stay = put_all(arena, expected)
+    saved_input = put_all(offload, expected)
     for _ in range(60):
         index = choose.randrange(7)
-        got = stay.get(index)
+        got = saved_input.get(index)
         for _ in range(choose.randrange(6)):  # more than there are buffers, and some for tiles that never come
-            stay.prefetch(choose.randrange(9))
+            saved_input.prefetch(choose.randrange(9))
         assert torch.equal(got, expected[index])
-    assert len(arena._buffers) == NUM_BUFFERS
+    assert len(offload._buffers) == NUM_BUFFERS
 
 
-def test_the_order_of_the_sweep_fetches_every_tile_once(arena: PinnedArena, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_of_the_sweep_fetches_every_tile_once(
+    offload: PinnedActivations, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fetched: list[int] = []
-    fetch = arena_pinned._PinnedStay._fetch
+    fetch = pinned_activations._PinnedInput._fetch
 
     def counting(self: object, index: int) -> bool:
         done = fetch(self, index)
         fetched.extend([index] * done)
         return done
 
-    monkeypatch.setattr(arena_pinned._PinnedStay, "_fetch", counting)
+    monkeypatch.setattr(pinned_activations._PinnedInput, "_fetch", counting)
     expected = tiles(6)
-    stay = put_all(arena, expected)
+    saved_input = put_all(offload, expected)
     for earlier in range(5):  # keys of all earlier tiles, then gradients last to first
-        stay.prefetch(earlier + 1)
-        assert torch.equal(stay.get(earlier), expected[earlier])
+        saved_input.prefetch(earlier + 1)
+        assert torch.equal(saved_input.get(earlier), expected[earlier])
     for index in reversed(range(6)):
-        stay.prefetch(max(index - 1, 0))
-        assert torch.equal(stay.get(index), expected[index])
+        saved_input.prefetch(max(index - 1, 0))
+        assert torch.equal(saved_input.get(index), expected[index])
     assert fetched == [1, 0, 2, 3, 4, 5, 4, 3, 2, 1, 0]
 
 
-def test_slabs_and_buffers_are_used_again(arena: PinnedArena) -> None:
+def test_slabs_and_buffers_are_used_again(offload: PinnedActivations) -> None:
     for _step in range(3):
-        stays = [put_all(arena, tiles(4)) for _layer in range(2)]
-        for stay in reversed(stays):
+        saved_inputs = [put_all(offload, tiles(4)) for _layer in range(2)]
+        for saved_input in reversed(saved_inputs):
             for index in reversed(range(4)):
-                stay.get(index)
-            stay.close()
-    (slabs,) = arena._free.values()
+                saved_input.get(index)
+            saved_input.close()
+    (slabs,) = offload._free.values()
     assert len(slabs) == 8
-    assert not any(buffer.busy for buffer in arena._buffers)
-    wide = put_all(arena, [torch.randn(2, 50, 6)])
+    assert not any(buffer.busy for buffer in offload._buffers)
+    wide = put_all(offload, [torch.randn(2, 50, 6)])
     assert wide.get(0).shape == (2, 50, 6)
-    assert {buffer.data.numel() for buffer in arena._buffers} == {2 * 50 * 6 * 4}
+    assert {buffer.data.numel() for buffer in offload._buffers} == {2 * 50 * 6 * 4}
 
 
-def test_a_tile_lives_until_it_is_settled(arena: PinnedArena) -> None:
-    stay = arena.open(2)
-    stay.put(0, torch.ones(1, 2, 3))
-    assert 0 in stay._leaving
-    stay.close()  # a forward pass that broke off
-    assert not stay._leaving
+def test_a_tile_lives_until_it_is_settled(offload: PinnedActivations) -> None:
+    saved_input = offload.open(2)
+    saved_input.put(0, torch.ones(1, 2, 3))
+    assert 0 in saved_input._leaving
+    saved_input.close()  # a forward pass that broke off
+    assert not saved_input._leaving
 
 
-def test_layers_taken_back_at_the_same_time_are_refused(arena: PinnedArena) -> None:
-    first, second = put_all(arena, tiles(6)), put_all(arena, tiles(6))
+def test_layers_taken_back_at_the_same_time_are_refused(offload: PinnedActivations) -> None:
+    first, second = put_all(offload, tiles(6)), put_all(offload, tiles(6))
     first.get(0)
     for index in range(1, 6):
         first.prefetch(index)

@@ -1,6 +1,8 @@
 """Streamed weights: the same gradients, nothing written back, few pages in memory, slots that never mix two layers."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -10,9 +12,10 @@ from tests.tiny_models import VOCABULARY, tiny_model
 import longfit
 from longfit.attention.hf_attention import attention_key
 from longfit.engine.loss.training_loss import training_loss
-from longfit.engine.offload.activations import FileArena
-from longfit.engine.offload.weights import _FileStore, _install, stream_weights
-from longfit.engine.sweep.install import change_sweep, enable_sweep, sweeper_of
+from longfit.engine.offload.activations import FileActivations
+from longfit.engine.offload.weights import WeightStream, _FileStore
+from longfit.engine.sweep.install import change_sweep, disable_sweep, enable_sweep, stream_weights
+from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.errors import ConfigError
 from longfit.layers.linear4bit import Linear4bit
 
@@ -60,7 +63,8 @@ def test_gradients_and_stored_weights_stay_the_same(place, tied, tmp_path):
     before = copy.deepcopy(model.state_dict())
     folder = tmp_path if "file" in place else None
     slots_on = torch.device("cpu") if "slots" in place else None
-    report = _install(model.get_base_model(), sweeper_of(model), folder, slots_on)
+    sweeper = sweeper_of(model)
+    sweeper.weights = WeightStream(model.get_base_model(), sweeper.swept, folder=folder, slots_on=slots_on)
     if slots_on is not None:
         poison_slots(model)
     for _ in range(2):
@@ -71,7 +75,7 @@ def test_gradients_and_stored_weights_stay_the_same(place, tied, tmp_path):
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert list(tmp_path.iterdir()) == []  # the file has no name
     frozen = {id(p): p.nbytes for p in model.parameters() if not p.requires_grad}
-    assert report.num_bytes >= sum(frozen.values())
+    assert sweeper.weights.report.num_bytes >= sum(frozen.values())
 
 
 def test_trained_embeddings_stay_where_they_are(tmp_path):
@@ -124,7 +128,7 @@ def test_a_sweep_that_is_changed_goes_on_streaming(tmp_path):
     enable_sweep(model, tile=7)
     stream_weights(model, folder=tmp_path)
     expected, stream = gradients(model, ids), sweeper_of(model).weights
-    change_sweep(model, tile=7, arena=FileArena(tmp_path), kept_bytes=0)
+    change_sweep(model, tile=7, offload=FileActivations(tmp_path), saved_attention_bytes=0)
     assert sweeper_of(model).weights is stream
     got = gradients(model, ids)
     assert torch.equal(got[0], expected[0])
@@ -135,6 +139,39 @@ def test_a_sweep_that_is_changed_goes_on_streaming(tmp_path):
         change_sweep(model, tile=0)
     with pytest.raises(ValueError, match="enable_sweep first"):
         change_sweep(quantised(), tile=3)
+
+
+def test_streaming_again_moves_the_weights_and_leaves_nothing_of_the_first_stream(tmp_path):
+    model, ids = quantised(), torch.randint(3, VOCABULARY, (1, 20))
+    enable_sweep(model, tile=7)
+    expected = gradients(model, ids)
+    stream_weights(model, folder=tmp_path)
+    first = weakref.ref(sweeper_of(model).weights)
+    stream_weights(model, folder=tmp_path)
+    gc.collect()
+    assert first() is None
+    got = gradients(model, ids)
+    assert torch.equal(got[0], expected[0])
+    assert all(torch.equal(got[1][name], gradient) for name, gradient in expected[1].items())
+
+
+def test_streaming_outlives_a_sweep_that_is_enabled_again_and_ends_with_it(tmp_path):
+    model, ids = quantised(), torch.randint(3, VOCABULARY, (1, 20))
+    enable_sweep(model, tile=7)
+    expected = gradients(model, ids)
+    sweeper = sweeper_of(model)
+    sweeper.weights = WeightStream(model.get_base_model(), sweeper.swept, folder=None, slots_on=torch.device("cpu"))
+    poison_slots(model)
+    enable_sweep(model, tile=7)
+    assert sweeper_of(model).weights is sweeper.weights
+    got = gradients(model, ids)
+    assert all(torch.equal(got[1][name], gradient) for name, gradient in expected[1].items())
+    disable_sweep(model)
+    assert not model.get_input_embeddings()._forward_hooks
+    for unit in sweeper.weights._units:  # whoever reads the store now reads what is no weight
+        for value in unit.waiting:
+            value.view(torch.uint8).fill_(0xFF)
+    assert torch.isfinite(training_loss(model, ids))
 
 
 def test_what_cannot_be_streamed_is_refused(tmp_path):

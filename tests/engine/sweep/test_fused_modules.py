@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from longfit.engine.hf_model import base_model
 from longfit.engine.loss.training_loss import training_loss
 from longfit.engine.sweep.fused_modules import GatedMlp, Norm, as_gated_mlp, as_norm, find_fused, fused_forwards
-from longfit.engine.sweep.install import enable_sweep, sweeper_of
+from longfit.engine.sweep.install import enable_sweep
+from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.kernels.cpu import elementwise as cpu_elementwise
 
 UNSUPPORTED = cpu_elementwise.supported()

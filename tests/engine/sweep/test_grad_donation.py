@@ -2,7 +2,7 @@
 
 import torch
 
-from longfit.engine.sweep.grad_donation import Receiver, is_promised, promise, receiver_of
+from longfit.engine.sweep.grad_donation import Receiver, donate, is_donated, receiver_of
 
 
 class Ours(Receiver, torch.autograd.Function):
@@ -12,7 +12,7 @@ class Ours(Receiver, torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        Ours.allowed = is_promised(ctx, grad)
+        Ours.allowed = is_donated(ctx, grad)
         return grad
 
 
@@ -25,7 +25,7 @@ class Giver(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gradient = grad.expand(5).clone()
-        promise(ctx.receiver, gradient)
+        donate(ctx.receiver, gradient)
         return gradient
 
 

@@ -13,8 +13,10 @@ from torch import nn
 from longfit.attention.hf_attention import attention_key
 from longfit.engine.hf_model import hidden_states
 from longfit.engine.loss.training_loss import TrainingLoss, training_loss
-from longfit.engine.sweep import install as sweep_module
-from longfit.engine.sweep.install import choose_tile, disable_sweep, enable_sweep, sweeper_of, swept_evaluation
+from longfit.engine.sweep import layer, sweeper
+from longfit.engine.sweep.evaluation import swept_evaluation
+from longfit.engine.sweep.install import choose_tile, disable_sweep, enable_sweep
+from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.errors import ModelError
 
 # float64: some thousand terms in another order. The routers of a mixture of experts work in float32, where a last-bit
@@ -22,7 +24,7 @@ from longfit.errors import ModelError
 EXACT, MIXED = 1e-12, 1e-8
 
 
-class CopyArena:
+class CopiedActivations:
     """Keeps copies, so that the sweep may write a layer's output over its input; counts what it holds."""
 
     aliases = False
@@ -35,12 +37,12 @@ class CopyArena:
 
 
 class CopyStay:
-    def __init__(self, arena):
-        self.arena, self.tiles = arena, {}
+    def __init__(self, offload):
+        self.offload, self.tiles = offload, {}
 
     def put(self, index, tile):
         self.tiles[index] = tile.clone()
-        self.arena.held += 1
+        self.offload.held += 1
 
     def settle(self, index):
         assert index in self.tiles
@@ -52,7 +54,7 @@ class CopyStay:
         return self.tiles[index].clone()
 
     def close(self):
-        self.arena.held -= len(self.tiles)
+        self.offload.held -= len(self.tiles)
         self.tiles = {}
 
 
@@ -82,17 +84,17 @@ def lora(model, **options):
 # ------------------------------------------------------------------------------------------------ exactness
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("attention", [("exact", None), ("shifted", 12)])
-@pytest.mark.parametrize("arena", [None, CopyArena()], ids=["kept", "copied-recomputed"])
-def test_every_family_equals_plain_autograd(family, attention, arena):
+@pytest.mark.parametrize("offload", [None, CopiedActivations()], ids=["kept", "copied-recomputed"])
+def test_every_family_equals_plain_autograd(family, attention, offload):
     """All parameters trained: embeddings (through dx of the first layer), norms, biases, experts, output matrix."""
     model, ids = exact_norms(tiny_model(family, attn_implementation=attention_key(*attention))), batch()
     expected = gradients(model, ids)
-    report = enable_sweep(model, tile=7, arena=arena, kept_bytes=None if arena is None else 0)
+    report = enable_sweep(model, tile=7, offload=offload, saved_attention_bytes=None if offload is None else 0)
     assert report.layers == ("model.layers.0", "model.layers.1")
     assert not report.fallback
     name, error = worst(gradients(model, ids), expected)
     assert error < (MIXED if family == "mixtral" else EXACT), name
-    assert arena is None or arena.held == 0
+    assert offload is None or offload.held == 0
 
 
 @pytest.mark.parametrize(
@@ -234,9 +236,9 @@ def test_data_parallel_needs_no_special_mode():
 def test_without_gradient_tiles_leave_nothing_behind():
     model, ids = tiny_model("llama", attn_implementation=attention_key()), batch()
     expected = training_loss(model, ids).detach()
-    arena = CopyArena()
-    enable_sweep(model, tile=7, arena=arena)
-    arena.open = None  # never called
+    offload = CopiedActivations()
+    enable_sweep(model, tile=7, offload=offload)
+    offload.open = None  # never called
     with torch.no_grad():
         assert abs(training_loss(model, ids) - expected) < EXACT
 
@@ -267,8 +269,8 @@ def test_training_in_eval_mode_is_warned_about():
 
 
 # ------------------------------------------------------------------------------------------------ ownership
-@pytest.mark.parametrize("arena", [None, CopyArena()], ids=["kept", "copied"])
-def test_shared_gradients_and_collected_hidden_states_stay_right(arena):
+@pytest.mark.parametrize("offload", [None, CopiedActivations()], ids=["kept", "copied"])
+def test_shared_gradients_and_collected_hidden_states_stay_right(offload):
     """The gradient of ``h + z`` is one tensor for two; hidden states that a hook collects are all read later."""
     model, ids = exact_norms(tiny_model("llama", attn_implementation=attention_key())), batch()
 
@@ -283,16 +285,16 @@ def test_shared_gradients_and_collected_hidden_states_stay_right(arena):
         return loss.detach() / 1e6, grads | {"shared": shared.grad}
 
     expected = run()
-    enable_sweep(model, tile=7, arena=arena)
+    enable_sweep(model, tile=7, offload=offload)
     assert worst(run(), expected)[1] < EXACT
 
 
 def test_gradients_are_written_over_gradients_and_outputs_over_inputs(monkeypatch):
     made = []
-    right = sweep_module._over
-    monkeypatch.setattr(sweep_module, "_over", lambda g, h, ours: made.append(ours) or right(g, h, ours))
+    right = layer._over
+    monkeypatch.setattr(layer, "_over", lambda g, h, ours: made.append(ours) or right(g, h, ours))
     model, ids = tiny_model("llama", num_hidden_layers=4, attn_implementation=attention_key()), batch()
-    enable_sweep(model, tile=7, arena=CopyArena())
+    enable_sweep(model, tile=7, offload=CopiedActivations())
     training_loss(model, ids).backward()
     assert made == [True] * 4  # the loss promises the first, each layer the next
 
@@ -301,8 +303,8 @@ def test_the_heap_is_trimmed_once_in_a_few_layers(monkeypatch):
     model = tiny_model("llama", num_hidden_layers=5).train()
     enable_sweep(model, tile=16)
     trims = []
-    monkeypatch.setattr(sweep_module, "give_back", trims.append)
-    monkeypatch.setattr(sweep_module, "TRIMMED_LAYERS", 2)
+    monkeypatch.setattr(sweeper, "give_back", trims.append)
+    monkeypatch.setattr(sweeper, "TRIMMED_LAYERS", 2)
     gradients(model, batch())
     assert [device.type for device in trims] == ["cpu", "cpu"]
     gradients(model, batch())  # ten layers in all
@@ -327,13 +329,13 @@ def test_a_second_backward_and_a_changed_input_raise():
 def test_groups_and_windows_hold_few_keys(monkeypatch):
     """Shifted: at most a group and two tiles; sliding: a window and two tiles, rounded to tiles."""
     capacities = []
-    right = sweep_module.LayerWalk.gradient_sums
+    right = layer.TilePass.gradient_sums
 
     def spy(self, seen, dtype):
         capacities.append(self.visible.capacity)
         return right(self, seen, dtype)
 
-    monkeypatch.setattr(sweep_module.LayerWalk, "gradient_sums", spy)
+    monkeypatch.setattr(layer.TilePass, "gradient_sums", spy)
     for family, attention, most in (
         ("llama", ("exact", None), [400]),
         ("llama", ("shifted", 40), [40 + 2 * 10]),

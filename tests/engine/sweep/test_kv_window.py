@@ -5,7 +5,7 @@ import torch
 
 from longfit.engine.sweep.kv_window import Window
 
-WALKS = {
+RANGES = {
     "grows": [(0, 3), (0, 7), (0, 12)],
     "slides": [(0, 4), (2, 7), (5, 10), (6, 12)],
     "turns back": [(6, 12), (5, 10), (2, 7), (0, 4)],
@@ -13,14 +13,14 @@ WALKS = {
 }
 
 
-@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("name", RANGES)
 @pytest.mark.parametrize("slack", [0, 3])
-def test_tokens_that_stay_in_the_range_stay_what_they_are(walk: str, slack: int) -> None:
+def test_tokens_that_stay_in_the_range_stay_what_they_are(name: str, slack: int) -> None:
     key, value = torch.randn(2, 3, 12, 4), torch.randn(2, 3, 12, 5)
-    capacity = max(high - low for low, high in WALKS[walk]) + slack
+    capacity = max(high - low for low, high in RANGES[name]) + slack
     window = Window(key, value, capacity=capacity, dtype=torch.float64)
     known: set[int] = set()
-    for low, high in WALKS[walk]:
+    for low, high in RANGES[name]:
         window.move(low, high)
         known &= set(range(low, high))
         for token in range(low, high):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longfit.engine.sweep.layer_call import layer_call
-from longfit.engine.sweep.tile_pass import LayerWalk
+from longfit.engine.sweep.tile_pass import TilePass
 from longfit.errors import ModelError
 
 T = 7
@@ -21,16 +21,16 @@ class Layer(nn.Module):
         super().__init__()
         self.attends = attends
 
-    def forward(self, hidden: Tensor, *args: Any, sweep: LayerWalk, **keywords: Any) -> tuple[Tensor, str]:
+    def forward(self, hidden: Tensor, *args: Any, sweep: TilePass, **keywords: Any) -> tuple[Tensor, str]:
         self.args, self.keywords = args, keywords
         sweep.num_calls += self.attends
         return hidden + 1, "weights"
 
 
-def walk_at(index: int, tile: int = 3) -> LayerWalk:
-    walk = LayerWalk(T, tile, {})
-    walk.begin("forward", index)
-    return walk
+def walk_at(index: int, tile: int = 3) -> TilePass:
+    tile_pass = TilePass(T, tile, {})
+    tile_pass.begin("forward", index)
+    return tile_pass
 
 
 def call(layer: Layer, *args: Any, **keywords: Any) -> Any:

@@ -2,16 +2,16 @@
 
 Live storages are counted while a training step runs at two lengths; the slope between them is what a token costs, in
 forward and in backward, whichever is larger (a tile's activations, which do not grow, differ between the two). What
-waits in the arena is not on the accelerator. The vocabulary is small, because its cost does not grow either. Attention
-is replaced by what a kernel allocates (output, log-sum-exp, query gradient and its float32 sum): a fake tensor has no
-values to attend with.
+waits in host memory is not on the accelerator. The vocabulary is small, because its cost does not grow either.
+Attention is replaced by what a kernel allocates (output, log-sum-exp, query gradient and its float32 sum): a fake
+tensor has no values to attend with.
 """
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from tests.fake_tensors import HostArena, LiveBytes, tile_backward, tile_forward
+from tests.fake_tensors import HostActivations, LiveBytes, tile_backward, tile_forward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -69,10 +69,12 @@ def step_peaks(num_tokens, shape, group_size):
             patch.setattr(module, "tile_forward", tile_forward)
         patch.setattr(tile_pass, "tile_backward", tile_backward)
         patch.setattr(tile_pass.Visible, "of", lambda schedule, tile: visible)
-        patch.setattr(linear_cross_entropy, "_trained_rows", lambda labels, num_words: torch.arange(len(labels)))
+        patch.setattr(linear_cross_entropy, "_trained_rows", lambda labels, vocab_size: torch.arange(len(labels)))
         patch.setattr(RandomState, "same", lambda self, other: True)
         fill(model)
-        report = enable_sweep(model, tile=TILE, arena=HostArena(), kept_bytes=0)  # as on an accelerator
+        report = enable_sweep(
+            model, tile=TILE, offload=HostActivations(), saved_attention_bytes=0
+        )  # as on an accelerator
         assert len(report.layers) == 2
         ids = torch.zeros(1, num_tokens, dtype=torch.long)
         with LiveBytes() as live:

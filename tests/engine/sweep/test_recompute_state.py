@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longfit.engine.sweep.recompute_state import Autocast, RandomState, random_state_kept
+from longfit.engine.sweep.recompute_state import Autocast, RandomState, preserve_random_state
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ def test_a_restored_state_draws_the_same_numbers() -> None:
 
 def test_the_random_state_is_as_before_even_after_an_error() -> None:
     def draw_and_fail() -> None:
-        with random_state_kept(CPU):
+        with preserve_random_state(CPU):
             torch.rand(3)
             raise ValueError("inside")
 

@@ -8,8 +8,9 @@ from tests.tiny_models import VOCABULARY, tiny_model
 
 from longfit.engine.loss.training_loss import training_loss
 from longfit.engine.sweep import tile_pass
-from longfit.engine.sweep.install import enable_sweep, sweeper_of
-from longfit.engine.sweep.saved_attention import KeptBudget
+from longfit.engine.sweep.install import enable_sweep
+from longfit.engine.sweep.saved_attention import SavedAttentionBudget
+from longfit.engine.sweep.sweeper import sweeper_of
 
 BATCH, TOKENS, TILE = 2, 40, 7
 NUM_TILES = 6
@@ -35,8 +36,8 @@ def attended(monkeypatch):
     return sizes
 
 
-def gradients(model, ids, kept_bytes):
-    enable_sweep(model, tile=TILE, kept_bytes=kept_bytes)
+def gradients(model, ids, saved_attention_bytes):
+    enable_sweep(model, tile=TILE, saved_attention_bytes=saved_attention_bytes)
     model.zero_grad()
     training_loss(model, ids).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -50,16 +51,16 @@ def test_what_is_kept_is_not_computed_again_and_changes_no_bit(ids, attended):
     one_layer = sum(attended[:NUM_TILES])
     for allowed, num_recomputed in ((1 << 30, 0), (one_layer, NUM_TILES), (one_layer - 1, NUM_TILES + 1)):
         attended.clear()
-        kept = gradients(model, ids, allowed)
+        saved = gradients(model, ids, allowed)
         assert len(attended) == layer_tiles + num_recomputed
-        assert all(torch.equal(kept[name], gradient) for name, gradient in recomputed.items())
-        assert sweeper_of(model).kept.left == allowed
+        assert all(torch.equal(saved[name], gradient) for name, gradient in recomputed.items())
+        assert sweeper_of(model).saved_attention.left == allowed
 
 
 def test_a_dropped_graph_gives_its_bytes_back(ids):
     model = tiny_model("llama", dtype=torch.float32)
-    enable_sweep(model, tile=TILE, kept_bytes=1 << 20)
-    budget = sweeper_of(model).kept
+    enable_sweep(model, tile=TILE, saved_attention_bytes=1 << 20)
+    budget = sweeper_of(model).saved_attention
     loss = training_loss(model, ids)
     assert budget.left < 1 << 20
     del loss
@@ -69,10 +70,10 @@ def test_a_dropped_graph_gives_its_bytes_back(ids):
 
 def test_evaluation_keeps_nothing(ids):
     model = tiny_model("llama", dtype=torch.float32)
-    enable_sweep(model, tile=TILE, kept_bytes=1 << 20)
+    enable_sweep(model, tile=TILE, saved_attention_bytes=1 << 20)
     with torch.no_grad():
         training_loss(model, ids)
-    assert sweeper_of(model).kept.left == 1 << 20
+    assert sweeper_of(model).saved_attention.left == 1 << 20
 
 
 def attention(num_tokens):
@@ -81,17 +82,17 @@ def attention(num_tokens):
 
 
 def test_a_tile_is_handed_over_once_with_its_bits_and_its_order_of_axes():
-    budget = KeptBudget(1 << 20)
-    kept = budget.open(NUM_TILES)
+    budget = SavedAttentionBudget(1 << 20)
+    saved = budget.open(NUM_TILES)
     tiles = {index: attention(TILE if index < NUM_TILES - 1 else 5) for index in range(NUM_TILES)}
     for index, (out, lse) in tiles.items():
-        kept.put(index, out, lse)
-    assert kept.num_bytes == sum(out.nbytes + lse.nbytes for out, lse in tiles.values())
+        saved.put(index, out, lse)
+    assert saved.num_bytes == sum(out.nbytes + lse.nbytes for out, lse in tiles.values())
     for index in reversed(range(NUM_TILES)):
-        taken = kept.take(index)
+        taken = saved.take(index)
         assert all(map(torch.equal, taken, tiles[index]))
         assert [tensor.stride() for tensor in taken] == [tensor.stride() for tensor in tiles[index]]
-        assert kept.take(index) is None
+        assert saved.take(index) is None
     assert budget.left == budget.num_bytes
 
 
@@ -102,46 +103,46 @@ def num_tensors():
 
 def test_a_tile_that_waits_is_no_object_in_the_heap():
     """A small object that stays after each tile's large ones leaves a hole that the next tile's do not fit into."""
-    kept = KeptBudget(1 << 20).open(NUM_TILES)
+    saved = SavedAttentionBudget(1 << 20).open(NUM_TILES)
     before = num_tensors()
     for index in range(NUM_TILES):
-        kept.put(index, *attention(TILE))
+        saved.put(index, *attention(TILE))
     assert num_tensors() == before + 2
-    assert all(kept.take(index) is not None for index in range(NUM_TILES))
+    assert all(saved.take(index) is not None for index in range(NUM_TILES))
     assert num_tensors() == before
 
 
 def test_a_short_tile_may_be_the_only_one_that_fits():
     (long_out, long_lse), (out, lse) = attention(TILE), attention(2)
-    kept = KeptBudget(out.nbytes + lse.nbytes).open(2)
-    kept.put(0, long_out, long_lse)
-    kept.put(1, out, lse)
-    assert kept.take(0) is None
-    assert all(map(torch.equal, kept.take(1), (out, lse)))
+    saved = SavedAttentionBudget(out.nbytes + lse.nbytes).open(2)
+    saved.put(0, long_out, long_lse)
+    saved.put(1, out, lse)
+    assert saved.take(0) is None
+    assert all(map(torch.equal, saved.take(1), (out, lse)))
 
 
 def test_a_budget_that_grows_under_a_layer_does_not_burst_its_room():
     """The graph of an earlier loss may go while a layer is in its forward pass."""
     tile = attention(TILE)
     num_bytes = sum(tensor.nbytes for tensor in tile)
-    budget = KeptBudget(3 * num_bytes)
-    earlier, kept = budget.open(NUM_TILES), budget.open(NUM_TILES)
+    budget = SavedAttentionBudget(3 * num_bytes)
+    earlier, saved = budget.open(NUM_TILES), budget.open(NUM_TILES)
     earlier.put(0, *tile)
-    kept.put(0, *tile)
+    saved.put(0, *tile)
     del earlier
     for index in range(1, NUM_TILES):
-        kept.put(index, *tile)
-    assert kept.num_bytes == 2 * num_bytes
-    assert [index for index in range(NUM_TILES) if kept.take(index) is not None] == [0, 1]
+        saved.put(index, *tile)
+    assert saved.num_bytes == 2 * num_bytes
+    assert [index for index in range(NUM_TILES) if saved.take(index) is not None] == [0, 1]
     assert budget.left == budget.num_bytes
 
 
 def test_an_empty_batch_is_kept_as_any_other():
-    kept = KeptBudget(1 << 10).open(1)
-    kept.put(0, torch.empty(0, 3, 4, 8), torch.empty(0, 3, 4))
-    assert [tuple(tensor.shape) for tensor in kept.take(0)] == [(0, 3, 4, 8), (0, 3, 4)]
+    saved = SavedAttentionBudget(1 << 10).open(1)
+    saved.put(0, torch.empty(0, 3, 4, 8), torch.empty(0, 3, 4))
+    assert [tuple(tensor.shape) for tensor in saved.take(0)] == [(0, 3, 4, 8), (0, 3, 4)]
 
 
 def test_a_negative_number_of_bytes_is_refused():
-    with pytest.raises(ValueError, match="kept_bytes -1: must be at least 0"):
-        enable_sweep(tiny_model("llama"), kept_bytes=-1)
+    with pytest.raises(ValueError, match="saved_attention_bytes -1: must be at least 0"):
+        enable_sweep(tiny_model("llama"), saved_attention_bytes=-1)

@@ -1,4 +1,4 @@
-"""The walk over a layer's tiles: which keys each tile sees, and when gradients of keys are finished."""
+"""The pass over a layer's tiles: which keys each tile sees, and when gradients of keys are finished."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longfit.attention.visibility import Schedule, build_schedule, document_starts
-from longfit.engine.sweep.tile_pass import LayerWalk, TileLeft, Visible
+from longfit.engine.sweep.tile_pass import TileLeft, TilePass, Visible
 from longfit.errors import ModelError
 
 HEADS, KEY_HEADS, DIM = 6, 2, 4
@@ -35,17 +35,17 @@ def test_tiles_see_all_keys_of_their_schedule_and_load_each_once(
         assert end - low <= visible.capacity
     loaded = [new for index in reversed(range(len(visible.lows))) for new in visible.new_tiles(index)]
     assert len(loaded) == len(set(loaded))
-    # The last tile's window is stored by the walk itself, so every tile below it is loaded once.
+    # The last tile's window is stored by the pass itself, so every tile below it is loaded once.
     needed = {key // tile for index, low in enumerate(visible.lows) for key in range(low, visible.span(index)[0])}
     assert set(loaded) == needed
 
 
-def attend(walk: LayerWalk, qkv: list[Tensor], **options: Any) -> Tensor:
+def attend(tile_pass: TilePass, qkv: list[Tensor], **options: Any) -> Tensor:
     settings = dict.fromkeys(
         ("group_size", "sliding_window", "softcap", "position_ids", "attention_mask", "cu_seqlens")
     )
-    start, end = walk.span
-    return walk.attend(*(part[:, :, start:end] for part in qkv), **settings | {"scaling": 0.5} | options)
+    start, end = tile_pass.span
+    return tile_pass.attend(*(part[:, :, start:end] for part in qkv), **settings | {"scaling": 0.5} | options)
 
 
 def random_qkv(num_tokens: int) -> list[Tensor]:
@@ -67,13 +67,13 @@ def test_a_walk_there_and_back_is_attention_and_its_gradient(pattern: dict[str, 
     dense = (scores.softmax(-1) @ values).transpose(1, 2)
     expected = torch.autograd.grad(dense, qkv, wanted)
 
-    forward = LayerWalk(num_tokens, tile, {})
+    forward = TilePass(num_tokens, tile, {})
     for index in range(5):
         forward.begin("forward", index)
         start, end = forward.span
         # float64: a softmax over at most 13 scores and a sum of as many products, some tens of roundings of 1e-16
         torch.testing.assert_close(attend(forward, qkv, **pattern), dense[:, start:end], rtol=1e-12, atol=1e-13)
-    back = LayerWalk(num_tokens, tile, {}, visible=forward.visible)
+    back = TilePass(num_tokens, tile, {}, visible=forward.visible)
     for index in reversed(range(5)):
         for new in back.turn_to_gradients(index):
             back.begin("keys", new)
@@ -87,13 +87,13 @@ def test_a_walk_there_and_back_is_attention_and_its_gradient(pattern: dict[str, 
 
 
 def test_layers_that_attend_twice_or_with_tokens_of_their_own_are_refused() -> None:
-    walk, qkv = LayerWalk(6, 3, {}), random_qkv(6)
-    attend(walk, qkv)
+    tile_pass, qkv = TilePass(6, 3, {}), random_qkv(6)
+    attend(tile_pass, qkv)
     with pytest.raises(ModelError, match="attends more than once"):
-        attend(walk, qkv)
-    walk.begin("forward", 1)
+        attend(tile_pass, qkv)
+    tile_pass.begin("forward", 1)
     with pytest.raises(ModelError, match="a tile of 3 tokens attends with 4 queries and 3 keys"):
-        walk.attend(
+        tile_pass.attend(
             qkv[0][:, :, :4], qkv[1][:, :, 3:], qkv[2][:, :, 3:], group_size=None, sliding_window=None, scaling=1.0,
             softcap=None, position_ids=None, attention_mask=None, cu_seqlens=None,
         )  # fmt: skip

@@ -11,7 +11,7 @@ from longfit.kernels.cpu import attention as cpu_attention
 
 
 def forward(tile: Tile) -> tuple[Tensor, Tensor]:
-    """See ``tile_attention.tile_forward``."""
+    """See ``backends.tile_forward``."""
     assert tile.softcap is None
     return cpu_attention.attention_forward(
         tile.q, tile.k, tile.v, tile.first_key(), tile.schedule.head_bounds, start=tile.start, scaling=tile.scaling
@@ -19,7 +19,7 @@ def forward(tile: Tile) -> tuple[Tensor, Tensor]:
 
 
 def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
-    """See ``tile_attention.tile_backward``."""
+    """See ``backends.tile_backward``."""
     assert tile.softcap is None
     return cpu_attention.attention_backward(
         grad_out, tile.q, tile.k, tile.v, out, lse, tile.first_key(), tile.schedule.head_bounds,

@@ -24,7 +24,7 @@ SCORE_ELEMENTS = 1 << 24
 
 
 def forward(tile: Tile) -> tuple[Tensor, Tensor]:
-    """See ``tile_attention.tile_forward``."""
+    """See ``backends.tile_forward``."""
     q, k, v = tile.q, tile.k, tile.v
     out, lse = tile.empty_results()  # [B, H, t, D], [B, H, t]
     for low, high in _blocks(0, q.shape[2], QUERY_BLOCK):
@@ -49,7 +49,7 @@ def forward(tile: Tile) -> tuple[Tensor, Tensor]:
 
 
 def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
-    """See ``tile_attention.tile_backward``."""
+    """See ``backends.tile_backward``."""
     q, k, v = tile.q, tile.k, tile.v
     grad_q = torch.empty_like(q)
     for low, high in _blocks(0, q.shape[2], QUERY_BLOCK):

@@ -2,7 +2,7 @@
 
 For what flash does not take: cards before Ampere (T4, RTX 20), float32, and any dimension per head. It is called once
 for each sequence and each of the query heads that share a key/value head, so that keys and values are not repeated.
-Backward takes earlier keys in blocks, as ``attention_flash.py`` explains.
+Backward takes earlier keys in blocks, as ``torch_flash.py`` explains.
 
 The rare layers with a sliding window, whose meaning in this kernel is undocumented, are computed by the reference.
 """
@@ -29,7 +29,7 @@ LSE_MULTIPLE = 32
 
 
 def forward(tile: Tile) -> tuple[Tensor, Tensor]:
-    """See ``tile_attention.tile_forward``."""
+    """See ``backends.tile_forward``."""
     assert tile.softcap is None
     tile = tile.rows_contiguous()
     q, k, v = tile.q, tile.k, tile.v
@@ -50,7 +50,7 @@ def forward(tile: Tile) -> tuple[Tensor, Tensor]:
 
 
 def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
-    """See ``tile_attention.tile_backward``."""
+    """See ``backends.tile_backward``."""
     assert tile.softcap is None
     tile = tile.rows_contiguous()
     q, k, v = tile.q, tile.k, tile.v

@@ -55,7 +55,7 @@ class _Call:
 
 
 def forward(tile: Tile) -> tuple[Tensor, Tensor]:
-    """See ``tile_attention.tile_forward``."""
+    """See ``backends.tile_forward``."""
     assert tile.softcap is None
     tile = tile.rows_contiguous()
     q, k, v = tile.q, tile.k, tile.v
@@ -73,7 +73,7 @@ def forward(tile: Tile) -> tuple[Tensor, Tensor]:
 
 
 def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
-    """See ``tile_attention.tile_backward``."""
+    """See ``backends.tile_backward``."""
     assert tile.softcap is None
     tile = tile.rows_contiguous()
     q, k, v = tile.q, tile.k, tile.v

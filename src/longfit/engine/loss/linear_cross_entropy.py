@@ -11,7 +11,7 @@ forward, the gradient of that tile:
 ``dh`` may be written over ``h`` itself, so that a token costs one hidden state and nothing that grows with the
 vocabulary. Sums over tokens and tiles are float32 (float64 for float64). Rows whose label is -100 are never computed.
 
-Not here: label smoothing, z-loss; where labels come from is ``loss.py``.
+Not here: label smoothing, z-loss; where labels come from is ``training_loss.py``.
 """
 
 from collections.abc import Iterator
@@ -22,14 +22,51 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longfit.engine.logits_room import LogitsRoom
+from longfit.engine import host_memory
 from longfit.engine.sizes import CPU_LOGITS, DEVICE_LOGITS, GRADIENT_ROWS
-from longfit.engine.sweep.grad_donation import promise, receiver_of
+from longfit.engine.sweep.grad_donation import donate, receiver_of
 from longfit.errors import DataError
 from longfit.kernels.cpu import elementwise as cpu_elementwise
 
 IGNORED = -100
 """The label of a token that is not trained on (the convention of torch and transformers)."""
+
+
+class LogitsBuffers:
+    """Memory in which all tiles of logits are made, one after the other: in the dtype of products and of sums.
+
+    A tile of logits is tens of megabytes, in 16 bits and again in float32. Allocated anew for every tile, the narrow
+    one comes from the C library's heap, where some small block soon lies in the place it left, so that the next tile
+    finds none of its size: 50 to 100 MB of a training step on a CPU were such holes. The wide one comes from the
+    system, page after page. Made once and used by all tiles, they cost what they hold, and no page is touched first
+    twice.
+    """
+
+    def __init__(self, like: Tensor, *, num_logits: int, dtype: torch.dtype, sum_dtype: torch.dtype) -> None:
+        """Allocate ``num_logits`` logits on the device of ``like``."""
+        self._narrow = host_memory.empty(like, (num_logits,), dtype)
+        self._wide = self._narrow if dtype == sum_dtype else host_memory.empty(like, (num_logits,), sum_dtype)
+
+    def products(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``hidden weight^T + bias`` in their own dtype, [t, D], [v, D] -> [t, v]; over the tile before."""
+        narrow = self._part(self._narrow, len(hidden), len(weight))
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=narrow)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=narrow)
+        return narrow
+
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``products`` in the dtype of the sums."""
+        narrow = self.products(hidden, weight, bias)
+        return narrow if self._wide is self._narrow else self._part(self._wide, *narrow.shape).copy_(narrow)
+
+    def narrowed(self, logits: Tensor) -> Tensor:
+        """A tile of these buffers in the dtype of the products, [t, v]."""
+        return logits if self._wide is self._narrow else self._part(self._narrow, *logits.shape).copy_(logits)
+
+    def _part(self, memory: Tensor, rows: int, columns: int) -> Tensor:
+        return memory[: rows * columns].view(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -41,15 +78,15 @@ class _Head:
     softcap: float | None
     scale: float
     sum_dtype: torch.dtype
-    room: LogitsRoom | None = None  # where the logits of training are made
+    buffers: LogitsBuffers | None = None  # where the logits of training are made
 
-    def logits(self, hidden: Tensor, words: slice) -> Tensor:
-        """Logits of some tokens for some words, in the dtype of the sums: [t, D] -> [t, v]."""
-        bias = None if self.bias is None else self.bias[words]
-        if self.room is None:
-            logits = F.linear(hidden, self.weight[words], bias).to(self.sum_dtype)
+    def logits(self, hidden: Tensor, vocab_slice: slice) -> Tensor:
+        """Logits of some tokens for a slice of the vocabulary, in the dtype of the sums: [t, D] -> [t, v]."""
+        bias = None if self.bias is None else self.bias[vocab_slice]
+        if self.buffers is None:
+            logits = F.linear(hidden, self.weight[vocab_slice], bias).to(self.sum_dtype)
         else:
-            logits = self.room.logits(hidden, self.weight[words], bias)
+            logits = self.buffers.logits(hidden, self.weight[vocab_slice], bias)
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is not None:
@@ -68,46 +105,46 @@ class _Tiles:
     rows: Tensor  # [M] int64: the rows whose label counts
     token_tile: int
     vocab_tile: int
-    num_words: int
+    vocab_size: int
 
     def tokens(self) -> Iterator[Tensor]:
         return iter(self.rows.split(self.token_tile) if len(self.rows) else ())
 
-    def words(self) -> list[slice]:
+    def vocab_slices(self) -> list[slice]:
         return [
-            slice(start, min(start + self.vocab_tile, self.num_words))
-            for start in range(0, self.num_words, self.vocab_tile)
+            slice(start, min(start + self.vocab_tile, self.vocab_size))
+            for start in range(0, self.vocab_size, self.vocab_tile)
         ]
 
 
-def _choose_tiles(labels: Tensor, num_words: int, token_tile: int | None, vocab_tile: int | None) -> _Tiles:
+def _choose_tiles(labels: Tensor, vocab_size: int, token_tile: int | None, vocab_tile: int | None) -> _Tiles:
     """Prefer the whole vocabulary for fewer tokens: then the logits of the forward sum also serve the gradient."""
     for name, value in (("token_tile", token_tile), ("vocab_tile", vocab_tile)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: must be at least 1; leave it out to let the engine choose")
     elements = CPU_LOGITS if labels.device.type == "cpu" else DEVICE_LOGITS
     if token_tile is None:
-        token_tile = max(128, min(1024, elements // (vocab_tile or num_words)))
+        token_tile = max(128, min(1024, elements // (vocab_tile or vocab_size)))
     if vocab_tile is None:
-        vocab_tile = max(1, min(num_words, elements // token_tile))
-    return _Tiles(_trained_rows(labels, num_words), token_tile, min(vocab_tile, num_words), num_words)
+        vocab_tile = max(1, min(vocab_size, elements // token_tile))
+    return _Tiles(_trained_rows(labels, vocab_size), token_tile, min(vocab_tile, vocab_size), vocab_size)
 
 
-def _trained_rows(labels: Tensor, num_words: int) -> Tensor:
+def _trained_rows(labels: Tensor, vocab_size: int) -> Tensor:
     rows = (labels != IGNORED).nonzero().squeeze(1)
     if len(rows):
         low, high = labels[rows].aminmax()
-        if low < 0 or high >= num_words:
+        if low < 0 or high >= vocab_size:
             raise ValueError(
-                f"labels from {int(low)} to {int(high)}: must be token ids below {num_words}, or {IGNORED} for a token "
-                "that is not trained on; check that tokenizer and model belong together"
+                f"labels from {int(low)} to {int(high)}: must be token ids below {vocab_size}, or {IGNORED} for a "
+                "token that is not trained on; check that tokenizer and model belong together"
             )
     return rows
 
 
-def _label_logits(logits: Tensor, labels: Tensor, words: slice) -> Tensor:
-    """The label's logit where the label lies among ``words``, else 0: [t, v], [t] -> [t]."""
-    local = labels - words.start
+def _label_logits(logits: Tensor, labels: Tensor, vocab_slice: slice) -> Tensor:
+    """The label's logit where the label lies in ``vocab_slice``, else 0: [t, v], [t] -> [t]."""
+    local = labels - vocab_slice.start
     here = (local >= 0) & (local < logits.shape[1])
     found = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
     return torch.where(here, found, 0.0)
@@ -117,9 +154,9 @@ def _log_sum_exp(head: _Head, hidden: Tensor, labels: Tensor, tiles: _Tiles) -> 
     """Log-sum-exp over the whole vocabulary and the label's logit, one vocabulary tile at a time: each [t]."""
     total = hidden.new_full((len(hidden),), -torch.inf, dtype=head.sum_dtype)
     label = torch.zeros_like(total)
-    for words in tiles.words():
-        logits = head.logits(hidden, words)
-        label += _label_logits(logits, labels, words)
+    for vocab_slice in tiles.vocab_slices():
+        logits = head.logits(hidden, vocab_slice)
+        label += _label_logits(logits, labels, vocab_slice)
         total = torch.logaddexp(total, logits.logsumexp(1))
     return total, label
 
@@ -131,25 +168,25 @@ class _Gradients:
     weight: Tensor | None  # [V, D] in the dtype of the sums
     bias: Tensor | None  # [V]
 
-    def add(self, head: _Head, tile: Tensor, d_logits: Tensor, words: slice) -> Tensor:
+    def add(self, head: _Head, tile: Tensor, d_logits: Tensor, vocab_slice: slice) -> Tensor:
         """Take the gradient of some logits [t, v]; returns its share of the tile's hidden gradient, [t, D]."""
         if self.bias is not None:
-            self.bias[words] += d_logits.sum(0)
+            self.bias[vocab_slice] += d_logits.sum(0)
         if d_logits.dtype != tile.dtype:
-            d_logits = d_logits.to(tile.dtype) if head.room is None else head.room.narrowed(d_logits)
+            d_logits = d_logits.to(tile.dtype) if head.buffers is None else head.buffers.narrowed(d_logits)
         if self.weight is not None:
             for part, d_part in zip(
-                self.weight[words].split(GRADIENT_ROWS), d_logits.T.split(GRADIENT_ROWS), strict=True
+                self.weight[vocab_slice].split(GRADIENT_ROWS), d_logits.T.split(GRADIENT_ROWS), strict=True
             ):
                 part += d_part @ tile
-        return d_logits @ head.weight[words]
+        return d_logits @ head.weight[vocab_slice]
 
 
 def _d_logits(
-    head: _Head, probabilities: Tensor, slope: Tensor | None, labels: Tensor, words: slice, factor: Tensor
+    head: _Head, probabilities: Tensor, slope: Tensor | None, labels: Tensor, vocab_slice: slice, factor: Tensor
 ) -> Tensor:
     """(softmax - onehot) cap' scale / num_items, over the storage of ``probabilities``: [t, v]."""
-    local = labels - words.start
+    local = labels - vocab_slice.start
     here = ((local >= 0) & (local < probabilities.shape[1])).to(probabilities.dtype)
     local = local.clamp(0, probabilities.shape[1] - 1)[:, None]
     probabilities.scatter_add_(1, local, -here[:, None])
@@ -162,22 +199,22 @@ def _tile_loss_and_gradient(
     head: _Head, hidden: Tensor, labels: Tensor, tiles: _Tiles, factor: Tensor, gradients: _Gradients
 ) -> tuple[Tensor, Tensor]:
     """Losses [t] of one token tile, and its hidden gradient [t, D]."""
-    words = tiles.words()
-    if len(words) == 1 and head.room is not None and _fits_kernel(head, hidden):
-        d_logits = head.room.products(hidden, head.weight, None)  # in bf16, and their gradient in their place
+    slices = tiles.vocab_slices()
+    if len(slices) == 1 and head.buffers is not None and _fits_kernel(head, hidden):
+        d_logits = head.buffers.products(hidden, head.weight, None)  # in bf16, and their gradient in their place
         losses = cpu_elementwise.cross_entropy_(d_logits, labels, factor=float(factor))
-        return losses, gradients.add(head, hidden, d_logits, words[0])
-    if len(words) == 1:  # the logits of the sum serve the gradient: one exponential, no second product
-        logits = head.logits(hidden, words[0])
-        label, slope, largest = _label_logits(logits, labels, words[0]), head.slope(logits), logits.amax(1)
+        return losses, gradients.add(head, hidden, d_logits, slices[0])
+    if len(slices) == 1:  # the logits of the sum serve the gradient: one exponential, no second product
+        logits = head.logits(hidden, slices[0])
+        label, slope, largest = _label_logits(logits, labels, slices[0]), head.slope(logits), logits.amax(1)
         exponentials = logits.sub_(largest[:, None]).exp_()
         total = exponentials.sum(1)
         probabilities = exponentials.div_(total[:, None])
-        d_logits = _d_logits(head, probabilities, slope, labels, words[0], factor)
-        return largest + total.log() - label, gradients.add(head, hidden, d_logits, words[0])
+        d_logits = _d_logits(head, probabilities, slope, labels, slices[0], factor)
+        return largest + total.log() - label, gradients.add(head, hidden, d_logits, slices[0])
     log_sum, label = _log_sum_exp(head, hidden, labels, tiles)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=head.sum_dtype)
-    for part in words:
+    for part in slices:
         logits = head.logits(hidden, part)
         slope = head.slope(logits)
         probabilities = logits.sub_(log_sum[:, None]).exp_()
@@ -221,7 +258,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if needs_gradient:
             num_logits = min(tiles.token_tile, len(tiles.rows)) * tiles.vocab_tile
             dtypes = {"dtype": compute_dtype, "sum_dtype": head.sum_dtype}
-            head = replace(head, room=LogitsRoom(hidden, num_logits=num_logits, **dtypes))
+            head = replace(head, buffers=LogitsBuffers(hidden, num_logits=num_logits, **dtypes))
         d_hidden = hidden if overwrite_hidden or not needs_hidden else hidden.new_empty(hidden.shape)
         rows_of_hidden, rows_of_gradient = hidden.flatten(0, -2), d_hidden.view(-1, hidden.shape[-1])
         gradients = _Gradients(
@@ -268,7 +305,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         if scaled[0] is not None:
-            promise(ctx.receiver, scaled[0])
+            donate(ctx.receiver, scaled[0])
         return (*scaled[:3], *(None,) * 6, *scaled[3:])
 
 
@@ -330,7 +367,8 @@ def linear_cross_entropy(
         num_items: what the sum is divided by; default: the number of labels that count here. Give the count of the
             whole optimiser step when accumulating gradients.
         token_tile: tokens at once; default: as many as ``CPU_LOGITS`` or ``DEVICE_LOGITS`` allow, within 128 and 1,024.
-        vocab_tile: words at once; default: all of them if the token tile allows it. Fewer cost a second product.
+        vocab_tile: logits a token at once; default: all of them if the token tile allows it. Fewer cost a second
+            product.
         overwrite_hidden: write the gradient over the storage of ``hidden``, which must be contiguous. Safe when
             ``hidden`` is an intermediate that nothing else reads: not its producer's backward (autograd notices and
             raises), not the caller. Saves one hidden state a token.

@@ -19,7 +19,7 @@ from longfit.attention.visibility import document_starts
 from longfit.engine.hf_model import base_model, hidden_states, output_head
 from longfit.engine.host_memory import give_back
 from longfit.engine.loss.linear_cross_entropy import IGNORED, linear_cross_entropy
-from longfit.engine.sweep.install import sweeper_of
+from longfit.engine.sweep.sweeper import sweeper_of
 
 
 def shifted_labels(

@@ -1,11 +1,12 @@
 """Where layer inputs wait between forward and backward.
 
 The sweep saves one thing per layer: its input, tile by tile: ``layers x hidden size x 2`` bytes a token, 262 kB for an
-8B model. An arena says where. It hands out one ``Stay`` per layer pass; a stay is put in forward and got in backward.
+8B model. An ``ActivationOffload`` says where. It hands out one ``SavedInput`` per layer pass, which is put tile by tile
+in forward and got in backward.
 
-    MemoryArena     the tensors as they are, or copies of them, on their own device
-    FileArena       a file that is deleted as it is made; read and written, not mapped, so that it costs no memory
-    PinnedArena     pinned host memory of a CUDA device (``pinned_activations.py``)
+    DeviceActivations   the tensors as they are, or copies of them, on their own device
+    FileActivations     a file that is deleted as it is made; read and written, not mapped, so that it costs no memory
+    PinnedActivations   pinned host memory of a CUDA device (``pinned_activations.py``)
 """
 
 import errno
@@ -25,7 +26,7 @@ from longfit.errors import PlanError
 from longfit.words import format_bytes
 
 
-class Stay(Protocol):
+class SavedInput(Protocol):
     """The input of one layer pass, put tile by tile in forward and taken back, in any order, in backward."""
 
     def put(self, index: int, tile: Tensor) -> None:
@@ -41,7 +42,7 @@ class Stay(Protocol):
         ...
 
     def get(self, index: int) -> Tensor:
-        """The tile, byte for byte unless the arena says otherwise, on the device it came from; not to be changed."""
+        """The tile, byte for byte on the device it came from; not to be changed."""
         ...
 
     def close(self) -> None:
@@ -49,7 +50,7 @@ class Stay(Protocol):
         ...
 
 
-class Arena(Protocol):
+class ActivationOffload(Protocol):
     """A place for layer inputs.
 
     Attributes:
@@ -58,31 +59,31 @@ class Arena(Protocol):
 
     aliases: bool
 
-    def open(self, num_tiles: int) -> Stay:
-        """Begin the stay of one layer's input."""
+    def open(self, num_tiles: int) -> SavedInput:
+        """Begin with the input of one layer pass."""
         ...
 
 
 # ------------------------------------------------------------------------------------------------ where the tensors are
-class MemoryArena:
+class DeviceActivations:
     """Keeps tiles on their device: what a CPU wants, and a device with memory to spare."""
 
     def __init__(self, *, copy: bool = False) -> None:
         """Keep the tensors themselves, or, with ``copy``, copies: then layers may write outputs over inputs."""
         self.aliases = not copy
 
-    def open(self, num_tiles: int) -> "_KeptStay":
-        return _KeptStay(self.aliases)
+    def open(self, num_tiles: int) -> "_DeviceInput":
+        return _DeviceInput(self.aliases)
 
 
-class _KeptStay:
+class _DeviceInput:
     def __init__(self, aliases: bool) -> None:
         self._aliases = aliases
         self._tiles: dict[int, tuple[Tensor, int]] = {}
 
     def put(self, index: int, tile: Tensor) -> None:
-        kept = tile if self._aliases else tile.clone()
-        self._tiles[index] = (kept, kept._version)
+        saved = tile if self._aliases else tile.clone()
+        self._tiles[index] = (saved, saved._version)
 
     def settle(self, index: int) -> None:
         pass
@@ -110,7 +111,7 @@ class _Slot:
     num_bytes: int
 
 
-class FileArena:
+class FileActivations:
     """Keeps tiles in a file without a name, which the system deletes when the process ends, however it ends.
 
     The file is read and written, not mapped: mapped pages count as memory of the process, the page cache does not, and
@@ -125,12 +126,12 @@ class FileArena:
         That folder is memory, not disk, on systems that mount it as tmpfs; name another one there.
         """
         self.folder = Path(folder or tempfile.gettempdir())
-        self._file: Any = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  (lives as long as the arena)
+        self._file: Any = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  (lives as long as this)
         self._end = 0
         self._free: dict[int, list[_Slot]] = defaultdict(list)
 
-    def open(self, num_tiles: int) -> "_FileStay":
-        return _FileStay(self)
+    def open(self, num_tiles: int) -> "_FileInput":
+        return _FileInput(self)
 
     @property
     def num_bytes(self) -> int:
@@ -190,32 +191,32 @@ class FileArena:
         self._file.close()
 
 
-class _FileStay:
-    def __init__(self, arena: FileArena) -> None:
-        self._arena = arena
+class _FileInput:
+    def __init__(self, offload: FileActivations) -> None:
+        self._offload = offload
         self._tiles: dict[int, tuple[_Slot, torch.Size, torch.dtype, torch.device]] = {}
 
     def put(self, index: int, tile: Tensor) -> None:
         data = tile.detach().contiguous().cpu()
-        slot = self._arena.take(data.numel() * data.element_size())
-        self._arena.write(slot, _bytes_of(data))
+        slot = self._offload.take(data.numel() * data.element_size())
+        self._offload.write(slot, _bytes_of(data))
         self._tiles[index] = (slot, tile.shape, tile.dtype, tile.device)
 
     def settle(self, index: int) -> None:
         pass
 
     def prefetch(self, index: int) -> None:
-        self._arena.will_need(self._tiles[index][0])
+        self._offload.will_need(self._tiles[index][0])
 
     def get(self, index: int) -> Tensor:
         slot, shape, dtype, device = self._tiles[index]
         tile = torch.empty(shape, dtype=dtype)
-        self._arena.read(slot, _bytes_of(tile))
+        self._offload.read(slot, _bytes_of(tile))
         return tile.to(device)
 
     def close(self) -> None:
         while self._tiles:
-            self._arena.give(self._tiles.popitem()[1][0])
+            self._offload.give(self._tiles.popitem()[1][0])
 
     def __del__(self) -> None:
         self.close()

@@ -17,7 +17,7 @@ NUM_BUFFERS = 4
 """Tiles on the device at once: one in use, and those asked for ahead: the sweep asks for two at most."""
 
 
-class PinnedArena:
+class PinnedActivations:
     """Keeps tiles in pinned slabs, one per tile, so that layers and contexts of any length share them."""
 
     aliases = False
@@ -29,8 +29,8 @@ class PinnedArena:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._buffers: list[_Buffer] = []
 
-    def open(self, num_tiles: int) -> "_PinnedStay":
-        return _PinnedStay(self, num_tiles)
+    def open(self, num_tiles: int) -> "_PinnedInput":
+        return _PinnedInput(self, num_tiles)
 
     def take(self, num_bytes: int) -> Tensor:
         """Take a pinned uint8 slab of exactly this size: one that was given back, or a new one."""
@@ -65,9 +65,9 @@ class _Buffer:
         self.busy, self.used = False, used
 
 
-class _PinnedStay:
-    def __init__(self, arena: PinnedArena, num_tiles: int) -> None:
-        self._arena = arena
+class _PinnedInput:
+    def __init__(self, offload: PinnedActivations, num_tiles: int) -> None:
+        self._offload = offload
         self._slab_bytes = 0
         self._slabs: list[Tensor] = []
         self._places: dict[int, Tensor] = {}  # views of the slabs, in the tiles' shapes
@@ -77,9 +77,9 @@ class _PinnedStay:
 
     def put(self, index: int, tile: Tensor) -> None:
         self._slab_bytes = self._slab_bytes or tile.nbytes  # the first tile is the largest
-        self._slabs.append(self._arena.take(self._slab_bytes))
+        self._slabs.append(self._offload.take(self._slab_bytes))
         place = self._slabs[-1][: tile.nbytes].view(tile.dtype).view(tile.shape)
-        stream = self._arena.stream
+        stream = self._offload.stream
         stream.wait_stream(torch.cuda.current_stream(tile.device))
         with torch.cuda.stream(stream):
             place.copy_(tile, non_blocking=True)
@@ -88,7 +88,7 @@ class _PinnedStay:
 
     def settle(self, index: int) -> None:
         _, copied = self._leaving.pop(index)
-        torch.cuda.current_stream(self._arena.device).wait_event(copied)
+        torch.cuda.current_stream(self._offload.device).wait_event(copied)
 
     def prefetch(self, index: int) -> None:
         if index not in self._coming and index in self._places:
@@ -99,19 +99,21 @@ class _PinnedStay:
         self._finish_use()
         while index not in self._coming and not self._fetch(index):
             if not self._coming:
-                raise RuntimeError("pinned arena: other layers hold all device buffers; take back one layer at a time")
+                raise RuntimeError(
+                    "pinned offload: other layers hold all device buffers; take back one layer at a time"
+                )
             self._drop(next(iter(self._coming)))  # nobody came for it
         self._in_use, arrived = self._coming.pop(index)
-        torch.cuda.current_stream(self._arena.device).wait_event(arrived)
+        torch.cuda.current_stream(self._offload.device).wait_event(arrived)
         place = self._places[index]
         return self._in_use.data[: place.nbytes].view(place.dtype).view(place.shape)
 
     def _fetch(self, index: int) -> bool:
         """Begin to bring a tile back; False if every buffer holds another."""
-        buffer = self._arena.free_buffer(self._slab_bytes)
+        buffer = self._offload.free_buffer(self._slab_bytes)
         if buffer is None:
             return False
-        place, stream = self._places[index], self._arena.stream  # copies of one stream keep their order: put is over
+        place, stream = self._places[index], self._offload.stream  # copies of one stream keep their order: put is over
         if buffer.used is not None:
             stream.wait_event(buffer.used)
         with torch.cuda.stream(stream):
@@ -126,7 +128,7 @@ class _PinnedStay:
 
     def _finish_use(self) -> None:
         if self._in_use is not None:
-            self._in_use.release(torch.cuda.current_stream(self._arena.device).record_event())
+            self._in_use.release(torch.cuda.current_stream(self._offload.device).record_event())
         self._in_use = None
 
     def close(self) -> None:
@@ -136,7 +138,7 @@ class _PinnedStay:
         for index in list(self._coming):
             self._drop(index)
         while self._slabs:
-            self._arena.give(self._slabs.pop())
+            self._offload.give(self._slabs.pop())
         self._places.clear()
 
     def __del__(self) -> None:

@@ -24,11 +24,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from longfit.engine.hf_model import base_model
 from longfit.engine.offload.pinned_memory import PinnedMemory
-from longfit.engine.sweep.install import Sweeper, sweeper_of
-from longfit.errors import ConfigError
 
 _ALIGNMENT = 64  # bytes; enough for every dtype and for vector loads
 
@@ -72,13 +70,13 @@ class Unit:
             tensor.data = value
 
 
-def _units(base: Any, swept: set[nn.Module]) -> list[Unit]:
+def _units(base: Any, layers: set[nn.Module]) -> list[Unit]:
     """Embedding, layers, output matrix, in the order of a forward pass; modules that share a tensor share a unit."""
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    layers = [(module,) for module in base.modules() if module in swept]
+    in_order = [(module,) for module in base.modules() if module in layers]
     shared = {id(p) for p in embedding.parameters()} & {id(p) for p in head.parameters()}
     ends = [((embedding, head),), ()] if shared else [((embedding,),), ((head,),)]
-    units = [Unit(modules, _frozen(modules)) for modules in (*ends[0], *layers, *ends[1])]
+    units = [Unit(modules, _frozen(modules)) for modules in (*ends[0], *in_order, *ends[1])]
     units = [unit for unit in units if unit.tensors]
     end = 0
     for unit in units:
@@ -199,12 +197,55 @@ class _Slots:
             place.copy_(value, non_blocking=True)
 
 
-class WeightStream:
-    """Owner of the store, the slots and the order of units."""
+@dataclass(frozen=True)
+class StreamReport:
+    """What was moved out.
 
-    def __init__(self, units: list[Unit], store: _Store, slots: _Slots | None) -> None:
-        self._units, self._store, self._slots = units, store, slots
+    Attributes:
+        num_bytes: frozen bytes that wait outside.
+        largest_bytes: of the largest unit; an accelerator holds two slots of this size.
+        place: "host memory", or the folder of the file.
+    """
+
+    num_bytes: int
+    largest_bytes: int
+    place: str
+
+
+class WeightStream:
+    """A model's frozen weights outside of it: the store, the slots, the order of units, and the embedding's hooks.
+
+    Attributes:
+        device: where units are used.
+        report: what was moved.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        layers: set[nn.Module],
+        *,
+        folder: str | os.PathLike[str] | None,
+        slots_on: torch.device | None,
+    ) -> None:
+        """Move the weights out.
+
+        Args:
+            base: a transformers causal language model.
+            layers: those of its layers that somebody will call :meth:`use` around.
+            folder: where the file goes; None is host memory.
+            slots_on: the device that units are copied to when they are used; None uses them where they wait.
+        """
+        units = _units(base, layers)
+        self.device = slots_on or torch.device("cpu")
+        pin = slots_on is not None and slots_on.type == "cuda"
+        self._units = units
+        self._store: _Store = _HostStore(units, pin=pin) if folder is None else _FileStore(units, folder)
+        self._slots = None if slots_on is None else _Slots(units, slots_on)
         self._number = {module: number for number, unit in enumerate(units) for module in unit.modules}
+        self._hooks = self._around_call(base.get_input_embeddings())
+        place = "host memory" if folder is None else str(folder)
+        self.report = StreamReport(units[-1].end, max(unit.num_bytes for unit in units), place)
 
     @contextmanager
     def use(self, module: nn.Module, *, backward: bool = False) -> Iterator[None]:
@@ -228,67 +269,27 @@ class WeightStream:
                 self._slots.release(unit)
             self._store.let_go(unit)
 
+    def close(self) -> None:
+        """Stop streaming: weights that were copied to a device go back to it, those of a file are read in place."""
+        self.leave_waiting()
+        if self._slots is not None:
+            for unit in self._units:
+                unit.point_to(tuple(value.to(self.device, copy=True) for value in unit.waiting))
 
-# ------------------------------------------------------------------------------------------------ a model
-@dataclass(frozen=True)
-class StreamReport:
-    """What ``stream_weights`` moved.
+    def leave_waiting(self) -> None:
+        """Stop streaming and leave the weights in the store, which lives as long as they do."""
+        for hook in self._hooks:
+            hook.remove()
 
-    Attributes:
-        num_bytes: frozen bytes that wait outside.
-        largest_bytes: of the largest unit; an accelerator holds two slots of this size.
-        place: "host memory", or the folder of the file.
-    """
+    def _around_call(self, embedding: nn.Module) -> tuple[RemovableHandle, ...]:
+        """The embedding is called by the decoder, not by the sweep: hooks hold its matrix for the time of the call."""
+        held: list[Any] = []
 
-    num_bytes: int
-    largest_bytes: int
-    place: str
+        def enter(module: nn.Module, args: Any) -> None:
+            held.append(self.use(module))
+            held[-1].__enter__()
 
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            held.pop().__exit__(None, None, None)
 
-def stream_weights(model: nn.Module, *, folder: str | os.PathLike[str] | None = None) -> StreamReport:
-    """Move the frozen weights of a swept model out, and bring each layer's in when its turn comes.
-
-    Call it when adapters are in place and ``enable_sweep`` has been called. It lasts until ``enable_sweep`` is called
-    again, which leaves the weights where they wait.
-
-    Args:
-        model: swept, a transformers causal language model or a PeftModel around one.
-        folder: where the file goes; None is host memory, which only makes sense for an accelerator.
-    Returns: what was moved.
-    Raises: ConfigError: the model is not swept, or it is on the CPU and no folder is named.
-    """
-    base, sweeper = base_model(model), sweeper_of(model)
-    if sweeper is None or not sweeper.swept:
-        raise ConfigError("stream_weights: the model is not swept, so nobody brings its layers in; enable_sweep first")
-    device = base.get_input_embeddings().weight.device
-    if device.type == "cpu" and folder is None:
-        raise ConfigError("stream_weights: the weights are in host memory already; name a folder to keep them on disk")
-    return _install(base, sweeper, folder, device if device.type != "cpu" else None)
-
-
-def _install(
-    base: Any, sweeper: Sweeper, folder: str | os.PathLike[str] | None, slots_on: torch.device | None
-) -> StreamReport:
-    units = _units(base, sweeper.swept)
-    pin = slots_on is not None and slots_on.type == "cuda"
-    store: _Store = _HostStore(units, pin=pin) if folder is None else _FileStore(units, folder)
-    stream = WeightStream(units, store, None if slots_on is None else _Slots(units, slots_on))
-    sweeper.weights = stream
-    _around_call(base.get_input_embeddings(), stream)
-    place = "host memory" if folder is None else str(folder)
-    return StreamReport(units[-1].end, max(unit.num_bytes for unit in units), place)
-
-
-def _around_call(embedding: nn.Module, stream: WeightStream) -> None:
-    """The embedding is called by the decoder, not by the sweep: hooks hold its matrix for the time of the call."""
-    held: list[Any] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        held.append(stream.use(module))
-        held[-1].__enter__()
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        held.pop().__exit__(None, None, None)
-
-    embedding.register_forward_pre_hook(enter)
-    embedding.register_forward_hook(leave, always_call=True)
+        return embedding.register_forward_pre_hook(enter), embedding.register_forward_hook(leave, always_call=True)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longfit.engine.sweep.recompute_state import random_state_kept
+from longfit.engine.sweep.recompute_state import preserve_random_state
 from longfit.kernels.cpu import elementwise as cpu_elementwise
 
 
@@ -94,7 +94,7 @@ def find_fused(layer: nn.Module) -> tuple[Fused, ...]:
     """The modules of a layer whose function the kernels compute; none without kernels, on a card or in a trace."""
     if cpu_elementwise.supported() is not None or not all(map(_is_plain, layer.parameters())):
         return ()
-    with torch.no_grad(), random_state_kept(torch.device("cpu")):
+    with torch.no_grad(), preserve_random_state(torch.device("cpu")):
         found = [as_norm(module) or as_gated_mlp(module) for module in layer.modules()]
     return tuple(fused for fused in found if fused is not None)
 

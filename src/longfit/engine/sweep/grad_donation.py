@@ -1,9 +1,9 @@
-"""Whether a gradient may be overwritten: only if autograd hands over, untouched and unshared, what we made ourselves.
+"""When a backward may overwrite its incoming gradient: only if the node after it made that tensor and donated it.
 
 A swept layer writes dx over dy. In general a backward must not do that: autograd may give the same tensor to several
-nodes (the gradient of ``a + b`` goes to both). It may when dy is *ours*: when the consumer of our output took it
-straight from us (so that its gradient goes to us and to nobody else), and promised that it gives up the tensor. The
-promise is the identity of that tensor's storage, left on the node that will receive it; any other is somebody else's.
+nodes (the gradient of ``a + b`` goes to both). It may when dy is *donated*: when the consumer of our output took it
+straight from us (so that its gradient goes to us and to nobody else), and gave the tensor up. A donation is the
+identity of that tensor's storage, noted on the node that will receive it; any other tensor is somebody else's.
 """
 
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class Receiver:
-    """Base of autograd Functions that use up their incoming gradient if they may; its nodes carry ``promised``."""
+    """Base of autograd Functions that overwrite a gradient donated to them; its nodes carry ``donated``."""
 
-    promised: int | None = None
+    donated: int | None = None
 
 
 def receiver_of(tensor: Tensor) -> Any | None:
@@ -24,12 +24,12 @@ def receiver_of(tensor: Tensor) -> Any | None:
     return node if isinstance(function, type) and issubclass(function, Receiver) else None
 
 
-def promise(receiver: Any | None, gradient: Tensor) -> None:
-    """Give up ``gradient``, which is about to be returned by backward."""
+def donate(receiver: Any | None, gradient: Tensor) -> None:
+    """Give up ``gradient``, which is about to be returned by backward, to the node that receives it."""
     if receiver is not None:
-        receiver.promised = gradient.untyped_storage()._cdata  # unlike data_ptr, also of tensors without memory
+        receiver.donated = gradient.untyped_storage()._cdata  # unlike data_ptr, also of tensors without memory
 
 
-def is_promised(node: Any, gradient: Tensor) -> bool:
+def is_donated(node: Any, gradient: Tensor) -> bool:
     """Whether ``node`` may overwrite the gradient that it was called with."""
-    return bool(getattr(node, "promised", None) == gradient.untyped_storage()._cdata)
+    return bool(getattr(node, "donated", None) == gradient.untyped_storage()._cdata)

@@ -1,4 +1,4 @@
-"""A call of a decoder layer, as the gradient-checkpointing door hands it over, repeated on one tile of tokens.
+"""A call of a decoder layer, as the gradient-checkpointing function is given it, repeated on one tile of tokens.
 
 Whatever the layer is given per token (rotary tables, positions, per-layer inputs) is cut; what describes the whole
 sequence is passed on whole, because the attention function wants it so.
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longfit.engine.sweep.tile_pass import LayerWalk
+from longfit.engine.sweep.tile_pass import TilePass
 from longfit.errors import ModelError
 
 WHOLE = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -33,13 +33,13 @@ class LayerCall:
         """Whether an argument besides the hidden states needs a gradient, which the sweep would lose."""
         return _carries_gradient((self.args, self.keywords))
 
-    def tile(self, hidden: Tensor, walk: LayerWalk) -> Tensor:
+    def tile(self, hidden: Tensor, tile_pass: TilePass) -> Tensor:
         """Run the layer on hidden states [B, t, D]; returns [B, t, D]."""
-        start, end = walk.span
+        start, end = tile_pass.span
         cut = partial(_cut, start=start, end=end, num_tokens=self.num_tokens)
         keywords = {name: value if name in WHOLE else cut(value) for name, value in self.keywords.items()}
-        out = self.function(self.layer, hidden, *map(cut, self.args), **keywords, sweep=walk)
-        if walk.num_calls == 0:
+        out = self.function(self.layer, hidden, *map(cut, self.args), **keywords, sweep=tile_pass)
+        if tile_pass.num_calls == 0:
             raise ModelError(
                 f"{type(self.layer).__name__} did not attend through longfit's attention: the attention implementation"
                 " was changed after enable_sweep; call enable_sweep(model) again"

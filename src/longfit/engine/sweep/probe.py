@@ -1,10 +1,13 @@
 """Which layers of a model can be swept: two tokens are run through the decoder, and every layer is watched.
 
-A layer can be swept if it comes to the gradient-checkpointing door, passes keyword arguments down to exactly one call
-of longfit's attention, and returns hidden states only. Asking the layer is more reliable than a list of families.
+A layer can be swept if it is run through the gradient-checkpointing function, passes keyword arguments down to exactly
+one call of longfit's attention, and returns hidden states only. Asking the layer is more reliable than a list of
+families.
 """
 
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -14,11 +17,11 @@ from torch import Tensor, nn
 from longfit.attention.backends import tile_forward
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.sweep.layer_call import LayerCall, layer_call
-from longfit.engine.sweep.recompute_state import random_state_kept
+from longfit.engine.sweep.recompute_state import preserve_random_state
 
 
 class _Probe:
-    """Stands in for a walk: attends plainly and counts."""
+    """Stands in for a tile_pass: attends plainly and counts."""
 
     def __init__(self) -> None:
         self.num_calls = 0
@@ -31,28 +34,40 @@ class _Probe:
         return tile_forward(query, key, value, schedule, start=0, scaling=scaling, softcap=softcap)[0].transpose(1, 2)
 
 
-def probe_layers(base: Any, inner: Any, device: torch.device) -> dict[nn.Module, str | None]:
-    """Run two tokens through the decoder; for every layer that comes to the door, None or why it cannot be swept."""
+def probe_layers(
+    base: Any, inner: Any, device: torch.device, *, present: Callable[[nn.Module], AbstractContextManager[None]]
+) -> dict[nn.Module, str | None]:
+    """Run two tokens through the decoder and try to sweep every layer that is run through the checkpointing function.
+
+    Args:
+        base, inner: the model and its decoder.
+        device: where the model computes.
+        present: holds the weights of a layer while it runs.
+    Returns: for each of those layers None, or why it cannot be swept.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     reasons: dict[nn.Module, str | None] = {}
     if not base.supports_gradient_checkpointing:
         return reasons
 
-    def door(function: Any, *args: Any) -> Any:
+    def try_layer(function: Any, *args: Any) -> Any:
         if not isinstance(function, partial) or not function.args or not isinstance(function.args[0], nn.Module):
             return function(*args)
-        with torch.no_grad():
+        with torch.no_grad(), present(function.args[0]):
             out, reasons[function.args[0]] = _try(*layer_call(function, args))
         return out
 
-    base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=door)
+    base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=try_layer)
     layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
     modes = [layer.training for layer in layers]
     try:
         for layer in layers:
             layer.training = True  # the layer alone: its dropout modules stay in their mode
-        with torch.enable_grad(), random_state_kept(device):  # without gradients some versions pass the door by
+        with (
+            torch.enable_grad(),
+            preserve_random_state(device),
+        ):  # without gradients some versions do not call the function
             inner(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     finally:
         for layer, mode in zip(layers, modes, strict=True):

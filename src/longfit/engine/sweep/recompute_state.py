@@ -40,7 +40,7 @@ class RandomState:
 
 
 @contextmanager
-def random_state_kept(device: torch.device) -> Iterator[None]:
+def preserve_random_state(device: torch.device) -> Iterator[None]:
     """Leave the random state as it was before, whatever happens inside."""
     before = RandomState.now(device)
     try:

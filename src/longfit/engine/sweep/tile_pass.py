@@ -1,4 +1,4 @@
-"""The walk over the tiles of one layer: what travels down to the attention function as ``sweep=``.
+"""The pass over the tiles of one layer: what travels down to the attention function as ``sweep=``.
 
     forward     tiles first to last: store the tile's K, V; attend over all keys it sees
     keys        store the tile's K, V and leave the layer: nothing after them is wanted
@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from longfit.attention.backends import tile_backward, tile_forward
 from longfit.attention.visibility import Schedule, build_schedule, document_starts
 from longfit.engine.sweep.kv_window import Window
-from longfit.engine.sweep.saved_attention import KeptAttention
+from longfit.engine.sweep.saved_attention import SavedAttention
 from longfit.errors import ModelError
 
 
@@ -57,7 +57,7 @@ class Visible:
         return index * self.tile, min((index + 1) * self.tile, self.num_tokens)
 
     def new_tiles(self, index: int) -> range:
-        """Tiles before ``index`` whose keys it is the first to need, walking from last to first."""
+        """Tiles before ``index`` whose keys it is the first to need, going from last to first."""
         known = self.lows[index + 1] // self.tile if index + 1 < len(self.lows) else index
         return range(self.lows[index] // self.tile, min(known, index))
 
@@ -74,8 +74,8 @@ class Seen:
     options: dict[str, Any]  # start, scaling, softcap
 
 
-class LayerWalk:
-    """State of one walk: the mode, the tile at hand, the windows of K, V and of their gradients."""
+class TilePass:
+    """State of one tile_pass: the mode, the tile at hand, the windows of K, V and of their gradients."""
 
     def __init__(
         self,
@@ -83,18 +83,18 @@ class LayerWalk:
         tile: int,
         whole: dict[str, Any],
         *,
-        kept: KeptAttention | None = None,
+        saved: SavedAttention | None = None,
         visible: Visible | None = None,
     ) -> None:
-        """Begin a walk.
+        """Begin a tile_pass.
 
         Args:
             num_tokens, tile: T, and tokens per tile.
             whole: the layer's keyword arguments before they were cut into tiles.
-            kept: where forward leaves attention for backward; None keeps nothing.
-            visible: what the forward walk found; None for that walk itself.
+            saved: where forward leaves attention for backward; None saves nothing.
+            visible: what the forward pass found; None for that pass itself.
         """
-        self.num_tokens, self.tile, self.visible, self.kept = num_tokens, tile, visible, kept
+        self.num_tokens, self.tile, self.visible, self.saved_attention = num_tokens, tile, visible, saved
         self.mode, self.index, self.num_calls = "forward", 0, 0
         self._whole = whole
         self._schedule: Schedule | None = None
@@ -112,7 +112,7 @@ class LayerWalk:
 
     def turn_to_gradients(self, index: int) -> range:
         """Make room for the keys that tile ``index`` sees; returns the tiles whose keys must be stored first."""
-        assert self.visible is not None, "the forward walk has seen no attention"
+        assert self.visible is not None, "the forward pass has seen no attention"
         if self._stored is not None:
             self._stored.move(self.visible.lows[index], self.visible.span(index)[1])
         return self.visible.new_tiles(index)
@@ -150,8 +150,8 @@ class LayerWalk:
         seen = self._seen(self._schedule, {"scaling": scaling, "softcap": softcap})
         if self.mode == "forward":
             out, lse = tile_forward(query, seen.key, seen.value, seen.schedule, **seen.options)
-            if self.kept is not None:
-                self.kept.put(self.index, out, lse)
+            if self.saved_attention is not None:
+                self.saved_attention.put(self.index, out, lse)
         else:
             out = _TileAttention.apply(query, key, value, self, seen)
         return out.transpose(1, 2)
@@ -200,14 +200,14 @@ class LayerWalk:
 
 
 class _TileAttention(torch.autograd.Function):
-    """Attention of a tile whose keys and values wait in the walk's windows; k, v only receive their gradient here."""
+    """Attention of a tile whose keys and values wait in the pass's windows; k, v only receive their gradient here."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, walk: LayerWalk, seen: Seen) -> Tensor:
-        kept = None if walk.kept is None else walk.kept.take(walk.index)
-        out, lse = kept or tile_forward(query, seen.key, seen.value, seen.schedule, **seen.options)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tile_pass: TilePass, seen: Seen) -> Tensor:
+        saved = None if tile_pass.saved_attention is None else tile_pass.saved_attention.take(tile_pass.index)
+        out, lse = saved or tile_forward(query, seen.key, seen.value, seen.schedule, **seen.options)
         ctx.save_for_backward(query, out, lse)
-        ctx.walk, ctx.seen, ctx.dtypes = walk, seen, (key.dtype, value.dtype)
+        ctx.tile_pass, ctx.seen, ctx.dtypes = tile_pass, seen, (key.dtype, value.dtype)
         return out
 
     @staticmethod
@@ -215,7 +215,7 @@ class _TileAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, out, lse = ctx.saved_tensors
         seen: Seen = ctx.seen
-        sums = ctx.walk.gradient_sums(seen, lse.dtype)
+        sums = ctx.tile_pass.gradient_sums(seen, lse.dtype)
         grad_query = tile_backward(
             grad_out,
             query,

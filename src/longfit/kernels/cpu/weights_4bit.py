@@ -1,4 +1,4 @@
-"""4-bit and 8-bit weights in C++: passes pointers to the kernels of ``cpu_library.py``.
+"""4-bit and 8-bit weights in C++: passes pointers to the kernels of ``library.py``.
 
 The functions have the bits of `numerics`, which states every rule. What they add: no temporaries, all cores that torch
 uses (``torch.get_num_threads()``), and matmuls that never hold a 16-bit copy of the whole weight.

@@ -1,0 +1,81 @@
+"""The state of one model's sweep, and the function that stands in for torch's checkpoint in its layers."""
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from longfit.engine.hf_model import base_model
+from longfit.engine.host_memory import give_back
+from longfit.engine.offload.activations import ActivationOffload
+from longfit.engine.offload.weights import WeightStream
+from longfit.engine.sizes import TRIMMED_LAYERS
+from longfit.engine.sweep.fused_modules import Fused, fused_forwards
+from longfit.engine.sweep.layer import run_layer, run_layer_without_grad
+from longfit.engine.sweep.layer_call import layer_call
+from longfit.engine.sweep.saved_attention import SavedAttentionBudget
+
+
+@dataclass(eq=False)
+class Sweeper:
+    """Owner of a model's sweep; transformers calls its ``checkpoint_function`` in place of torch's checkpoint."""
+
+    tile: int
+    forced: bool
+    offload: ActivationOffload
+    saved_attention: SavedAttentionBudget
+    swept: set[nn.Module] = field(default_factory=set)
+    fused: dict[nn.Module, tuple[Fused, ...]] = field(default_factory=dict)
+    weights: WeightStream | None = None
+    evaluating: bool = False
+    differentiated: int = 0
+
+    @contextmanager
+    def present(self, module: nn.Module, *, backward: bool = False) -> Iterator[None]:
+        """Have a module's weights at hand, wherever they wait, and its fused forwards in place."""
+        weights = nullcontext() if self.weights is None else self.weights.use(module, backward=backward)
+        with weights, fused_forwards(self.fused.get(module, ())):
+            yield
+
+    def layer_differentiated(self, device: torch.device) -> None:
+        """Give the heap's holes back once in a few layers: each leaves some that no later one fits into."""
+        self.differentiated += 1
+        if self.differentiated % TRIMMED_LAYERS == 0:
+            give_back(device)
+
+    def tile_for(self, hidden: Tensor) -> int:
+        """Tokens per row and tile: the user's, or the chosen number shared by the rows of the batch."""
+        return self.tile if self.forced else max(1, min(self.tile, max(self.tile // hidden.shape[0], 64)))
+
+    def checkpoint_function(self, function: Any, *args: Any) -> Any:
+        """Run a layer: swept if it can be, else with torch's checkpoint."""
+        if not isinstance(function, partial) or not function.args or function.args[0] not in self.swept:
+            return checkpoint(function, *args, use_reentrant=False)
+        call, hidden = layer_call(function, args)
+        if call.carries_gradient:
+            warnings.warn(
+                f"{type(call.layer).__name__} is given a tensor besides the hidden states that needs a gradient, which"
+                " the sweep does not follow; it is checkpointed in the ordinary way",
+                stacklevel=2,
+            )
+            return checkpoint(function, *args, use_reentrant=False)
+        trains = hidden.requires_grad or any(p.requires_grad for p in call.layer.parameters())
+        if torch.is_grad_enabled() and not self.evaluating and trains:
+            return run_layer(hidden, call, self)
+        return run_layer_without_grad(hidden, call, self)
+
+
+def sweeper_of(model: nn.Module) -> Sweeper | None:
+    """The sweep that is installed in a model, or None."""
+    for module in base_model(model).modules():
+        function = vars(module).get("_gradient_checkpointing_func")
+        if inspect.ismethod(function) and isinstance(function.__self__, Sweeper) and module.gradient_checkpointing:
+            return function.__self__
+    return None
