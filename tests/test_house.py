@@ -19,6 +19,7 @@ FLOORS = {
     "words": 0,
     "numerics": 0,
     "compat": 0,
+    "files": 1,
     "kernels": 1,
     "layers": 2,
     "optim": 2,

@@ -72,7 +72,7 @@ def test_tied_weights_stay_dense_and_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda p: p / "nowhere", "neither a model folder, nor a .gguf file, nor a reachable hub id"),
+        (lambda p: p / "nowhere", "does not exist, and is no hub id; give a model folder, a .gguf file or a hub id"),
         (lambda p: p, "no config.json in this folder"),
         (lambda p: p / "missing.gguf", "no such file"),
         (lambda p: text_file(p / "fake.gguf"), "magic bytes"),

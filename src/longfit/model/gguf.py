@@ -11,20 +11,24 @@ A GGUF file is a source here, not a format to train in: its own block quantisati
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader
 from gguf import dequantize as gguf_dequantize
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from longfit.errors import ModelError
+from longfit.files.gguf_header import MAGIC, read_header, require_whole_tensors
+from longfit.files.reading import reading
+from longfit.model.weight_files import require_sane_counts
 
-MAGIC = b"GGUF"
+_INTEGERS = frozenset(kind.value for kind in GGMLQuantizationType if kind.name in ("I8", "I16", "I32", "I64"))
+ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+"""Tables beside the weights, which the configuration stands for."""
 SLICE_ELEMENTS = 1 << 20  # 4 MiB of fp32: small beside any layer, large enough that the calls do not show
 
 
@@ -77,20 +81,35 @@ def read_config(path: Path) -> PretrainedConfig:
     Raises:
         ModelError: the file is cut short, or of an architecture that transformers cannot build.
     """
-    try:
+    require_whole(path)
+    with reading(path, "the GGUF model", ModelError, do="give one that transformers can build"):
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (ValueError, KeyError, IndexError, NotImplementedError, struct.error) as error:
-        raise ModelError(f"{path}: not a GGUF model that transformers can build ({error})") from error
+    require_sane_counts(str(path), config.to_dict())
     if "quantization_config" in config.to_dict():
         del config.quantization_config
     return config
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer stored in the file."""
+    """The tokenizer stored in the file.
+
+    Raises: ModelError: there is none, or it is damaged.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    with reading(path, "the tokenizer", ModelError):
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+def require_whole(path: Path) -> None:
+    """Raise ModelError unless the header is sound and every tensor lies where the format says, in a known type."""
+    header = read_header(path)
+    require_whole_tensors(path, header, {kind.value: GGML_QUANT_SIZES[kind] for kind in GGML_QUANT_SIZES})
+    for name, tensor in header.tensors.items():
+        if tensor.type in _INTEGERS:
+            raise ModelError(
+                f"{path}: {name} holds {GGMLQuantizationType(tensor.type).name}, no weights; fetch it again"
+            )
 
 
 def lazy_state_dict(path: Path, config: PretrainedConfig) -> dict[str, LazyTensor]:
@@ -111,6 +130,12 @@ def lazy_state_dict(path: Path, config: PretrainedConfig) -> dict[str, LazyTenso
     state_dict = {
         names[tensor.name]: LazyTensor(tensor, processor) for tensor in reader.tensors if tensor.name in names
     }
+    unknown = [tensor.name for tensor in reader.tensors if tensor.name not in names and tensor.name not in ROPE_TENSORS]
+    if unknown:
+        raise ModelError(
+            f"{path}: {len(unknown)} tensors that a {config.model_type} does not have, first {unknown[0]!r}; without "
+            "them it would be another model: fetch it again, or give the safetensors of the model"
+        )
     missing = sorted(set(skeleton.state_dict()) - set(state_dict) - set(skeleton.all_tied_weights_keys))
     if missing:
         raise ModelError(f"{path}: {len(missing)} tensors of {config.model_type} are missing, first {missing[0]!r}")

@@ -21,8 +21,10 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from longfit.errors import ModelError
 from longfit.kernels.dispatch import quantize_4bit
 from longfit.layers.linear4bit import Linear4bit
+from longfit.model.accounting import is_finite
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
 from longfit.numerics.row_format import RowFormat, to_rows
 
@@ -111,6 +113,8 @@ class QuantizeWeight(ConversionOps):
             value = input_dict.pop(name)
             weight = value[0] if isinstance(value, list) else value
             del value
+            if not is_finite(weight):  # packed, a NaN would look like any other code
+                raise ModelError(f"{name} holds NaN or infinity; the file is damaged or the model is broken")
             layer, _ = get_module_from_name(model, name)
             packed, state = quantize_4bit(
                 weight,
@@ -216,6 +220,8 @@ class LongfitQuantizer(HfQuantizer):
             replacement = Linear4bit.placeholder(
                 row_format, bias=module.bias is not None, bias_dtype=self.dtype, device="meta"
             )
+            # Bytes are read, never drawn at random; what lacks them is refused.
+            replacement._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, replacement)
 
     def get_quantize_ops(self) -> QuantizeWeight:

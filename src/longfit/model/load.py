@@ -7,7 +7,9 @@ never read. What was quantised, what was not and why comes back with the model a
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,16 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from longfit.errors import ModelError
+from longfit.files import reading as border
+from longfit.files.reading import read_object, reading
 from longfit.layers.linear4bit import Linear4bit
 from longfit.model import gguf
+from longfit.model.accounting import accounted
 from longfit.model.hf_quantizer import LongfitQuantizationConfig
+from longfit.model.weight_files import read_headers, require_fitting, require_sane_counts
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+NEITHER = "neither a model folder, nor a .gguf file, nor a reachable hub id"
 QUANT_TYPES = ("nf4", "fp4", "int4")
 
 
@@ -96,29 +104,55 @@ def load(
         arguments["quantization_config"] = LongfitQuantizationConfig(
             quant_type=quant, block_size=block_size, double_quant=double_quant, skip_modules=skip_modules
         )
-    if gguf.is_gguf(path):
-        config, tokenizer = gguf.read_config(path), gguf.read_tokenizer(path)
-        state_dict = gguf.lazy_state_dict(path, config)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model = model_class.from_pretrained(None, config=config, state_dict=state_dict, **arguments)
-        model.config.name_or_path = str(path)
-        return model, tokenizer
-    if path.suffix == ".gguf":
-        problem = "does not start with GGUF's magic bytes" if path.exists() else "no such file"
-        raise ModelError(f"{path}: {problem}; give a .gguf file, a folder, or a hub id")
+    with reading(name, "the model", ModelError, do=CANNOT_LOAD):
+        if gguf.is_gguf(path):
+            return _load_gguf(path, arguments)
+        if path.suffix == ".gguf":
+            problem = "does not start with GGUF's magic bytes" if path.exists() else "no such file"
+            raise ModelError(f"{path}: {problem}; give a .gguf file, a folder, or a hub id")
+        return _load_safetensors(str(name), arguments)
+
+
+CANNOT_LOAD = "fetch it again, or give another model (--debug shows where it failed)"
+
+
+def _load_gguf(path: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    config, tokenizer = gguf.read_config(path), gguf.read_tokenizer(path)
+    state_dict = gguf.lazy_state_dict(path, config)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    load = partial(model_class.from_pretrained, None, config=config, state_dict=state_dict)
+    model = accounted(str(path), load, **arguments)
+    model.config.name_or_path = str(path)
+    return model, tokenizer
+
+
+def _load_safetensors(name: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
+    """Load a folder or a hub id; the headers of a folder's weights are checked before anything is built."""
     config = read_config(name)
     block = getattr(config, "quantization_config", None)
     if block is not None:
         arguments["quantization_config"] = None
         config.quantization_config = prequantized(name, block).__dict__
+    headers = read_headers(Path(name)) if Path(name).is_dir() else {}
+    if headers:
+        require_fitting(headers, config, prequantized=block is not None)
+    load = partial(
+        AutoModelForCausalLM.from_pretrained, name, config=config, use_safetensors=True, trust_remote_code=False
+    )
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, config=config, use_safetensors=True, trust_remote_code=False, **arguments
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = accounted(name, load, **arguments)
     except OSError as error:
         raise ModelError(f"{name}: {first_line(error)}") from error
-    return model, tokenizer
+    return model, read_tokenizer(name)
+
+
+def read_tokenizer(name: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a folder or hub id.
+
+    Raises: ModelError: there is none, or it is damaged.
+    """
+    with reading(name, "the tokenizer", ModelError, do="fetch its files again, or give a model that has one"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -138,12 +172,22 @@ def read_config(name: str | os.PathLike[str]) -> PretrainedConfig:
         raise ModelError(
             f"{name}: no config.json in this folder (found {', '.join(found) or 'nothing'}); give a model folder"
         )
+    if not Path(name).exists() and not HUB_ID.fullmatch(str(name)):
+        raise ModelError(f"{name}: does not exist, and is no hub id; give a model folder, a .gguf file or a hub id")
+    if Path(name).is_dir():
+        require_sane_counts(str(name), read_object(Path(name) / "config.json", ModelError, what="the configuration"))
     try:
+        if not Path(name).is_dir():
+            require_sane_counts(str(name), PretrainedConfig.get_config_dict(name)[0])
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{name}: neither a model folder, nor a .gguf file, nor a reachable hub id ({first_line(error)})"
-        ) from error
+        if isinstance(error, ModelError):
+            raise
+        place = Path(name) / "config.json" if Path(name).is_dir() else name
+        known = "not a configuration that transformers can read" if Path(name).is_dir() else NEITHER
+        raise ModelError(f"{place}: {known} ({border.reason(error)}); fetch it again, or give another model") from error
+    config._attn_implementation = None  # a file does not choose kernels: a name there may be code on the hub
+    config._experts_implementation = None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"{name}: a {config.model_type} model is not a causal language model; longfit trains decoders only"

@@ -5,6 +5,7 @@ guessed: without a measurement (``longfit doctor --measure``) a plan has no time
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from longfit.errors import ConfigError
+from longfit.files.reading import read_object
+from longfit.files.writing import write_text
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
@@ -101,25 +104,29 @@ def save_rates(rates: Rates) -> Path:
     known = _read_all(path)
     known[rates.device] = asdict(rates)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(known, indent=1) + "\n")
     return path
 
 
 def read_rates(device: str) -> Rates | None:
-    """Return the measured rates of this machine's device, if they were ever measured."""
+    """Return the measured rates of this machine's device; None if they were never measured, or cannot be read.
+
+    Without them a plan has no time, and nothing else changes: no run is refused for them.
+    """
     found = _read_all(rates_file()).get(device)
-    return Rates(**found) if found else None
+    try:
+        rates = Rates(**found)  # type: ignore[arg-type]  # TypeError: none, or not those of this version
+    except TypeError:
+        return None
+    speeds = (rates.matmul_flops, rates.attention_flops, rates.copy_bytes, rates.disk_bytes)
+    return rates if all(isinstance(speed, int | float) and 0 < speed < math.inf for speed in speeds) else None
 
 
 def _read_all(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
+        return read_object(path, ConfigError, what="the measured rates")
+    except ConfigError:
         return {}
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"{path}: not readable ({error}); delete it and run longfit doctor --measure again"
-        ) from error
 
 
 def step_flops(shape: ModelShape, settings: PlanSettings) -> tuple[float, float]:

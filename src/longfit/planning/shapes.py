@@ -15,6 +15,8 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 from longfit.errors import ModelError
+from longfit.files.reading import read_object, reading
+from longfit.model.weight_files import require_sane_counts
 from longfit.planning.gguf_header import gguf_config
 
 
@@ -219,6 +221,7 @@ class ModelShape:
             name: of the model, for errors.
         Raises: ModelError: an encoder, a mixture of experts, an unknown family, or missing or absurd values.
         """
+        require_sane_counts(name, config)
         tower, tower_params, tower_norms = _vision_tower(config)
         keys, model_type = _text_keys(config, name)
         values = {**FAMILIES[model_type].defaults, **{key: value for key, value in keys.items() if value is not None}}
@@ -328,14 +331,21 @@ def read_shape(model: str | Path | Mapping[str, Any]) -> ModelShape:
     """
     if isinstance(model, Mapping):
         return ModelShape.of(model)
+    with reading(model, "the configuration", ModelError, do="fetch it again, or give another model"):
+        return ModelShape.of(_configuration(str(model)), name=str(model))
+
+
+def _configuration(model: str) -> dict[str, Any]:
     path = Path(model)
     if path.is_file() and path.suffix != ".json":
-        return ModelShape.of(gguf_config(path), name=str(model))
+        return gguf_config(path)
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
             raise ModelError(f"{model}: no config.json in this folder; give a model folder, a .gguf file or a hub id")
-    return ModelShape.of(_read_json(path) if path.is_file() else _from_hub(str(model)), name=str(model))
+    if path.exists():
+        return read_object(path, ModelError, what="the configuration")
+    return _from_hub(model)
 
 
 def _from_hub(name: str) -> dict[str, Any]:
@@ -347,20 +357,10 @@ def _from_hub(name: str) -> dict[str, Any]:
     try:
         cached = try_to_load_from_cache(name, "config.json")
         if isinstance(cached, str):
-            return _read_json(Path(cached))
+            return read_object(Path(cached), ModelError, what="the configuration")
         request = Request(hf_hub_url(name, "config.json"), headers=build_hf_headers())
         with urlopen(request, timeout=HUB_TIMEOUT_S) as answer:
             return dict(json.load(answer))
     except (HFValidationError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"{name}: neither a folder, nor a .gguf file, nor a reachable hub id ({first})") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not a JSON configuration ({error})") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: must hold a JSON object, as config.json does")
-    return config

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from longfit.config import RunConfig
 from longfit.data.ledger import Ledger
@@ -19,12 +18,12 @@ from longfit.engine.hf_model import base_model
 from longfit.engine.offload.activations import ActivationOffload, FileActivations
 from longfit.engine.offload.pinned_activations import PinnedActivations
 from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weights
-from longfit.errors import ConfigError, ModelError
+from longfit.errors import ConfigError
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters
 from longfit.model.context import ContextReport, extend_context
 from longfit.model.fused import fuse
-from longfit.model.load import load, read_config
+from longfit.model.load import load, read_config, read_tokenizer
 from longfit.model.save import load_adapter
 from longfit.training import run_directory
 from longfit.training.metrics import Event, OnEvent
@@ -197,13 +196,7 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
     if gguf.is_gguf(Path(name)):
         model_config, tokenizer = gguf.read_config(Path(name)), gguf.read_tokenizer(Path(name))
     else:
-        model_config = read_config(name)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except OSError as error:
-            raise ModelError(
-                f"{name}: no tokenizer ({str(error).splitlines()[0]}); give a model that has one"
-            ) from error
+        model_config, tokenizer = read_config(name), read_tokenizer(name)
     native = native_context(model_config)
     on_event(Event("phase", "packing the text into windows"))
     windows = pack_documents(documents, tokenizer, config.resolve(native_context=native))
