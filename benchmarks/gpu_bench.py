@@ -18,7 +18,7 @@ from longfit.engine.offload.pinned_activations import PinnedActivations
 from longfit.engine.sweep.install import enable_sweep
 from longfit.layers.linear4bit import Linear4bit
 from longfit.model.adapters import add_adapters
-from longfit.model.load import default_dtype
+from longfit.model.load import auto_dtype
 
 GROUP = 8192
 RANK = 32
@@ -67,7 +67,7 @@ class Bench:
 
     def __init__(self, device: torch.device, sizes: Sizes, report: Report) -> None:
         self.device, self.sizes, self.report = device, sizes, report
-        self.dtype = default_dtype(device)
+        self.dtype = auto_dtype(device)[0]
         self.cuda = device.type == "cuda"
         self.gemm_flops = 1e11  # measured by `ceilings`
         self.copy_bandwidth = 1e9

@@ -6,10 +6,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
-import pytest
-import torch
+import_module("longfit")  # before torch, which LONGFIT_ISA holds to the same instruction set only if it comes later
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():  # read when triton is first imported: its kernels run in Python then, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -3,6 +3,7 @@
 The names below are the public library. Each is imported when it is first used, so ``import longfit`` costs nothing.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,9 @@ _HOME = {
     "LongfitError": "longfit.errors",
 }
 __all__ = [*_HOME, "__version__"]
+
+if "LONGFIT_ISA" in os.environ:  # for tests and bug reports: torch is held to the same instruction set
+    import_module("longfit.kernels.cpu.processor").force()
 
 if TYPE_CHECKING:
     from longfit.config import RunConfig

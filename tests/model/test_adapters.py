@@ -85,7 +85,7 @@ def test_embeddings_and_norms_move_and_are_saved(tmp_path: Path, tied: bool) -> 
                 parameter.fill_(2.0**-7)
     base.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    model, tokenizer = load(tmp_path / "base", quant="nf4")
+    model, tokenizer = load(tmp_path / "base", quant="nf4", dtype=torch.bfloat16)
     adapted = add_adapters(model, rank=2, train_embeddings=True, train_norms=True)
     report = adapter_report(adapted)
     assert sum("norm" in name for name in report.trained_whole) == 5  # two in each of two layers, one at the end

@@ -46,7 +46,7 @@ def test_a_lazy_tensor_unpacks_in_slices_what_gguf_unpacks_at_once(tmp_path: Pat
 
 @pytest.mark.model
 def test_the_demo_model_equals_transformers_own_loader(demo_gguf: Path) -> None:
-    ours, tokenizer = load(demo_gguf, quant="none")
+    ours, tokenizer = load(demo_gguf, quant="none", dtype=torch.bfloat16)
     theirs = AutoModelForCausalLM.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name, dtype=torch.bfloat16)
     for name, parameter in theirs.named_parameters():
         assert torch.equal(ours.get_parameter(name), parameter), name

@@ -33,7 +33,7 @@ def test_a_bitsandbytes_checkpoint_loads_and_is_written_again_byte_for_byte(
     (tmp_path / "theirs" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "theirs" / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
     torch.set_default_dtype(torch.bfloat16)  # must not round the offset of the double quantisation
-    ours, _ = load(tmp_path / "theirs")
+    ours, _ = load(tmp_path / "theirs", dtype=torch.bfloat16)
     torch.set_default_dtype(torch.float32)
     assert sum(isinstance(module, Linear4bit) for module in ours.modules()) == 14
     ours.save_pretrained(tmp_path / "ours")

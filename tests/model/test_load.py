@@ -17,7 +17,7 @@ from longfit.numerics.quant_state import dequantize_4bit, quantize_4bit
 
 
 def test_every_linear_but_the_head_is_quantised_from_the_dense_weight(folder: Path) -> None:
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, dtype=torch.bfloat16)
     dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     report = load_report(model)
     assert len(report.quantized) == 2 * 7

@@ -15,7 +15,8 @@ def test_measured_rates_give_a_plan_its_time(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(measuring, "COPY_BYTES", 1 << 20)
     monkeypatch.setattr(measuring, "TURNS", 1)
     monkeypatch.setenv("LONGFIT_CACHE", str(tmp_path))
-    found = measuring.measure_rates(torch.device("cpu"), name="a processor", folder=tmp_path)
+    found = measuring.measure_rates(torch.device("cpu"), name="a processor", folder=tmp_path, dtype="float32")
+    assert found.dtype == "float32"
     assert min(found.matmul_flops, found.attention_flops, found.copy_bytes, found.disk_bytes) > 0
     save_rates(found)
     assert read_rates("cpu") == found

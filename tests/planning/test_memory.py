@@ -130,7 +130,7 @@ def test_optimiser_state_is_that_of_its_pages(name: str, optim: str) -> None:
     assert parts.num_params == sum(p.numel() for p in learned)
     # Ends of pages stay free, and small fields fill whole cache lines: well below one per cent.
     pages = len(layout.pages) * layout.page_bytes
-    assert constant_bytes.state_bytes(parts, settings) == pytest.approx(pages, rel=0.01, abs=2 * layout.page_bytes)
+    assert constant_bytes.page_bytes(parts, settings) == pytest.approx(pages, rel=0.01, abs=2 * layout.page_bytes)
 
 
 def test_the_one_constant_that_cannot_be_imported_without_torch() -> None:

@@ -25,7 +25,7 @@ LACK = RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can'
 
 def small_plan() -> Plan:
     shape = Path(__file__).parents[1] / "data" / "configs" / "SmolLM2-135M.json"
-    return plan(shape, context=8192, ram=1 << 34)
+    return plan(shape, context=8192, ram=1 << 34, dtype="bfloat16")
 
 
 def test_a_plan_takes_every_setting_of_a_run(make_config: MakeConfig) -> None:

@@ -39,11 +39,13 @@ def test_the_optimiser_fits_dtype_and_settings(tmp_path: Path) -> None:
         return make_optimizer(config(**settings), groups, run_id="mine", process=process)
 
     plain = made(torch.float32, optim__betas=[0.8, 0.95], train__learning_rate=3e-3)
-    assert type(plain) is torch.optim.AdamW
+    assert type(plain) is type(made(torch.bfloat16)) is PagedAdamW
     assert (plain.defaults["betas"], plain.defaults["lr"]) == ((0.8, 0.95), 3e-3)
-    assert PagingMeter(plain).read() == {}
+    assert (plain.state_bits, plain.budget_bytes) == (32, None)
     assert relieve(plain, lambda: 0.5) == 0.5
-    assert isinstance(made(torch.bfloat16), PagedAdamW)
+    of_torch = torch.optim.AdamW(parameter_groups(model(), weight_decay=0.0))
+    assert PagingMeter(of_torch).read() == {}
+    assert relieve(of_torch, lambda: 0.5) == 0.5
     small = made(torch.float32, optim__optim="adamw8bit", optim__budget="64MiB", optim__file=str(tmp_path / "state"))
     assert isinstance(small, PagedAdamW)
     assert (small.state_bits, small.budget_bytes) == (8, 64 << 20)

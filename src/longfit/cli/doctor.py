@@ -51,6 +51,7 @@ def doctor(
         "",
         f"processor  {cpu['model']}, {cpu['cores']} cores, torch uses {cpu['torch_threads']} threads",
         f"           {' '.join(cpu['flags']) or 'no known instruction sets'}; torch: {cpu['torch_capability']}",
+        f"dtype      auto is {facts['dtype']['auto']}: {facts['dtype']['reason']}",
         f"memory     {format_bytes(memory['available_bytes'])} free of {format_bytes(memory['total_bytes'])}",
         f"disk       {format_bytes(disk['free_bytes'])} free of {format_bytes(disk['total_bytes'])} at {disk['path']}",
     )
@@ -79,7 +80,10 @@ def inspect_machine() -> dict[str, Any]:
 
     from longfit.attention.backends import BACKENDS
     from longfit.model.fused import not_installed
+    from longfit.model.load import auto_dtype
 
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, reason = auto_dtype(device)
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
     return {
         "python": platform.python_version(),
@@ -92,6 +96,7 @@ def inspect_machine() -> dict[str, Any]:
             "torch_threads": torch.get_num_threads(),
             "torch_capability": torch.backends.cpu.get_cpu_capability(),
         },
+        "dtype": {"auto": str(dtype).removeprefix("torch."), "reason": reason},
         "memory": {"total_bytes": memory.total, "available_bytes": memory.available},
         "disk": {"path": str(Path.cwd()), "total_bytes": disk.total, "free_bytes": disk.free},
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
@@ -125,23 +130,33 @@ def _print_rates(*, as_json: bool) -> None:
     """Measure the device that a run would use, keep its rates and show them."""
     import torch
 
+    from longfit.model.load import auto_dtype
     from longfit.planning.machines import save_rates
-    from longfit.planning.measure import measure_rates
+    from longfit.planning.measure import measure_dtypes, measure_rates
 
     on_card = torch.cuda.is_available()
     device = torch.device("cuda" if on_card else "cpu")
     name = torch.cuda.get_device_name(device) if on_card else _cpu_model()
-    rates = measure_rates(device, name=name, folder=Path.cwd())
+    found, reason = auto_dtype(device)
+    dtype, dtypes = str(found).removeprefix("torch."), measure_dtypes(device)
+    rates = measure_rates(device, name=name, folder=Path.cwd(), dtype=dtype, dtypes=dtypes)
     path = save_rates(rates)
+    fastest = max(dtypes, key=lambda each: dtypes[each].matmul_flops)
+    share = dtypes[dtype].matmul_flops / dtypes[fastest].matmul_flops
     if as_json:
-        print_json(rates)
+        each = {name: asdict(rate) for name, rate in dtypes.items()}
+        print_json({**asdict(rates), "dtypes": each, "fastest": fastest, "share_of_fastest": share})
         return
+    print_lines(f"{rates.name} ({rates.device})")
+    for kind, rate in dtypes.items():
+        print_lines(
+            f"{kind:<10} matrix products {rate.matmul_flops / 1e9:,.1f} GFLOP/s,"
+            f" attention forward and backward {rate.attention_flops / 1e9:,.1f} GFLOP/s"
+        )
     print_lines(
-        f"{rates.name} ({rates.device})",
-        f"matrix products  {rates.matmul_flops / 1e12:.3f} TFLOP/s, bfloat16",
-        f"attention        {rates.attention_flops / 1e12:.3f} TFLOP/s, forward and backward",
-        f"copies           {rates.copy_bytes / 1e9:.1f} GB/s",
-        f"disk             {rates.disk_bytes / 1e9:.2f} GB/s written, at {Path.cwd()}",
+        f"dtype auto is {dtype} ({reason}): {share:.0%} of the fastest, {fastest}, in matrix products",
+        f"copies     {rates.copy_bytes / 1e9:.1f} GB/s",
+        f"disk       {rates.disk_bytes / 1e9:.2f} GB/s written, at {Path.cwd()}",
         f"kept in {path}; longfit plan uses them",
     )
 

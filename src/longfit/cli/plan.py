@@ -85,10 +85,12 @@ def plan(
 
 
 def _settings(**values: Any) -> "PlanSettings":
+    from longfit.kernels.cpu import processor
     from longfit.planning.machines import fused_kernels_here
     from longfit.planning.settings import PlanSettings
 
-    return PlanSettings(fused_kernels=fused_kernels_here(), **values)
+    dtype, _ = processor.auto_dtype(values["device"])
+    return PlanSettings(dtype=dtype, fused_kernels=fused_kernels_here(), **values)
 
 
 def _limits(*, vram: str | None, ram: str | None, disk: str | None, gpus: str | None, cpu: bool) -> dict[str, int]:

@@ -80,7 +80,8 @@ class ModelSection(Section):
     block_size: Annotated[int, Field(ge=16, le=4096), AfterValidator(_power_of_two)] = 64
     """Weights that share one absmax."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute dtype, and storage dtype of what is not quantised; auto: bfloat16, or float16 on cards without it."""
+    """Compute dtype, and storage dtype of what is not quantised; auto: what the device multiplies fast: bfloat16, or
+    float32 on processors without bf16 instructions, or float16 on cards without bfloat16."""
     device: str = "auto"
     """Where the model runs: auto (cuda if there is one, else cpu), cpu, cuda, cuda:1."""
 

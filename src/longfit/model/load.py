@@ -20,6 +20,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from longfit.errors import ModelError
 from longfit.files import reading as border
 from longfit.files.reading import read_object, reading
+from longfit.kernels.cpu import processor
 from longfit.layers.linear4bit import Linear4bit
 from longfit.model import gguf
 from longfit.model.accounting import accounted
@@ -88,7 +89,8 @@ def load(
         quant: ``"nf4"``, ``"fp4"``, ``"int4"``, or ``"none"`` for dense weights.
         double_quant: quantise the block constants again.
         block_size: weights per block constant.
-        dtype: of dense weights and of matmuls; bfloat16 unless the device cannot compute in it.
+        dtype: of dense weights and of matmuls; by default the one the device multiplies fast: bfloat16, or float32 on a
+            processor without bf16 instructions, or float16 on a card without bfloat16.
         device: where the weights go; the first CUDA device if there is one, else the CPU.
         skip_modules: names of linear layers to leave dense.
     Returns: the model in eval mode and its tokenizer; ``load_report(model)`` tells what was done.
@@ -97,7 +99,7 @@ def load(
     if quant not in (*QUANT_TYPES, "none"):
         raise ModelError(f"quant={quant!r}: must be one of {', '.join(QUANT_TYPES)} or none")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or default_dtype(device)
+    dtype = dtype or auto_dtype(device)[0]
     path = Path(name)
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quant != "none":
@@ -155,11 +157,12 @@ def read_tokenizer(name: str | os.PathLike[str]) -> Any:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def default_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, or float16 on a CUDA device that cannot compute in bfloat16 (T4, V100)."""
+def auto_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """What the device multiplies fast, and why: ``processor.auto_dtype``; float16 on a card without bfloat16 (T4)."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
-    return torch.bfloat16
+        return torch.float16, "this card has no bfloat16"
+    name, reason = processor.auto_dtype(device.type)
+    return getattr(torch, name), reason
 
 
 def read_config(name: str | os.PathLike[str]) -> PretrainedConfig:

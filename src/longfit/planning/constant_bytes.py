@@ -143,16 +143,8 @@ def trained(shape: ModelShape, settings: PlanSettings) -> Trained:
     return Trained(adapters, idle, vocabulary, norms, idle_norms, head=shape.tied and settings.train_embeddings)
 
 
-def uses_torch_adamw(parts: Trained, settings: PlanSettings) -> bool:
-    """Whether torch's fused AdamW steps, not ``PagedAdamW`` (``training/optimizer.py``)."""
-    wide = parts.whole_params == 0 or settings.element_bytes == 4
-    return wide and settings.optim == "adamw" and settings.budget is None
-
-
 def state_bytes(parts: Trained, settings: PlanSettings) -> int:
-    """Bytes of all optimiser state, wherever it is (``optim/layout.py``)."""
-    if uses_torch_adamw(parts, settings):
-        return 8 * parts.num_params
+    """Bytes of all optimiser state, as a checkpoint has it (``optim/layout.py``)."""
 
     def bytes_of(numel: int, master: int) -> int:
         eight_bit = settings.optim == "adamw8bit" and numel >= SMALLEST_8BIT_NUMEL
@@ -161,8 +153,12 @@ def state_bytes(parts: Trained, settings: PlanSettings) -> int:
 
     master = 0 if settings.element_bytes == 4 else 4
     whole = (parts.vocabulary, *parts.norm_sizes)
-    total = sum(bytes_of(numel, 0) for numel in parts.adapters) + sum(bytes_of(numel, master) for numel in whole)
-    return _blocks(total, PAGE_BYTES) * PAGE_BYTES
+    return sum(bytes_of(numel, 0) for numel in parts.adapters) + sum(bytes_of(numel, master) for numel in whole)
+
+
+def page_bytes(parts: Trained, settings: PlanSettings) -> int:
+    """Bytes of all optimiser state in whole pages, wherever they are."""
+    return _blocks(state_bytes(parts, settings), PAGE_BYTES) * PAGE_BYTES
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any
 from longfit.errors import ConfigError
 from longfit.files.reading import read_object
 from longfit.files.writing import write_text
+from longfit.kernels.cpu import processor
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
@@ -61,11 +62,7 @@ def this_gpu_bytes() -> int | None:
 
 def fused_kernels_here() -> bool:
     """Whether this machine's CPU and this installation have the kernels that ``PlanSettings.fused_kernels`` means."""
-    library, processor = Path(__file__).parents[1] / "kernels" / "cpu" / "_longfit.so", Path("/proc/cpuinfo")
-    forced = os.environ.get("LONGFIT_ISA", "avx512_bf16")
-    if forced != "avx512_bf16" or not library.is_file() or not processor.is_file():
-        return False
-    return {"avx512_bf16", "avx512vbmi"} <= set(processor.read_text(encoding="ascii", errors="ignore").split())
+    return processor.has_kernels() and processor.instruction_set() == "avx512_bf16"
 
 
 # ------------------------------------------------------------------------------------------------ rates and time
@@ -76,7 +73,8 @@ class Rates:
     Attributes:
         device: "cuda" or "cpu".
         name: of the accelerator or processor.
-        matmul_flops: floating-point operations a second of a large 16-bit matrix product.
+        dtype: that the products and the attention were measured in.
+        matmul_flops: floating-point operations a second of a large matrix product.
         attention_flops: of causal attention, forward and backward together.
         copy_bytes: bytes a second between the accelerator and host memory; on a CPU, of a memory copy.
         disk_bytes: bytes a second written to the disk of the measuring directory.
@@ -88,6 +86,7 @@ class Rates:
     attention_flops: float
     copy_bytes: float
     disk_bytes: float
+    dtype: str = "bfloat16"
 
 
 def rates_file() -> Path:

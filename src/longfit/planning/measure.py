@@ -8,7 +8,8 @@ make it lower. A few seconds in all; the numbers serve a range, not a benchmark.
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,23 +22,45 @@ TURNS = 3
 COPY_BYTES = 64 << 20
 
 
-def measure_rates(device: torch.device, *, name: str, folder: Path) -> Rates:
+@dataclass(frozen=True)
+class DtypeRates:
+    """What a device does a second in one dtype: floating-point operations of a matrix product, and of attention."""
+
+    matmul_flops: float
+    attention_flops: float
+
+
+def measure_dtypes(device: torch.device) -> dict[str, DtypeRates]:
+    """Measure each dtype that a run on the device may compute in, by the name that ``model.dtype`` takes."""
+    dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if device.type == "cuda" else [])]
+    return {
+        str(dtype).removeprefix("torch."): DtypeRates(_matmul(device, dtype), _attention(device, dtype))
+        for dtype in dtypes
+    }
+
+
+def measure_rates(
+    device: torch.device, *, name: str, folder: Path, dtype: str, dtypes: Mapping[str, DtypeRates] | None = None
+) -> Rates:
     """Measure a device.
 
     Args:
         device: a CPU or a CUDA device.
         name: of it, for people.
         folder: on the disk to be measured.
+        dtype: that a run there would compute in.
+        dtypes: what :func:`measure_dtypes` found; measured here by default.
     Returns: its rates.
     """
-    large = device.type == "cuda"
+    computing = (dtypes or measure_dtypes(device))[dtype]
     return Rates(
         device=device.type,
         name=name,
-        matmul_flops=_matmul(device, size=4096 if large else 1024),
-        attention_flops=_attention(device, tokens=8192 if large else 2048, heads=32 if large else 9),
+        matmul_flops=computing.matmul_flops,
+        attention_flops=computing.attention_flops,
         copy_bytes=_copy(device),
         disk_bytes=_disk(folder),
+        dtype=dtype,
     )
 
 
@@ -58,16 +81,16 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _matmul(device: torch.device, *, size: int) -> float:
-    left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+def _matmul(device: torch.device, dtype: torch.dtype) -> float:
+    size = 4096 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2.0 * size**3 / _best(lambda: left @ right, device)
 
 
-def _attention(device: torch.device, *, tokens: int, heads: int) -> float:
+def _attention(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second over one tile of all tokens: two products in forward, five in backward, half of all pairs."""
-    q, k, v, d_out = (
-        torch.randn(1, heads, tokens, 64, device=device).to(torch.bfloat16) for _ in range(4)
-    )  # [1, H, T, D]
+    tokens, heads = (8192, 32) if device.type == "cuda" else (2048, 9)
+    q, k, v, d_out = (torch.randn(1, heads, tokens, 64, device=device).to(dtype) for _ in range(4))  # [1, H, T, D]
     schedule = build_schedule(heads, document_starts(1, tokens, device=device))
     grad_k, grad_v = (torch.zeros(k.shape, device=device) for _ in range(2))
 

@@ -175,7 +175,7 @@ def _learning(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.T
             **_in(("step", "evaluation", "save"), grads.kept),
         },
     }
-    state = constant_bytes.state_bytes(parts, settings)
+    state = constant_bytes.page_bytes(parts, settings)
     resident = state if settings.budget is None else min(state, settings.budget)
     below = "disk" if settings.file or settings.device == "cpu" else "host"
     adapters = 4 * (parts.adapter_params + parts.idle_adapters)
@@ -187,11 +187,7 @@ def _learning(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.T
         Component("gradients", device, made),
         Component("optimiser state", device, _in(TRAINING, resident)),
         Component("optimiser state, paged out", below, _in(TRAINING, state - resident)),
-        Component(
-            "optimiser state being saved",
-            "host",
-            {"save": 0 if constant_bytes.uses_torch_adamw(parts, settings) else state},
-        ),
+        Component("optimiser state being saved", "host", {"save": constant_bytes.state_bytes(parts, settings)}),
     ]
 
 

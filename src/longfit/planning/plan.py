@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from longfit.errors import ConfigError
+from longfit.kernels.cpu import processor
 from longfit.planning.ladder import Suggestion, climb, excess, longest_context
 from longfit.planning.machines import Rates, fused_kernels_here, step_seconds
 from longfit.planning.memory import PLACES, MemoryPlan, memory_plan
@@ -101,7 +102,8 @@ def plan(
             raise ConfigError(f"{name} {value}: must be a positive number of bytes, such as 24GiB")
     shape = read_shape(model)
     device = settings.pop("device", "cpu" if vram is None else "cuda")
-    defaults = PlanSettings(context=max(1, context), device=device, fused_kernels=fused_kernels_here())
+    dtype, _ = processor.auto_dtype(device)
+    defaults = PlanSettings(context=max(1, context), device=device, dtype=dtype, fused_kernels=fused_kernels_here())
     chosen = defaults.changed({"context": context, **settings})
     limits = {"accelerator": vram, "host": ram, "disk": disk}
     known = {place: limit for place, limit in limits.items() if limit is not None}

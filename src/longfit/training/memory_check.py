@@ -21,6 +21,7 @@ import torch
 
 from longfit.config import RunConfig
 from longfit.errors import ModelError, PlanError
+from longfit.kernels.cpu import processor
 from longfit.planning import constant_bytes
 from longfit.planning.ladder import KEYS, Suggestion, climb, step_down
 from longfit.planning.machines import fused_kernels_here, read_rates
@@ -48,7 +49,7 @@ def plan_settings(config: RunConfig, *, device: torch.device, native_context: in
     taken |= {
         "context": flat["context"] or native_context,
         "device": device.type,
-        "dtype": "bfloat16" if flat["dtype"] == "auto" else flat["dtype"],
+        "dtype": processor.auto_dtype(device.type)[0] if flat["dtype"] == "auto" else flat["dtype"],
         "file": flat["file"] is not None,
         "evaluates": bool(flat["validation"] or flat["validation_fraction"]),
         "targets": flat["targets"] if isinstance(flat["targets"], str) else tuple(flat["targets"]),

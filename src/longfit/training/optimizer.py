@@ -33,8 +33,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimiser that the config asks for.
 
-    torch's fused AdamW where 32-bit parameters, as adapters are, want 32-bit state without a budget; `PagedAdamW` for
-    the rest: 8-bit state, paged state, and float32 masters for the embeddings or norms of a 16-bit base.
+    `PagedAdamW` always, so that a budget changes where the state lies and no bit of it: torch's fused AdamW rounds
+    otherwise and differs in the last bit of every twentieth number.
 
     Args:
         config: its ``optim`` section decides; ``train.learning_rate`` is the peak.
@@ -44,9 +44,6 @@ def make_optimizer(
     Raises: ConfigError, PagingError: as `PagedAdamW`.
     """
     optim, peak = config.optim, config.train.learning_rate
-    wide = all(parameter.dtype in (torch.float32, torch.float64) for group in groups for parameter in group["params"])
-    if wide and optim.optim == "adamw" and optim.budget is None:
-        return torch.optim.AdamW(groups, lr=peak, betas=optim.betas, fused=True)
     suffix = "" if process is None else f".{process}"
     return PagedAdamW(
         groups,

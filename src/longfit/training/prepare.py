@@ -19,11 +19,12 @@ from longfit.engine.offload.activations import ActivationOffload, FileActivation
 from longfit.engine.offload.pinned_activations import PinnedActivations
 from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weights
 from longfit.errors import ConfigError
+from longfit.kernels.cpu import processor
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters
 from longfit.model.context import ContextReport, extend_context
 from longfit.model.fused import fuse
-from longfit.model.load import load, read_config, read_tokenizer
+from longfit.model.load import auto_dtype, load, read_config, read_tokenizer
 from longfit.model.save import load_adapter
 from longfit.training import run_directory
 from longfit.training.metrics import Event, OnEvent
@@ -70,6 +71,20 @@ def load_base(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
         dtype=None if section.dtype == "auto" else getattr(torch, section.dtype),
         device=device,
     )
+
+
+def resolve_dtype(config: RunConfig, device: torch.device, *, on_event: OnEvent) -> RunConfig:
+    """Fill ``model.dtype`` where it is auto, so that a run is resumed in the dtype it began in, and say what it is."""
+    chosen: str = config.model.dtype
+    if chosen == "auto":
+        dtype, reason = auto_dtype(device)
+        chosen = str(dtype).removeprefix("torch.")
+        config = config.replace({"model.dtype": chosen}, origin=f"auto: {reason}")
+        on_event(Event("phase", f"computing in {chosen}: {reason}"))
+    elif device.type == "cpu" and chosen != "float32" and processor.auto_dtype()[0] == "float32":
+        reason = processor.auto_dtype()[1]
+        on_event(Event("warning", f"model.dtype={chosen}: {reason}, so it is emulated; float32 is many times faster"))
+    return config
 
 
 def extend(model: Any, tokenizer: Any, config: RunConfig) -> ContextReport:
@@ -206,6 +221,8 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
 def open_run(run_dir: str | Path, *, device: torch.device) -> tuple[Any, Any, RunConfig]:
     """Load what a run produced: its base, extended as it was, with its adapter (or the newest checkpoint's).
 
+    It computes in the run's dtype, or in float32 where the run's is a 16-bit one that this processor would emulate.
+
     Returns: the model in eval mode, its tokenizer, the config of the run.
     Raises: RunError: no run there, or nothing saved in it.
     """
@@ -214,6 +231,8 @@ def open_run(run_dir: str | Path, *, device: torch.device) -> tuple[Any, Any, Ru
     adapter = run_dir / "adapter"
     if not adapter.is_dir():
         adapter = run_directory.last_checkpoint(run_dir) / "adapter"
+    if device.type == "cpu" and config.model.dtype != "float32" and processor.auto_dtype()[0] == "float32":
+        config = config.replace({"model.dtype": "float32"}, origin="auto: fast on this processor")
     model, tokenizer = load_base(config, device)
     extend(model, tokenizer, config)
     return load_adapter(model, adapter).eval(), tokenizer, config

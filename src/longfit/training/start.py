@@ -34,6 +34,7 @@ from longfit.training.prepare import (
     native_context,
     pack_documents,
     read_data,
+    resolve_dtype,
     stream_frozen,
     sweep_with_less,
 )
@@ -108,6 +109,7 @@ def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) ->
     if resume:
         run_directory.require_same_data(run_dir, digest)
 
+    config = resolve_dtype(config, accelerator.device, on_event=notify)
     config, plan = memory_check.plan_run(
         config,
         run_dir,
@@ -157,7 +159,7 @@ def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) ->
         run_directory.create(run_dir, config, digest=digest, ledger=ledger)
     if plan is not None and accelerator.is_main_process:
         run_directory.write_text(run_dir / "plan.json", memory_check.plan_json(plan))
-    scaling = loss_scale.describe(state.loss_scale, on_card=config.model.dtype == "auto")
+    scaling = loss_scale.describe(state.loss_scale, on_card=config.origin("model.dtype").startswith("auto"))
     for line in (*ledger.warnings, *report.warnings, *([scaling] if scaling else [])):
         notify(Event("warning", line))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
