@@ -1,9 +1,11 @@
 """QLoRALinear: equals dq(W) plus a dense adapter, forward and every gradient, through PEFT."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from longfit.errors import ModelError
@@ -142,3 +144,157 @@ def test_merging_gives_a_dense_layer_and_never_requantises():
     merged = net.merge_and_unload().proj
     assert type(merged) is nn.Linear
     torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-4)  # float32, 128 additions
+
+
+WAYS = {
+    "rank-stabilised": {"use_rslora": True},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa, iterated": {"init_lora_weights": "pissa_niter_4"},
+    "olora": {"init_lora_weights": "olora"},
+    "mica": {"init_lora_weights": "mica"},
+    "lora_bias": {"lora_bias": True},
+    "dora": {"use_dora": True},
+    "dora under dropout": {"use_dora": True, "lora_dropout": 0.5},
+    "dora, orthogonal, rank-stabilised": {"use_dora": True, "init_lora_weights": "orthogonal", "use_rslora": True},
+    "pissa under dropout": {"init_lora_weights": "pissa", "lora_dropout": 0.5},
+    "velora": {"velora_config": {"num_groups": 8}},
+    "bdlora": {"use_bdlora": {"target_modules_bd_a": ["proj"], "nblocks": 2}},
+}
+
+
+class DenseNet(nn.Module):
+    """The base of `Net`, dense: it holds dq(W) in fp32."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.proj = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        self.proj.weight.data = layer.dequantize(torch.float32)
+        if layer.bias is not None:
+            self.proj.bias.data = layer.bias.data.clone()
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+def quantized_and_dense(settings, *, in_features=128, out_features=96, bias=True):
+    """The same adapter, moved off its start, on a 4-bit layer and, by PEFT alone, on a dense layer of dq(W)."""
+    net = Net(in_features, out_features, bias)
+    dense = DenseNet(net.proj)
+    pair = []
+    for base in (net, dense):
+        torch.manual_seed(0)  # orthogonal, gaussian and iterated starts draw numbers
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["proj"], **settings)
+        register_layers(config)
+        pair.append(get_peft_model(base, config))
+    ours, theirs = (
+        {name: p for name, p in peft.named_parameters() if "lora_" in name} for peft in pair
+    )  # the same names, as in one adapter file
+    assert ours.keys() == theirs.keys()
+    for name, parameter in ours.items():
+        # The same start; PiSSA's singular vectors may come out with the other sign, A's and B's together.
+        assert_close(parameter.abs(), theirs[name].abs())
+        with torch.no_grad():
+            theirs[name].add_(torch.randn_like(parameter) * 0.1)
+            parameter.copy_(theirs[name])
+    return pair
+
+
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)  # float32: 128 additions of terms of size 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("in_features", "out_features"), [(128, 96), (80, 34)])
+def test_peft_s_ways_equal_a_dense_base_that_holds_dq_w(way, in_features, out_features):
+    quantized, dense = quantized_and_dense(WAYS[way], in_features=in_features, out_features=out_features)
+    rows = quantized.base_model.model.proj.get_base_layer().weight.clone()
+    x = torch.randn(2, 5, in_features)
+    grad = torch.randn(2, 5, out_features)
+    outputs = []
+    for model in (quantized, dense):
+        torch.manual_seed(1)  # dropout
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        y.backward(grad)
+        outputs.append([y.detach(), leaf.grad, *(p.grad for n, p in model.named_parameters() if p.grad is not None)])
+    for actual, expected in zip(*outputs, strict=True):
+        assert_close(actual, expected)
+    quantized.eval()
+    dense.eval()
+    expected = quantized(x)
+    assert_close(expected, dense(x))
+    merged = copy.deepcopy(quantized).merge_and_unload().proj
+    assert type(merged) is nn.Linear
+    assert_close(merged(x), expected)
+    unloaded = quantized.unload().proj
+    assert isinstance(unloaded, Linear4bit)
+    assert torch.equal(unloaded.weight, rows)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_taken_out_of_the_base_changes_nothing_until_it_is_trained(start):
+    net = Net(128, 96, True)
+    x = torch.randn(3, 128)
+    expected = net(x)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["proj"], init_lora_weights=start)
+    register_layers(config)
+    model = get_peft_model(net, config)
+    assert model.base_model.model.proj.lora_B["default"].weight.abs().max() > 0
+    assert_close(model(x), expected)
+    with model.disable_adapter():
+        assert torch.equal(model(x), expected)
+    layer = model.base_model.model.proj
+    layer.set_scale("default", 3)  # the base keeps what was taken at the first scale
+    tripled = expected + 2 * layer.starts["default"](x)
+    assert_close(model.merge_and_unload().proj(x), tripled)
+
+
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}])
+def test_an_adapter_file_is_loaded_again(settings, tmp_path):
+    model, _ = quantized_and_dense(settings)
+    x = torch.randn(3, 128)
+    expected = model(x)
+    model.save_pretrained(str(tmp_path))
+    base = Net(128, 96, True)
+    base.load_state_dict(model.unload().state_dict())
+    for low_cpu_mem_usage in (False, True):
+        if low_cpu_mem_usage and settings.get("init_lora_weights") == "pissa":
+            continue  # PEFT itself cannot take singular vectors on the meta device
+        config = LoraConfig.from_pretrained(str(tmp_path))
+        register_layers(config)
+        loaded = PeftModel.from_pretrained(
+            copy.deepcopy(base), str(tmp_path), config=config, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        assert_close(loaded(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights='lora_ga'"),
+        ({"kasa_config": {}}, "kasa_config"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "with use_dora"),
+        ({"target_modules": None, "target_parameters": ["proj.weight"]}, "target_parameters 'weight'"),
+    ],
+)
+def test_ways_that_a_quantised_base_cannot_carry_are_refused_by_name(settings, problem):
+    net = Net(128, 96, True)
+    settings = dict(settings)
+    start = settings.pop("init_lora_weights", True)
+    config = LoraConfig(**({"r": 4, "target_modules": ["proj"]} | settings))
+    config.init_lora_weights = start  # afterwards: as an argument, LoftQ asks for scipy first
+    register_layers(config)
+    with pytest.raises(ModelError, match=problem):
+        get_peft_model(net, config)
+    assert isinstance(net.proj, Linear4bit)  # nothing was built
+
+
+def test_merging_a_bias_needs_a_bias_to_add_it_to():
+    model, _ = quantized_and_dense({"lora_bias": True}, bias=False)
+    with pytest.raises(ModelError, match="lora_bias"):
+        model.merge_and_unload()

@@ -104,9 +104,13 @@ class Linear4bit(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x`` (or of autocast, where it is on)."""
-        x = autocast_input(x)
-        y = FrozenMatmul.apply(x, self.weight, self.constants, self.row_format)
+        y = self.matmul(autocast_input(x))
         return y if self.bias is None else y.add_(self.bias.to(y.dtype))  # y is nobody else's
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """``X dq(W)^T``, without the bias, in the dtype of ``x``; differentiable with respect to ``x``."""
+        y: Tensor = FrozenMatmul.apply(x, self.weight, self.constants, self.row_format)
+        return y
 
     def extra_repr(self) -> str:
         f = self.row_format
