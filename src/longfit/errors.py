@@ -7,6 +7,7 @@
     ├── ModelError (ValueError)         the model cannot be loaded, quantised, extended, adapted or saved
     ├── RunError                        a run directory is missing, incomplete, or belongs to another run
     ├── PlanError                       the run cannot fit the memory it is given
+    ├── ProcessesError                  of the processes of a run one has gone, hangs, or sees what the others do not
     ├── BackendError (RuntimeError)     a forced kernel backend is not available on this machine
     └── PagingError (RuntimeError)      paged optimiser state is damaged, vanished, or belongs to another run
 
@@ -40,6 +41,10 @@ class RunError(LongfitError):
 
 class PlanError(LongfitError):
     """The run cannot fit the memory it is given."""
+
+
+class ProcessesError(LongfitError):
+    """Of the processes of a run one has gone, hangs, or sees what the others do not; the text names it."""
 
 
 class BackendError(LongfitError, RuntimeError):

@@ -17,6 +17,7 @@ from longfit.cli import chat, data, demo, doctor, evaluate, plan, runs, train
 from longfit.cli.output import print_error, print_note
 from longfit.errors import BackendError, ConfigError, LongfitError
 from longfit.kernels.cpu.threads import limit_threads
+from longfit.parallel.launch import leave_reason
 
 EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -106,11 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LongfitError as error:
         if debug:
             raise
-        print_error(str(error))
+        if not leave_reason(error):
+            print_error(str(error))
         return EXIT_OURS if isinstance(error, BackendError) else EXIT_USER
     except Exception as error:  # the outermost frame: everything else is a bug, told without a traceback unless asked
         if debug:
             raise
+        if leave_reason(error):
+            return EXIT_OURS
         print_error(f"{type(error).__name__}: {error}")
         print_error("this is a bug in longfit, not in what you did: repeat with --debug and report the traceback")
         return EXIT_OURS

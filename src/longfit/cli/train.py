@@ -1,7 +1,9 @@
 """``longfit train MODEL DATA [run.yaml] [section.key=value]``: fine-tune, or resume."""
 
 import inspect
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -10,6 +12,7 @@ import typer
 
 from longfit.cli.output import print_json, print_lines, print_note, print_table, show_progress
 from longfit.errors import ConfigError
+from longfit.parallel.launch import INTERRUPTED, Place, is_started, start_processes
 from longfit.words import format_bytes
 
 if TYPE_CHECKING:
@@ -45,6 +48,9 @@ SETTINGS = (
     Setting("optim", "optim.optim", MEMORY, "adamw or adamw8bit."),
     Setting("optim_budget", "optim.budget", MEMORY, "Resident state, as 2GiB."),
     Setting("optim_file", "optim.file", MEMORY, "File for paged-out state."),
+    Setting("devices", "parallel.devices", MEMORY, "Processes to start, one a device."),
+    Setting("shard", "parallel.shard", MEMORY, "Devices that share one copy of the weights."),
+    Setting("sequence", "parallel.sequence", MEMORY, "Devices that share one window."),
     Setting("rank", "adapter.rank", TRAINING, "Rank of the adapters."),
     Setting("alpha", "adapter.alpha", TRAINING, "alpha / rank scales them."),
     Setting("train_embeddings", "adapter.train_embeddings", TRAINING, "Train embeddings too.", bool),
@@ -108,10 +114,18 @@ def train(
         _print_explained(config, as_json=as_json)
         return
 
+    if config.parallel.devices not in (None, 1) and not is_started(os.environ):
+        code = start_processes(sys.argv[1:], devices=config.parallel.devices or 1)
+        if code:
+            raise typer.Exit(code)
+        return
+
     from longfit.training import loop
 
     with show_progress(quiet=as_json) as on_event:
         result = loop.train(config, on_event=on_event, resume=resume)
+    if Place.of(os.environ).rank:  # one process speaks for all
+        raise typer.Exit(0 if result.finished else INTERRUPTED)
     if as_json:
         print_json(result)
     else:
@@ -119,7 +133,7 @@ def train(
     if not result.finished:
         print_note(f"stopped after step {result.steps} of {result.total_steps}; saved. Continue with:")
         print_note(f"  longfit train --run-dir {result.run_dir} --resume")
-        raise typer.Exit(130)
+        raise typer.Exit(INTERRUPTED)
 
 
 def read_settings(words: list[str], flags: Mapping[str, tuple[str, object]], *, resume: bool) -> "RunConfig":

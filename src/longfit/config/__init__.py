@@ -1,4 +1,4 @@
-"""The only configuration objects: `RunConfig` and its eight sections, read from defaults, YAML, overrides and flags.
+"""The only configuration objects: `RunConfig` and its nine sections, read from defaults, YAML, overrides and flags.
 
     sections.py     the settings themselves: names, types, defaults, allowed values, meaning
     source.py       where settings come from: YAML with line numbers, ``section.key=value``, flags

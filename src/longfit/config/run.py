@@ -18,6 +18,7 @@ from longfit.config.sections import (
     ModelSection,
     OptimSection,
     OutputSection,
+    ParallelSection,
     Section,
     TrainSection,
     known_keys,
@@ -49,6 +50,7 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()
     engine: EngineSection = EngineSection()
+    parallel: ParallelSection = ParallelSection()
     output: OutputSection = OutputSection()
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)

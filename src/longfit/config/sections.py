@@ -1,4 +1,4 @@
-"""The settings of a run: eight sections, each a handful of fields with type, default, allowed values and meaning.
+"""The settings of a run: nine sections, each a handful of fields with type, default, allowed values and meaning.
 
 Defaults follow QLoRA (NF4 with double quantisation, adapters on all linear layers, learning rate 2e-4) and LongLoRA
 (20 steps of warm-up, groups of a quarter of the context, section 3.2). The text below a field is its documentation;
@@ -158,7 +158,7 @@ class TrainSection(Section):
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the data; unset: 1, unless steps is given."""
     batch_size: int = Field(default=1, ge=1)
-    """Windows in one forward pass, per process."""
+    """Windows in one forward pass, for each of the windows trained at once (parallel.data)."""
     gradient_accumulation: int = Field(default=1, ge=1)
     """Forward passes per optimiser step; every trained token weighs the same."""
     learning_rate: float = Field(default=2e-4, gt=0)
@@ -240,6 +240,19 @@ class EngineSection(Section):
         return self
 
 
+class ParallelSection(Section):
+    devices: int | None = Field(default=None, ge=1)
+    """Processes to start on this machine, one a device; unset: this process, or those that torchrun has started."""
+    data: int | None = Field(default=None, ge=1)
+    """Windows trained at once; unset: devices / sequence."""
+    sequence: int = Field(default=1, ge=1)
+    """Devices that share one window, each with a stretch of its tokens."""
+    shard: int = Field(default=1, ge=1)
+    """Devices that share one copy of the weights (FSDP2); 1: each has a whole copy."""
+    timeout: float = Field(default=60.0, ge=1)
+    """Seconds without a sign of life or work after which a process is given up, and with it the run."""
+
+
 class OutputSection(Section):
     run_dir: str | None = None
     """Directory of the run; unset: the first free one below runs/."""
@@ -253,6 +266,7 @@ SECTIONS: dict[str, type[Section]] = {
     "train": TrainSection,
     "optim": OptimSection,
     "engine": EngineSection,
+    "parallel": ParallelSection,
     "output": OutputSection,
 }
 

@@ -121,6 +121,8 @@ def load_checkpoint(
     from safetensors.torch import load_file
 
     state = read_state(folder)
+    if device.type == "cpu":
+        device = torch.device("cpu")  # Accelerate's "cpu:0" is no place to safetensors and torch.load
     saved = load_file(folder / "trainable.safetensors", device=str(device))
     parameters = trained_tensors(model)
     wrong = sorted(saved.keys() ^ parameters.keys())

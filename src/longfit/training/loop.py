@@ -14,7 +14,7 @@ directory is kept whole (checkpoint.py).
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from torch import Tensor
 from longfit.config import RunConfig
 from longfit.data.packing import PackedDataset
 from longfit.engine.loss.linear_cross_entropy import IGNORED
-from longfit.engine.loss.training_loss import shifted_labels
+from longfit.engine.loss.training_loss import TrainingLoss, shifted_labels
 from longfit.engine.sweep.evaluation import swept_evaluation
 from longfit.errors import PlanError, RunError
 from longfit.model.save import save_adapter
@@ -99,7 +99,11 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None, resume: bool = 
     else:
         run_directory.require_new(run_dir)
     run = start(config, run_dir, notify, resume=resume)
-    return _loop(run)
+    try:
+        return _loop(run)
+    finally:
+        if run.heartbeat is not None:
+            run.heartbeat.stop()
 
 
 # ------------------------------------------------------------------------------------------------ steps
@@ -131,6 +135,8 @@ def _loop(run: Run) -> TrainResult:
             with interruptible.held():
                 _save(run)
         except PlanError as error:
+            if run.layout.devices > 1:  # it is this process's trouble alone: the others are in the middle of the step
+                raise
             with interruptible.held():
                 _save(run)
             checkpoint = run_directory.last_checkpoint(run.run_dir)
@@ -144,24 +150,29 @@ def _loop(run: Run) -> TrainResult:
 
 
 def _probe(run: Run) -> None:
-    """Run the longest window once, if the first step has none as long: what does not fit shows now, not in an hour."""
+    """Run the longest window once, if the first step has none as long: what does not fit shows now, not in an hour.
+
+    All processes decide alike, from the windows of all of them: if one tried a window alone, its exchanges would meet
+    others.
+    """
     size, lengths = run.config.train.batch_size, run.window_lengths
-    first = max(int(lengths[index]) for indices in _window_indices(run) for index in indices)
+    everyone = [_window_indices(run, share) for share in range(run.layout.data)]
+    first = max(int(lengths[index]) for shares in everyone for indices in shares for index in indices)
     longest = [int(index) for index in np.argsort(-lengths, kind="stable")[:size]]
     if int(lengths[longest[0]]) <= PROBE_MARGIN * first:
         return
     run.tell(Event("phase", f"trying the longest window, {int(lengths[longest[0]]):,} tokens"))
     batch = _batch(run, longest)
     num_trained = _over_processes(run, _num_trained(batch))
-    run.step_down.run(partial(_differentiate, run, [batch], max(num_trained, 1), run.state.loss_scale))
+    _within_memory(run, partial(_differentiate, run, [batch], max(num_trained, 1), run.state.loss_scale))
     run.optimizer.zero_grad(set_to_none=True)
 
 
 def _step(run: Run, interruptible: Interruptible) -> None:
     """Take one optimiser step and write its line into ``metrics.jsonl``."""
     began = time.perf_counter()
-    train, step, accelerator = run.config.train, run.state.step, run.accelerator
-    batches = [_batch(run, indices) for indices in _window_indices(run)]
+    train, step = run.config.train, run.state.step
+    batches = [_batch(run, indices) for indices in _window_indices(run, run.layout.window_of(run.rank))]
     num_trained = _over_processes(run, sum(_num_trained(batch) for batch in batches))
     num_tokens = int(_over_processes(run, sum(int(run.window_lengths[batch.indices].sum()) for batch in batches)))
 
@@ -177,14 +188,14 @@ def _step(run: Run, interruptible: Interruptible) -> None:
     )
     for group in run.optimizer.param_groups:
         group["lr"] = rate
+    peaks = _peaks(run) if run.layout.devices > 1 else {}
     with interruptible.held():  # the parameters, the state and the line about them change together
         run.optimizer.step()
         run.state = RunState(
             step=step + 1,
-            windows_seen=run.state.windows_seen
-            + sum(len(batch.indices) for batch in batches) * accelerator.num_processes,
+            windows_seen=run.state.windows_seen + sum(len(batch.indices) for batch in batches) * run.layout.data,
             tokens_seen=run.state.tokens_seen + num_tokens,
-            num_processes=accelerator.num_processes,
+            num_processes=run.layout.data,
             run_id=run.state.run_id,
             loss_scale=loss_scale.after_step(scale, step + 1),
         )
@@ -199,7 +210,8 @@ def _step(run: Run, interruptible: Interruptible) -> None:
             "trained_tokens": int(num_trained),
             "tokens_per_s": num_tokens / seconds,
             "step_s": seconds,
-            "peak_memory_bytes": peak_memory_bytes(accelerator.device),
+            "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
+            **peaks,
             **({} if run.plan is None else {"planned_peak_bytes": run.plan.device_peak}),
             **run.paging.read(),
         }
@@ -216,10 +228,8 @@ def _scaled_gradients(run: Run, batches: list["_Batch"], num_trained: float) -> 
     scale = run.state.loss_scale
     while True:
         differentiate = partial(_differentiate, run, batches, num_trained, scale)
-        # Of several processes none may try again alone: the others wait for its gradients where they are.
-        alone = run.accelerator.num_processes == 1
-        loss = run.step_down.run(partial(relieve, run.optimizer, differentiate)) if alone else differentiate()
-        loss = _over_processes(run, loss)
+        loss = _over_processes(run, _within_memory(run, differentiate))
+        _require_finite(run, "loss", loss, batches[-1])
         grad_norm = clip_gradients(run.parameters, run.config.train.max_grad_norm, scale=scale)
         smaller = None if math.isfinite(grad_norm) else loss_scale.after_overflow(scale)
         if smaller is None:
@@ -228,18 +238,36 @@ def _scaled_gradients(run: Run, batches: list["_Batch"], num_trained: float) -> 
         scale = smaller
 
 
+def _within_memory(run: Run, differentiate: Callable[[], float]) -> float:
+    """Call what makes gradients; where memory runs out, make room and call it again.
+
+    Of several processes none may try again alone: the others wait for its gradients where they are.
+
+    Raises: PlanError: memory ran out for good.
+    """
+    if run.layout.devices == 1:
+        return run.step_down.run(partial(relieve, run.optimizer, differentiate))
+    try:
+        return differentiate()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not memory_check.is_out_of_memory(error):
+            raise
+        raise PlanError(f"out of memory ({error}); choose a smaller engine.tile or engine.arena=file") from error
+
+
 def _differentiate(run: Run, batches: list["_Batch"], num_trained: float, scale: float) -> float:
     """Put the gradients of a step's micro-batches in their place; return this process's part of the loss."""
     accelerator, loss = run.accelerator, 0.0
     loss_scale.begin(run.parameters, num_processes=accelerator.num_processes)
     for number, batch in enumerate(batches):
-        torch.manual_seed(_seed(run.config.train.seed, run.state.step, number, accelerator.process_index))
+        torch.manual_seed(_seed(run.config.train.seed, run.state.step, number, run.rank))
         with nullcontext() if number == len(batches) - 1 else accelerator.no_sync(run.loss_module):
             part = run.loss_module(**batch.tensors, num_items=num_trained / scale)
             # Data-parallel wrappers average gradients over processes, but these parts must add up.
             accelerator.backward(part * accelerator.num_processes)
         loss += part.item() / scale
-        _require_finite(run, "loss", loss, batch)
+        if run.layout.devices == 1:  # else all processes must hear of it before one of them leaves
+            _require_finite(run, "loss", loss, batch)
     return loss
 
 
@@ -251,12 +279,15 @@ class _Batch:
     tensors: dict[str, Tensor]
 
 
-def _window_indices(run: Run) -> Iterator[list[int]]:
-    """Yield the windows of each micro-batch of this step and process; the whole run walks `PackedDataset.order`."""
-    train, accelerator = run.config.train, run.accelerator
+def _window_indices(run: Run, window: int) -> Iterator[list[int]]:
+    """Yield the windows of each micro-batch of this step, of the ``window``-th of those that are trained at once.
+
+    The whole run walks `PackedDataset.order`.
+    """
+    train = run.config.train
     first = run.state.windows_seen
     for number in range(train.gradient_accumulation):
-        share = number * accelerator.num_processes + accelerator.process_index
+        share = number * run.layout.data + window
         positions = range(first + share * train.batch_size, first + (share + 1) * train.batch_size)
         yield [int(run.windows.order(p // len(run.windows))[p % len(run.windows)]) for p in positions]
 
@@ -287,6 +318,12 @@ def _over_processes(run: Run, value: float) -> float:
     return float(run.accelerator.reduce(total, reduction="sum").item())
 
 
+def _peaks(run: Run) -> dict[str, list[int]]:
+    """The most memory each process has held so far, in the order of their ranks."""
+    own = torch.tensor([peak_memory_bytes(run.accelerator.device)], device=run.accelerator.device)
+    return {"peak_memory_bytes_by_process": run.accelerator.gather(own).tolist()}
+
+
 def _require_finite(run: Run, what: str, value: float, batch: _Batch) -> None:
     if math.isfinite(value):
         return
@@ -302,14 +339,18 @@ def _require_finite(run: Run, what: str, value: float, batch: _Batch) -> None:
 # ------------------------------------------------------------------------------------------------ between steps
 @torch.no_grad()
 def _evaluate(run: Run, validation: PackedDataset) -> None:
-    """Measure the validation loss; shifted attention acts only in train mode, so this one is exact."""
-    accelerator = run.accelerator
+    """Measure the validation loss; shifted attention acts only in train mode, so this one is exact.
+
+    Processes may have different numbers of windows, one even none. So nothing is exchanged before all are done: the
+    model is called without the wrapper that would.
+    """
     num_windows = min(len(validation), run.config.data.validation_windows)
     total, count = 0.0, 0
+    loss_of = TrainingLoss(run.model)
     with swept_evaluation(run.model):
-        for index in range(accelerator.process_index, num_windows, accelerator.num_processes):
+        for index in range(run.layout.window_of(run.rank), num_windows, run.layout.data):
             batch = _batch(run, [index], windows=validation)
-            total += run.loss_module(**batch.tensors, num_items=1).item()  # a sum
+            total += loss_of(**batch.tensors, num_items=1).item()  # a sum
             count += _num_trained(batch)
     loss = _over_processes(run, total) / _over_processes(run, count)
     record = {"step": run.state.step, "eval_loss": loss, "eval_windows": num_windows}
@@ -318,6 +359,11 @@ def _evaluate(run: Run, validation: PackedDataset) -> None:
 
 
 def _save(run: Run) -> None:
+    with nullcontext() if run.heartbeat is None else run.heartbeat.patient():
+        _save_checkpoint(run)
+
+
+def _save_checkpoint(run: Run) -> None:
     if run.is_main:
         path = save_checkpoint(
             run.run_dir,

@@ -42,10 +42,14 @@ FREE_SETTINGS = frozenset(
         "engine.offload_folder",
         "engine.stream",
         "engine.stream_folder",
+        "parallel.devices",
+        "parallel.timeout",
     }
 )
 # These change rounding, but not what is computed: a smaller tile after running out of memory, another device.
-ROUNDING_SETTINGS = frozenset({"engine.engine", "engine.tile", "model.device"})
+ROUNDING_SETTINGS = frozenset(
+    {"engine.engine", "engine.tile", "model.device", "parallel.data", "parallel.sequence", "parallel.shard"}
+)
 
 
 def choose_run_dir(config: RunConfig) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
 from torch import Tensor
 
 from longfit.config import RunConfig
@@ -22,6 +22,10 @@ from longfit.data.packing import PackedDataset
 from longfit.engine.loss.training_loss import TrainingLoss
 from longfit.errors import ConfigError, RunError
 from longfit.model.load import load_report
+from longfit.parallel.agreement import require_agreement, versions
+from longfit.parallel.heartbeat import Heartbeat
+from longfit.parallel.layout import Layout, choose_layout
+from longfit.parallel.processes import exchange_timeout, start_heartbeat
 from longfit.planning.plan import Plan
 from longfit.training import loss_scale, memory_check, run_directory
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state
@@ -54,6 +58,8 @@ class Run:
     run_dir: Path
     notify: OnEvent
     accelerator: Accelerator
+    layout: Layout
+    heartbeat: Heartbeat | None
     loss_module: Any
     model: Any
     tokenizer: Any
@@ -84,6 +90,11 @@ class Run:
         return self.windows.window_lengths
 
     @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return int(self.accelerator.process_index)
+
+    @property
     def is_main(self) -> bool:
         """Whether this process writes and speaks for all."""
         return bool(self.accelerator.is_main_process)
@@ -101,11 +112,40 @@ class Run:
 
 def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) -> Run:
     """Do everything that can fail before anything is written: read, load, pack; then make or open the run directory."""
-    accelerator = _accelerator(config.model.device)
+    accelerator = _accelerator(config.model.device, timeout=config.parallel.timeout)
+    heartbeat = start_heartbeat(timeout=config.parallel.timeout)
+    try:
+        return _start(config, run_dir, notify, accelerator, heartbeat, resume=resume)
+    except BaseException:
+        if heartbeat is not None:
+            heartbeat.stop()
+        raise
+
+
+def _start(
+    config: RunConfig,
+    run_dir: Path,
+    notify: OnEvent,
+    accelerator: Accelerator,
+    heartbeat: Heartbeat | None,
+    *,
+    resume: bool,
+) -> Run:
+    parallel = config.parallel
+    layout = choose_layout(
+        accelerator.num_processes,
+        asked=parallel.devices,
+        data=parallel.data,
+        sequence=parallel.sequence,
+        shard=parallel.shard,
+    )
     notify = notify if accelerator.is_main_process else ignore
+    if layout.devices > 1:
+        notify(Event("phase", str(layout)))
     notify(Event("phase", f"reading {config.data.path}"))
     documents, held_out = read_data(config)
     digest = run_directory.data_digest(training=documents, validation=held_out)
+    require_agreement({**versions(), **_settings(config), **_data(digest)})
     if resume:
         run_directory.require_same_data(run_dir, digest)
 
@@ -128,7 +168,7 @@ def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) ->
     windows = pack_documents(documents, tokenizer, config)
     validation = pack_documents(held_out, tokenizer, config) if held_out is not None else None
     ledger = Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
-    config = config.resolve_steps(num_windows=len(windows), num_processes=accelerator.num_processes)
+    config = config.resolve_steps(num_windows=len(windows), num_processes=layout.data)
 
     report = extend(model, tokenizer, config)
     if report.group_size != config.context.group_size:
@@ -147,10 +187,10 @@ def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) ->
     )
     metrics = MetricsFile(run_dir / "metrics.jsonl")
     scale, seconds = loss_scale.first_scale(model.get_input_embeddings().weight.dtype), 0.0
-    state = RunState(0, 0, 0, num_processes=accelerator.num_processes, run_id=run_id, loss_scale=scale)
+    state = RunState(0, 0, 0, num_processes=layout.data, run_id=run_id, loss_scale=scale)
     if resume:
         checkpoint = run_directory.last_checkpoint(run_dir)
-        _require_same_processes(read_state(checkpoint), accelerator.num_processes)
+        _require_same_windows(read_state(checkpoint), layout)
         state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, device=accelerator.device)
         metrics.keep_until(state.step)
         seconds = sum(float(str(record["step_s"])) for record in read_metrics(metrics.path) if "step_s" in record)
@@ -174,12 +214,12 @@ def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) ->
         notify,
     )
     return Run(
-        config, run_dir, notify, accelerator, loss_module, model, tokenizer, optimizer, windows, validation, metrics,
-        PagingMeter(optimizer), plan, step_down, state, seconds,
+        config, run_dir, notify, accelerator, layout, heartbeat, loss_module, model, tokenizer, optimizer, windows,
+        validation, metrics, PagingMeter(optimizer), plan, step_down, state, seconds,
     )  # fmt: skip
 
 
-def _accelerator(device: str) -> Accelerator:
+def _accelerator(device: str, *, timeout: float) -> Accelerator:
     if device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise ConfigError(f"model.device={device}: this machine has no CUDA device; try model.device=cpu")
@@ -188,7 +228,21 @@ def _accelerator(device: str) -> Accelerator:
     elif device not in ("auto", "cpu"):
         raise ConfigError(f"model.device={device}: must be auto, cpu, cuda or cuda:N")
     on_cpu = device == "cpu" or not torch.cuda.is_available()
-    return Accelerator(cpu=on_cpu, mixed_precision="no")  # layers compute in model.dtype by themselves
+    handlers = [
+        InitProcessGroupKwargs(timeout=exchange_timeout(timeout, on_cpu=on_cpu)),
+        DistributedDataParallelKwargs(broadcast_buffers=False),  # rotary tables and block constants never change
+    ]
+    # Layers compute in model.dtype by themselves.
+    return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
+
+
+def _settings(config: RunConfig) -> dict[str, object]:
+    """Every setting that decides what is computed, by the name that the user knows."""
+    return {key: value for key, value in config.flat().items() if key != "model.device"}
+
+
+def _data(digest: dict[str, dict[str, str]]) -> dict[str, object]:
+    return {f"{part} data {name}": value for part, files in digest.items() for name, value in files.items()}
 
 
 def _new_run_id(accelerator: Accelerator) -> str:
@@ -199,9 +253,9 @@ def _new_run_id(accelerator: Accelerator) -> str:
     return names[0]
 
 
-def _require_same_processes(state: RunState, num_processes: int) -> None:
-    if state.num_processes != num_processes:
+def _require_same_windows(state: RunState, layout: Layout) -> None:
+    if state.num_processes != layout.data:
         raise RunError(
-            f"cannot resume on {num_processes} processes: the run has {state.num_processes}, which decides the windows "
-            f"of a step; start it with {state.num_processes}"
+            f"cannot resume with {layout.data} windows at once: the run has {state.num_processes}, which decides the"
+            f" windows of a step; start it with parallel.data={state.num_processes}"
         )

@@ -1,0 +1,8 @@
+"""Floor 4: many devices, through torch.distributed; torchrun's agent starts processes, DDP and FSDP2 wrap the model.
+
+launch.py       start the processes of a run on this machine, and tell in one message why one of them ended
+heartbeat.py    end a run whose processes do not move any more
+agreement.py    compare what the processes see before they begin
+processes.py    the process group: time-outs, the store of the heartbeat, the last word
+layout.py       which device trains which windows, which tokens of a window, which rows of the weights
+"""

@@ -1,0 +1,127 @@
+"""Processes of a run, started, ended badly, and told about once."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tests.parallel.forked import run_in_processes
+from tests.training.conftest import MakeConfig
+
+import longfit
+from longfit.config import RunConfig
+from longfit.errors import ConfigError, DataError, LongfitError, ProcessesError
+from longfit.parallel.launch import Place, _error_of, _order, is_started, leave_reason
+from longfit.training.loop import train
+
+SOURCES = str(Path(longfit.__file__).parent.parent)
+
+
+def failure(*, exitcode: int = 1, record: dict[str, str] | None = None, timestamp: int = 5) -> object:
+    data = {"message": record if record is not None else "<NONE>"}
+    return SimpleNamespace(exitcode=exitcode, error_file_data=data, timestamp=timestamp)
+
+
+def test_the_place_of_a_process_is_torchruns() -> None:
+    assert Place.of({"RANK": "3", "WORLD_SIZE": "4"}) == Place(3, 4)
+    assert Place.of({}) == Place(0, 1)
+    assert is_started({"RANK": "0", "WORLD_SIZE": "1"})
+    assert not is_started({})
+
+
+def test_the_cause_is_told_and_not_its_consequence() -> None:
+    killed = failure(exitcode=-signal.SIGKILL)
+    left = failure(record={"kind": "RuntimeError", "text": "RuntimeError: ... Connection closed by peer [::1]"})
+    assert min({0: left, 1: killed}.items(), key=_order) == (1, killed)
+    told = str(_error_of(1, killed, 2))
+    assert told.startswith("process 1 of 2 was ended by SIGKILL, which is how the system ends a process when memory")
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"kind": "DataError", "text": "a.txt: no text"}, DataError("a.txt: no text")),
+        ({"kind": "PlanError", "text": "out"}, ProcessesError("process 1 of 2: out; the others were ended")),
+        ({"kind": "KeyError", "text": "KeyError: 7"}, ProcessesError("process 1 of 2: KeyError: 7; the others were ended")),  # noqa: E501
+    ],
+)  # fmt: skip
+def test_users_errors_are_raised_again_and_others_with_the_process(
+    record: dict[str, str], expected: LongfitError
+) -> None:
+    error = _error_of(1, failure(record=record), 2)
+    assert (type(error), str(error)) == (type(expected), str(expected))
+
+
+def test_a_reason_is_left_where_the_agent_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    assert not leave_reason(ConfigError("wrong"))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("LONGFIT_STARTED_PROCESSES", "1")
+    assert leave_reason(ConfigError("wrong"))
+    record = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert (record["kind"], record["text"]) == ("ConfigError", "wrong")
+    monkeypatch.delenv("LONGFIT_STARTED_PROCESSES")
+    assert not leave_reason(ConfigError("wrong"))  # torchrun reads it, but shows it as its own
+
+
+def start(config: RunConfig) -> subprocess.Popen[str]:
+    run = Path(str(config.output.run_dir))
+    (run.parent / "run.yaml").write_text(config.to_yaml())
+    return subprocess.Popen(
+        [sys.executable, "-m", "longfit", "train", "run.yaml", "--devices", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=run.parent,
+        env={**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def workers_of(agent: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    return [int(pid) for pid in children if b"longfit" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def wait_for_step(run: Path, step: int, agent: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + 120
+    while time.monotonic() < until and agent.poll() is None:
+        metrics = run / "metrics.jsonl"
+        if metrics.exists() and f'"step": {step},' in metrics.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}: {agent.communicate()}")
+
+
+def losses(run: Path) -> list[object]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"], record["grad_norm"]) for record in records if "loss" in record]
+
+
+def go_on(rank: int, config: RunConfig, resume: bool) -> bool:
+    return train(config, resume=resume).finished
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes of a run through Linux's /proc")
+def test_a_killed_process_ends_the_run_with_one_message_and_the_run_goes_on_as_it_would_have(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    settings = {"train__steps": 60, "train__save_every": 1, "train__batch_size": 1}
+    broken = start(make_config(**settings))
+    wait_for_step(tmp_path / "run", 2, broken)
+    began = time.monotonic()
+    os.kill(workers_of(broken)[1], signal.SIGKILL)
+    told = broken.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 60  # parallel.timeout
+    assert broken.returncode == 2
+    errors = [line for line in told.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert re.search(r"process \d of 2 was ended by SIGKILL", errors[0])
+    assert "Traceback" not in told
+    assert 2 <= len(losses(tmp_path / "run")) < 60
+    assert run_in_processes(go_on, 2, make_config(**settings), True, group=False) == [True, True]
+    whole = make_config(**settings, output__run_dir=str(tmp_path / "whole"))
+    assert run_in_processes(go_on, 2, whole, False, group=False) == [True, True]
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
