@@ -252,7 +252,7 @@ def _within_memory(run: Run, differentiate: Callable[[], float]) -> float:
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not memory_check.is_out_of_memory(error):
             raise
-        raise PlanError(f"out of memory ({error}); choose a smaller engine.tile or engine.arena=file") from error
+        raise PlanError(f"out of memory ({error}); choose a smaller engine.tile or engine.offload=file") from error
 
 
 def _differentiate(run: Run, batches: list["_Batch"], num_trained: float, scale: float) -> float:
