@@ -1,4 +1,7 @@
-"""C++ tile attention: elementwise bounds against float64, torch's own error, schedules, strides, threads, refusals."""
+"""C++ tile attention: elementwise bounds against float64, torch's own error, schedules, strides, threads, refusals.
+
+Every instruction set that this machine runs, and of each the dtypes that take another path through it.
+"""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,12 +16,30 @@ from longfit.attention.visibility import Schedule, build_schedule, document_star
 from longfit.kernels.cpu import attention as cpu_attention
 from longfit.kernels.cpu.attention import attention_backward, attention_forward
 
-UNSUPPORTED = cpu_attention.supported()
-runs_here = pytest.mark.skipif(UNSUPPORTED is not None, reason=f"C++ attention: {UNSUPPORTED}")
+# Half a unit in the last place, relative; and what subnormal results of a dtype may lose beside it.
+UNIT = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+U32 = UNIT[torch.float32]
+FLUSHED = {torch.bfloat16: 1e-30, torch.float16: 2.0**-25, torch.float32: 1e-30}
 
-U16 = 2.0**-8  # half a unit in the last place of bf16, relative
-U32 = 2.0**-24
-FLUSHED = 1e-30
+PATHS = [
+    *((isa, torch.float32) for isa in ("scalar", "avx2", "avx512", "avx512_bf16", "neon")),
+    *((isa, torch.bfloat16) for isa in ("scalar", "avx2", "avx512_bf16", "neon")),
+    *((isa, torch.float16) for isa in ("avx2", "avx512", "neon")),
+]
+
+
+@pytest.fixture(params=PATHS, ids=lambda path: f"{path[0]}-{str(path[1]).removeprefix('torch.')}")
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """A dtype, with the instruction set of its path in use."""
+    isa, dtype = request.param
+    if cpu_attention.supported() is not None:
+        pytest.skip(cpu_attention.supported() or "")
+    library = cpu_attention.library()
+    if isa not in library.isas:
+        pytest.skip(f"this processor and build have {', '.join(library.isas)}")
+    before, library.isa = library.isa, isa
+    yield dtype
+    library.isa = before
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +85,7 @@ class Problem:
 
 def problem(
     *, heads=(9, 3), head_dim=64, start=0, queries=130, batch=1, key_offset=0, group=None, window=None, documents=(),
-    magnitude=1.0, scaling=None,
+    magnitude=1.0, scaling=None, dtype=torch.float32,
 ) -> Problem:  # fmt: skip
     """Tensors are strided views of [B, T, H, D] memory with NaN between their rows."""
     total = start + queries
@@ -72,7 +93,7 @@ def problem(
     def rows(num_heads: int, count: int) -> Tensor:
         memory = torch.full((batch, count, num_heads, head_dim + 7), torch.nan)
         memory[..., 3 : 3 + head_dim] = torch.randn(batch, count, num_heads, head_dim)
-        return memory.bfloat16()[..., 3 : 3 + head_dim].transpose(1, 2)
+        return memory.to(dtype)[..., 3 : 3 + head_dim].transpose(1, 2)
 
     positions = None
     if documents:
@@ -91,13 +112,17 @@ def problem(
 def check_against_float64(p: Problem) -> None:
     """Every element lies within its own bound, derived here from what the kernel rounds and to what.
 
-    Let e be the relative error of a probability before rounding: a score is a sum of D products in fp32, each partial
-    sum at most |q| |k| scaling, and the log-sum-exp adds one fp32 rounding of itself and of n terms. P is rounded to
-    bf16 for P V, and the sum of its exponentials is not; out and dQ are rounded once more; delta is taken from the
-    rounded out; dS is rounded to bf16. fp32 sums over keys or queries err by at most their number of terms times U32,
-    relative to the sum of magnitudes. Probabilities below 2^-126 become 0: that moves no result here by FLUSHED.
+    Let e be the relative error of a probability before it is rounded to anything but float32: a score is a sum of D
+    products in float32, each partial sum at most |q| |k| scaling, of a query that was multiplied by the scaling; the
+    exponential errs by 2 U32 (common/vec.h), and the log-sum-exp adds a rounding of itself and of n terms. Where bf16
+    meets in bf16 products, P is rounded for P V (the sum of its exponentials is not) and dS for its two products:
+    that is ``inner``. out and dQ are rounded to the dtype of the tensors, ``outer``; delta is taken from the rounded
+    out. float32 sums over keys or queries err by at most their number of terms times U32, relative to the sum of
+    magnitudes. Probabilities below 2^-126 become 0: that moves no result here by FLUSHED.
     """
     out, lse, grad_q, grad_k, grad_v = p.run()
+    flushed, dtype = FLUSHED[p.q.dtype], p.q.dtype
+    rounds = dtype == torch.bfloat16 and cpu_attention.multiplies_bf16()
     repeats = p.q.shape[1] // p.k.shape[1]
     q, k, v, grad = (x.double() for x in (p.q, p.k, p.v, p.grad_out))
     k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))  # [B, H, n, D]
@@ -106,11 +131,13 @@ def check_against_float64(p: Problem) -> None:
     probs = (scores - exact_lse[..., None]).exp()  # [B, H, t, n]
     exact = probs @ v
 
-    most, terms = (q.abs() @ k.abs().mT).max().item() * abs(p.scaling), k.shape[2] + q.shape[2] + q.shape[3]
+    # 8 more: a product's own rounding where it is not fused, those of the scaled query, the exponential, its argument
+    most, terms = (q.abs() @ k.abs().mT).max().item() * abs(p.scaling), k.shape[2] + q.shape[2] + q.shape[3] + 8
     e = terms * U32 * (1 + most)
     assert e < 0.1, "the case is too extreme for a bound of first order"
-    rounding = 1.05 * (U16 + 2 * e)  # of second order, and of fp32: less than 5 % of the first
-    out_bound = rounding * (probs @ v.abs() + exact.abs()) + FLUSHED
+    # of second order, and of float32: less than 5 % of the first
+    inner, outer = 1.05 * ((UNIT[dtype] if rounds else 0) + 2 * e), 1.05 * (UNIT[dtype] + 2 * e)
+    out_bound = inner * (probs @ v.abs()) + outer * exact.abs() + flushed
     assert ((lse - exact_lse).abs() <= e).all()
     assert ((out - exact).abs() <= out_bound).all()
 
@@ -118,19 +145,19 @@ def check_against_float64(p: Problem) -> None:
     grad_p = grad @ v.mT
     grad_s = probs * (grad_p - delta)
     delta_error = (grad.abs() * out_bound).sum(-1, keepdim=True) + terms * U32 * (grad.abs() @ v.abs().mT + delta.abs())
-    s_bound = rounding * grad_s.abs() + 1.05 * probs * delta_error
+    s_bound = inner * grad_s.abs() + 1.05 * probs * delta_error
 
     def kv_heads(x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, repeats)).sum(2)
 
     scale = abs(p.scaling)
     exact_q, exact_k, exact_v = grad_s @ k * p.scaling, kv_heads(grad_s.mT @ q) * p.scaling, kv_heads(probs.mT @ grad)
-    q_bound = scale * (s_bound @ k.abs() + terms * U32 * grad_s.abs() @ k.abs()) + rounding * exact_q.abs()
+    q_bound = scale * (s_bound @ k.abs() + terms * U32 * grad_s.abs() @ k.abs()) + outer * exact_q.abs()
     k_bound = scale * kv_heads(s_bound.mT @ q.abs() + terms * U32 * grad_s.abs().mT @ q.abs())
-    v_bound = kv_heads(rounding * probs.mT @ grad.abs())
-    assert ((grad_q - exact_q).abs() <= q_bound + FLUSHED).all()
-    assert ((grad_k - exact_k).abs() <= k_bound + FLUSHED).all()
-    assert ((grad_v - exact_v).abs() <= v_bound + FLUSHED).all()
+    v_bound = kv_heads(inner * probs.mT @ grad.abs())
+    assert ((grad_q - exact_q).abs() <= q_bound + flushed).all()
+    assert ((grad_k - exact_k).abs() <= k_bound + FLUSHED[torch.float32]).all()
+    assert ((grad_v - exact_v).abs() <= v_bound + FLUSHED[torch.float32]).all()
 
 
 SHAPES = [
@@ -150,65 +177,73 @@ SCHEDULES = [
 ]
 
 
-@runs_here
 @pytest.mark.parametrize("case", [*SHAPES, *SCHEDULES], ids=str)
-def test_every_element_within_its_bound_of_float64(case: dict) -> None:
-    check_against_float64(problem(**{"batch": 2, **case} if case.get("queries", 130) < 100 else case))
+def test_every_element_within_its_bound_of_float64(dtype: torch.dtype, case: dict) -> None:
+    case = {"batch": 2, **case} if case.get("queries", 130) < 100 else case
+    check_against_float64(problem(**case, dtype=dtype))
 
 
-@runs_here
 @pytest.mark.parametrize("hidden", [1, 2, 127, 129])
-def test_keys_hidden_from_the_last_query_alone(hidden: int) -> None:
-    p = problem(queries=64, start=200, heads=(2, 1))
+def test_keys_hidden_from_the_last_query_alone(dtype: torch.dtype, hidden: int) -> None:
+    p = problem(queries=64, start=200, heads=(2, 1), dtype=dtype)
     p.first_key = p.first_key.clone()
     p.first_key[..., -1] = hidden
     check_against_float64(p)
 
 
-@runs_here
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_every_number_of_threads(threads: int) -> None:
-    torch.set_num_threads(threads)
-    check_against_float64(problem(queries=400, start=100, batch=2, heads=(6, 2)))
+def test_every_number_of_threads(dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    check_against_float64(problem(queries=400, start=100, batch=2, heads=(6, 2), dtype=dtype))
 
 
-@runs_here
+def test_float32_arithmetic_has_the_same_bits_on_any_number_of_threads(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype == torch.bfloat16 and cpu_attention.multiplies_bf16():
+        pytest.skip("the bf16 kernel sums dQ once per thread")
+    p = problem(queries=300, start=1000, heads=(6, 2), group=128, key_offset=37, dtype=dtype)
+    results = []
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        results.append(p.run())
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 @pytest.mark.parametrize(
     "case", [{"scaling": -0.2}, {"scaling": 0.0}, {"magnitude": 100.0}, {"magnitude": 1e-30}], ids=str
 )
-def test_any_scaling_and_extreme_scores(case: dict) -> None:
-    check_against_float64(problem(start=200, heads=(2, 1), **case))
+def test_any_scaling_and_extreme_scores(dtype: torch.dtype, case: dict) -> None:
+    check_against_float64(problem(start=200, heads=(2, 1), dtype=dtype, **case))
 
 
-@runs_here
-def test_scores_of_a_million_pick_one_key_without_overflow() -> None:
-    p = problem(start=300, heads=(2, 1), magnitude=1e6)
+def test_scores_of_a_million_pick_one_key_without_overflow(dtype: torch.dtype) -> None:
+    if dtype == torch.float16:
+        pytest.skip("float16 ends at 65,504")
+    p = problem(start=300, heads=(2, 1), magnitude=1e6, dtype=dtype)
     out, lse, *grads = p.run()
     scores = (p.q.double() @ p.k.double().mT * p.scaling).masked_fill(~p.visible(), -torch.inf)
     best, second = scores.topk(2).values.unbind(-1)
     clear = best - second > 100  # fp32 scores of this size are good to about 1
     assert clear.float().mean() > 0.99
     picked = p.v.expand(-1, 2, -1, -1).gather(2, scores.argmax(-1, keepdim=True).expand(-1, -1, -1, 64))
-    assert ((out - picked).abs() <= 2 * U16 * picked.abs())[clear].all()  # P and out are rounded
+    assert ((out - picked).abs() <= 2 * UNIT[dtype] * picked.abs())[clear].all()  # P and out are rounded
     assert torch.allclose(lse.double(), best, rtol=1e-6)
     assert all(x.isfinite().all() for x in grads)
 
 
-@runs_here
-def test_growing_scores_move_the_reference_in_every_block() -> None:
-    p = problem(start=900, queries=100, heads=(2, 1))
-    p.k = (
-        p.k * 0 + torch.arange(1, 1001)[:, None] / 16
-    ).bfloat16()  # each block of keys outgrows the one before it by 2^11
-    p.q = (p.q * 0 + torch.tensor([1.0, 0.0] * 32)).bfloat16()
+def test_growing_scores_move_the_reference_in_every_block(dtype: torch.dtype) -> None:
+    p = problem(start=900, queries=100, heads=(2, 1), dtype=dtype)
+    p.k = (p.k * 0 + torch.arange(1, 1001)[:, None] / 16).to(dtype)  # each block outgrows the one before it by 2^11
+    p.q = (p.q * 0 + torch.tensor([1.0, 0.0] * 32)).to(dtype)
     check_against_float64(p)
 
 
-@runs_here
-def test_a_nan_key_is_seen_by_its_queries_and_no_other() -> None:
-    p = problem(start=200, window=40, heads=(2, 1))
+def test_a_nan_key_is_seen_by_its_queries_and_no_other(dtype: torch.dtype) -> None:
+    p = problem(start=200, window=40, heads=(2, 1), dtype=dtype)
     clean = p.run()
-    p.k[:, :, 250] = torch.nan
+    p.k[:, :, 250] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # NaN, every bit of it set
     out, lse, grad_q, _, _ = p.run()
     sees = p.visible()[..., 250]  # [B, H, t]
     for got, expected in ((out, clean[0]), (lse, clean[1])):
@@ -217,9 +252,8 @@ def test_a_nan_key_is_seen_by_its_queries_and_no_other() -> None:
     assert grad_q[sees].isnan().all()  # dQ = dS K also reaches others, by 0 times NaN, as in any product
 
 
-@runs_here
-def test_gradients_are_added_into_strided_sums() -> None:
-    p = problem(start=70)
+def test_gradients_are_added_into_strided_sums(dtype: torch.dtype) -> None:
+    p = problem(start=70, dtype=dtype)
     _, _, grad_q, grad_k, grad_v = p.run()
     out, lse = attention_forward(p.q, p.k, p.v, p.first_key, p.head_bounds, **p.options)
     sums = torch.full((2, 1, 200, 3, 100), 2.0)
@@ -234,35 +268,38 @@ def test_gradients_are_added_into_strided_sums() -> None:
     assert (sums == 2).all()  # nothing beside the views was touched
 
 
-@runs_here
-def test_expanded_and_column_strided_inputs() -> None:
-    p = problem(start=10, queries=40, heads=(4, 2), batch=2)
-    dense = Problem(p.q, p.k, p.v, torch.ones(p.q.shape).bfloat16(), p.first_key, p.head_bounds, p.start, p.scaling)
+def test_expanded_and_column_strided_inputs(dtype: torch.dtype) -> None:
+    p = problem(start=10, queries=40, heads=(4, 2), batch=2, dtype=dtype)
+    dense = Problem(p.q, p.k, p.v, torch.ones(p.q.shape, dtype=dtype), p.first_key, p.head_bounds, p.start, p.scaling)
     q_columns = p.q.mT.contiguous().mT
     strided = Problem(
-        q_columns, p.k, p.v, torch.ones(()).bfloat16().expand(p.q.shape), p.first_key, p.head_bounds, p.start, p.scaling
+        q_columns,
+        p.k,
+        p.v,
+        torch.ones((), dtype=dtype).expand(p.q.shape),
+        p.first_key,
+        p.head_bounds,
+        p.start,
+        p.scaling,
     )
     for a, b in zip(dense.run(), strided.run(), strict=True):
         assert torch.equal(a, b)
 
 
-@runs_here
-def test_same_bits_from_concurrent_python_threads() -> None:
-    torch.set_num_threads(2)
-    problems = [problem(start=500, queries=200 + 10 * i, group=128 if i % 2 else None) for i in range(4)]
+def test_same_bits_from_concurrent_python_threads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    problems = [problem(start=200, queries=130 + 10 * i, group=128 if i % 2 else None, dtype=dtype) for i in range(4)]
     alone = [p.run() for p in problems]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(Problem.run, problems * 3))
-    for got, expected in zip(together, alone * 3, strict=True):
+        together = list(pool.map(Problem.run, problems * 2))
+    for got, expected in zip(together, alone * 2, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@runs_here
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_errs_no_more_than_torch_does(head_dim: int) -> None:
-    p = problem(
-        start=512, queries=512, heads=(4, 4), head_dim=head_dim
-    )  # 512 divides both, so that torch needs no merge
+def test_errs_no_more_than_torch_does(dtype: torch.dtype, head_dim: int) -> None:
+    # 512 divides both, so that torch needs no merge
+    p = problem(start=512, queries=512, heads=(4, 4), head_dim=head_dim, dtype=dtype)
     flash, flash_backward = (
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
@@ -276,14 +313,16 @@ def test_errs_no_more_than_torch_does(head_dim: int) -> None:
     exact = scores.softmax(-1) @ v
     exact.backward(p.grad_out.double())
     ours, theirs = (out, grad_q, grad_k, grad_v), (torch_out, *torch_grads)
+    variance = 2 if dtype == torch.float32 else 1
     for mine, other, reference in zip(ours, theirs, (exact, q.grad, k.grad, v.grad), strict=True):
-        # Root mean squares of at least 1e5 independent roundings: equal algorithms differ by far less than 5 %.
-        assert (mine - reference).norm() <= 1.05 * (other - reference).norm()
+        # Root mean squares of 1e5 independent roundings: equal algorithms differ by far less than 5 %. In float32
+        # a probability has twice the roundings of torch's at most (the scaled query, its log-sum-exp in powers of two,
+        # an exponential good to two units), so that the variance doubles.
+        assert (mine - reference).norm() <= 1.05 * variance**0.5 * (other - reference).norm()
 
 
-@runs_here
-def test_the_engine_finds_it_and_agrees_with_the_reference() -> None:
-    p = problem(start=130, queries=190, heads=(6, 2), group=64, batch=2)
+def test_the_engine_finds_it_and_agrees_with_the_reference(dtype: torch.dtype) -> None:
+    p = problem(start=130, queries=190, heads=(6, 2), group=64, batch=2, dtype=dtype)
     schedule = Schedule(
         torch.nn.functional.pad(p.first_key, (p.start, 0)),  # of the whole sequence
         p.head_bounds,
@@ -299,15 +338,18 @@ def test_the_engine_finds_it_and_agrees_with_the_reference() -> None:
         results[name] = (out, lse, grad_q, *grads)
     for ours, reference, chosen in zip(*results.values(), strict=True):
         assert torch.equal(ours, chosen)
-        # A root mean square of three independent roundings (P or dS, delta, the result), each at most U16.
-        assert (ours - reference).norm() <= 3 * U16 * reference.norm()
+        # A root mean square of three independent roundings (P or dS, delta, the result), each at most a unit; in
+        # float32 of sums of 64 products and up to 320 keys on both sides: random walks of sqrt(320) roundings.
+        units = 3 if dtype != torch.float32 else 3 + 2 * 18
+        assert (ours - reference).norm() <= units * UNIT[dtype] * reference.norm()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q": torch.zeros(1, 9, 5, 64)}, "torch.bfloat16 on the CPU"),
-        ({"q": torch.zeros(1, 8, 5, 64).bfloat16()}, "a multiple of K"),
+        ({"q": torch.zeros(1, 9, 5, 64).double()}, "torch.float32, torch.bfloat16, torch.float16 on the CPU"),
+        ({"k": torch.zeros(1, 3, 5, 64).bfloat16()}, "torch.float32, torch.bfloat16, torch.float16 on the CPU"),
+        ({"q": torch.zeros(1, 8, 5, 64)}, "a multiple of K"),
         ({"head_bounds": (0, 4)}, "must rise from 0 to the 9 query heads"),
         ({"first_key": torch.zeros(1, 1, 5)}, r"must be \[1, 1, 5\] in torch.int32"),
         ({"first_key": torch.tensor([[[0, 1, 0, 1, 1]]], dtype=torch.int32)}, "never decrease"),
@@ -342,17 +384,9 @@ def test_backward_refuses_gradients_of_another_shape_or_dtype() -> None:
         )  # fmt: skip
 
 
-@runs_here
-def test_no_queries_give_nothing() -> None:
-    p = problem(queries=5)
+def test_no_queries_give_nothing(dtype: torch.dtype) -> None:
+    p = problem(queries=5, dtype=dtype)
     none = p.q[:, :, :0]
     out, lse = attention_forward(none, p.k, p.v, p.first_key[:, :, :0], p.head_bounds, start=2, scaling=1.0)
     assert out.shape == (1, 9, 0, 64)
     assert lse.shape == (1, 9, 0)
-
-
-@runs_here
-def test_another_instruction_set_is_named_as_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = cpu_attention.library()
-    monkeypatch.setattr(library, "_isa", "avx2")
-    assert "the instruction set in use is avx2" in (cpu_attention.supported() or "")

@@ -1,13 +1,13 @@
-"""Tile attention by the C++ kernels: bf16 on processors with AVX-512 BF16, for any schedule.
+"""Tile attention by the C++ kernels: float32, bf16 and fp16, for any schedule.
 
 Which keys are visible is read by the kernel itself, row by row; nothing is cut into calls here.
 """
 
-import torch
 from torch import Tensor
 
 from longfit.attention.tile import Tile
 from longfit.kernels.cpu import attention as cpu_attention
+from longfit.kernels.cpu.library import DTYPES
 
 
 def forward(tile: Tile) -> tuple[Tensor, Tensor]:
@@ -31,8 +31,8 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str |
     """Say why the kernels cannot take this call; None when they can."""
     if q.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {q.device.type}"
-    if q.dtype != torch.bfloat16:
-        return f"it computes in torch.bfloat16, the tensors are in {q.dtype}"
+    if q.dtype not in DTYPES:
+        return f"it takes {', '.join(map(str, DTYPES))}, the tensors are in {q.dtype}"
     if softcap is not None:
         return "it has no soft cap"
     if v.shape[-1] != q.shape[-1]:

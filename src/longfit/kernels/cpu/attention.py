@@ -1,9 +1,10 @@
 """Attention of a tile of queries over all earlier keys in C++: forward with log-sum-exp, and backward from it.
 
-The kernels (csrc/attention_forward_avx512bf16.cpp and its backward twin) multiply bf16 pairs with vdpbf16ps and keep
-every sum in fp32; P and dS are rounded to bf16 before the products that consume them, as on a GPU's tensor cores. So
-out and the gradients carry bf16 rounding, and the log-sum-exp is good to fp32. The same call on as many threads gives
-the same bits every time. There is one instruction set so far; `supported` names what is missing elsewhere.
+There are two kernels. ``csrc/attention/attention_*_f32.cpp`` serves every instruction set: float32, bf16 or fp16
+tensors, all arithmetic in float32. ``attention_*_avx512bf16.cpp`` multiplies bf16 pairs with vdpbf16ps, at three times
+the speed: sums are float32, but P and dS are rounded to bf16 before the products that consume them, as on a GPU's
+tensor cores. It takes bf16 tensors where the processor has AVX-512 BF16. The log-sum-exp is good to float32 in both.
+The same call gives the same bits every time: the float32 kernel on any number of threads, the other on as many.
 
 What a query sees is one number per head class: all keys from ``first_key`` to itself. Exact and shifted attention
 (LongLoRA, section 3.2), sliding windows and packed documents all have that form; keys that a block of queries does not
@@ -19,9 +20,7 @@ from ctypes import c_float, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from longfit.kernels.cpu.library import library, unavailable
-
-ISA = "avx512_bf16"
+from longfit.kernels.cpu.library import DTYPES, library, unavailable
 
 
 class View(ctypes.Structure):
@@ -53,10 +52,12 @@ class Tile(ctypes.Structure):
 
 def supported() -> str | None:
     """Say why this machine cannot run the kernels; None when it can."""
-    reason = unavailable()
-    if reason is None and library().isa != ISA:
-        reason = f"it needs a processor with AVX-512 BF16, the instruction set in use is {library().isa}"
-    return reason
+    return unavailable()
+
+
+def multiplies_bf16() -> bool:
+    """Whether bf16 tensors meet in bf16 products, and P and dS are rounded for that."""
+    return library().isa == "avx512_bf16"
 
 
 def attention_forward(
@@ -73,16 +74,16 @@ def attention_forward(
     """Attend from the queries of a tile to the keys they see (FlashAttention-2, algorithm 1).
 
     Args:
-        q: bf16 ``[B, H, t, D]``, tokens ``[start, start + t)``; any strides.
-        k, v: bf16 ``[B, K, n, D]``, tokens ``[key_offset, key_offset + n)``; H a multiple of K.
+        q: float32, bf16 or fp16 ``[B, H, t, D]``, tokens ``[start, start + t)``; any strides.
+        k, v: ``[B, K, n, D]`` in the same dtype, tokens ``[key_offset, key_offset + n)``; H a multiple of K.
         first_key: int32 ``[C, B, t]``; query i of a head of class c sees the keys ``first_key[c, b, i] .. start + i``.
             It never decreases along t, and all that it shows is in ``k``.
         head_bounds: C + 1 numbers; class c is the query heads ``[head_bounds[c], head_bounds[c + 1])``.
         start: the token number of the first query.
         scaling: of the scores; any sign.
         key_offset: the token number of the first key.
-    Returns: out bf16 ``[B, H, t, D]``, stored as ``[B, t, H, D]``; natural log-sum-exp of the scores, fp32
-        ``[B, H, t]``.
+    Returns: out ``[B, H, t, D]`` in the dtype of ``q``, stored as ``[B, t, H, D]``; natural log-sum-exp of the scores,
+        fp32 ``[B, H, t]``.
     Raises: ValueError: the arguments do not fit each other. BackendError: the library is missing. MemoryError.
     """
     q, k, v = (_unit_stride(x) for x in (q, k, v))
@@ -114,19 +115,19 @@ def attention_backward(
     """Differentiate `attention_forward` (FlashAttention-2, algorithm 2).
 
     Args:
-        grad_out: bf16 ``[B, H, t, D]``.
+        grad_out: ``[B, H, t, D]`` in the dtype of ``q``.
         q, k, v, first_key, head_bounds, start, scaling, key_offset: those of the forward.
         out, lse: what it returned; another kernel's will do.
         grad_k, grad_v: fp32 ``[B, K, n, D]``; the tile's share is **added in place**.
-    Returns: grad_q bf16 ``[B, H, t, D]``, stored as ``[B, t, H, D]``.
+    Returns: grad_q ``[B, H, t, D]`` in the dtype of ``q``, stored as ``[B, t, H, D]``.
     Raises: as `attention_forward`.
     """
     grad_out, q, k, v, out = (_unit_stride(x) for x in (grad_out, q, k, v, out))
     call = _Call(q, k, v, first_key, head_bounds, start=start, scaling=scaling, key_offset=key_offset)
     batch, heads, queries, head_dim = q.shape
     for name, x, like, dtype in (
-        ("grad_out", grad_out, q, torch.bfloat16),
-        ("out", out, q, torch.bfloat16),
+        ("grad_out", grad_out, q, q.dtype),
+        ("out", out, q, q.dtype),
         ("grad_k", grad_k, k, torch.float32),
         ("grad_v", grad_v, v, torch.float32),
     ):
@@ -165,6 +166,7 @@ class _Call:
         self._head_bounds = torch.tensor(head_bounds, dtype=torch.int64)
         self._out_of_memory = torch.zeros((), dtype=torch.int32)
         batch, heads, queries, head_dim = q.shape
+        self._dtype = q.dtype
         self._tile = Tile(
             batch=batch,
             query_heads=heads,
@@ -184,7 +186,10 @@ class _Call:
 
     def run(self, kernel: str, *arguments: View | int) -> None:
         pointers = (ctypes.byref(x) if isinstance(x, View) else x for x in arguments)
-        library().kernel(kernel)(ctypes.byref(self._tile), *pointers)
+        if self._dtype == torch.bfloat16 and multiplies_bf16():
+            library().kernel(kernel)(ctypes.byref(self._tile), *pointers)
+        else:
+            library().kernel(f"{kernel}_f32")(ctypes.byref(self._tile), DTYPES[self._dtype], *pointers)
         if self._out_of_memory:
             raise MemoryError(f"{kernel}: no memory for {self._tile.queries} queries; choose a smaller tile")
 
@@ -192,10 +197,10 @@ class _Call:
 def _check(
     q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, head_bounds: Sequence[int], *, start: int, key_offset: int
 ) -> None:
-    if any(x.dim() != 4 or x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in (q, k, v)):
+    if q.dtype not in DTYPES or any(x.dim() != 4 or x.dtype != q.dtype or x.device.type != "cpu" for x in (q, k, v)):
         raise ValueError(
             f"q {_describe(q)}, k {_describe(k)}, v {_describe(v)}: must be [B, H, t, D] and twice [B, K, n, D] in"
-            " torch.bfloat16 on the CPU"
+            f" one of {', '.join(map(str, DTYPES))} on the CPU"
         )
     batch, heads, queries, head_dim = q.shape
     if k.shape != v.shape or k.shape[0] != batch or k.shape[3] != head_dim or not k.shape[1] or heads % k.shape[1]:

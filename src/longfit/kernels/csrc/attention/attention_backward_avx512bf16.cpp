@@ -180,7 +180,7 @@ class BackwardWorker {
     void add_strip(const Run& run, const Packed& packed, int64_t low, int64_t count, int64_t first, int64_t panels, float* grad_q) {
         const Segment& segment = run.segment;
         const int64_t query = run.query_of(first), queries = least(panels * kPanel, run.last - query);
-        const Seen seen = seen_of_block(b_.tile, segment, query, queries, low, count);
+        const Seen seen = seen_of_block(b_.tile, segment, query, queries, low, count, 2);
         if (seen.rows == 0) return;
         const int64_t width = b_.width, elements = kPanel * width, here = seen.low * width;
         const float factor = copysignf(score_scale(b_.tile) * kLog2E, b_.tile.scaling), hidden = copysignf(INFINITY, -factor);

@@ -110,7 +110,7 @@ class ForwardWorker {
 
     // Takes the packed block, keys low .. low + count, into one panel.
     void add_block(const Segment& segment, const Panel& panel, int64_t low, int64_t count) {
-        const Seen seen = seen_of_block(f_.tile, segment, panel.query, panel.count, low, count);
+        const Seen seen = seen_of_block(f_.tile, segment, panel.query, panel.count, low, count, 2);
         if (seen.rows == 0) return;
         const Lanes lanes(f_.tile, segment, panel.query, panel.count);
         const __m512 scale = _mm512_set1_ps(f_.scale * kLog2E);

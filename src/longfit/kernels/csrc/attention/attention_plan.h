@@ -39,18 +39,19 @@ inline Range visible_keys(const longfit_attention_tile& tile, const Segment& seg
     return {segment.first_key[from] - tile.key_offset, tile.start + to - tile.key_offset};
 }
 
-// Some keys of a block as seen by the queries [query, query + count): rows [low, low + rows) of the block, rows even, or none.
+// Some keys of a block as seen by the queries [query, query + count): rows [low, low + rows) of the block, whole groups of `multiple`, or
+// none. A block whose size is no multiple is the last one.
 struct Seen {
     int64_t low, rows;
     bool masked;  // some of the queries do not see all of the keys
 };
 
 inline Seen seen_of_block(const longfit_attention_tile& tile, const Segment& segment, int64_t query, int64_t count, int64_t block_low,
-                          int64_t block_size) {
+                          int64_t block_size, int64_t multiple) {
     const Range all = visible_keys(tile, segment, query, query + count);
-    const int64_t low = most(all.low - block_low, 0) & ~int64_t{1}, high = least(block_size, all.high - block_low);
+    const int64_t low = most(all.low - block_low, 0) / multiple * multiple, high = least(block_size, all.high - block_low);
     if (low >= high) return {0, 0, false};
-    const int64_t rows = (high - low + 1) & ~int64_t{1}, offset = tile.key_offset + block_low;
+    const int64_t rows = blocks_of(high - low, multiple) * multiple, offset = tile.key_offset + block_low;
     return {low, rows, low + offset < segment.first_key[query + count - 1] || low + rows - 1 + offset > tile.start + query};
 }
 
