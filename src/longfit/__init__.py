@@ -25,6 +25,7 @@ _HOME = {
     "Linear4bit": "longfit.layers.linear4bit",
     "plan": "longfit.planning.plan",
     "train": "longfit.training.loop",
+    "merge": "longfit.export.merge",
     "RunConfig": "longfit.config",
     "perplexity": "longfit.evaluation.perplexity",
     "passkey": "longfit.evaluation.passkey",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from longfit.errors import LongfitError
     from longfit.evaluation.passkey import passkey
     from longfit.evaluation.perplexity import perplexity
+    from longfit.export.merge import merge
     from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit, use_backend
     from longfit.layers.linear4bit import Linear4bit
     from longfit.model.adapters import add_adapters

@@ -8,6 +8,7 @@
     ├── RunError                        a run directory is missing, incomplete, or belongs to another run
     ├── PlanError                       the run cannot fit the memory it is given
     ├── ProcessesError                  of the processes of a run one has gone, hangs, or sees what the others do not
+    ├── ExportError                     what was trained cannot be merged, exported, or written where it should be
     ├── BackendError (RuntimeError)     a forced kernel backend is not available on this machine
     └── PagingError (RuntimeError)      paged optimiser state is damaged, vanished, or belongs to another run
 
@@ -45,6 +46,10 @@ class PlanError(LongfitError):
 
 class ProcessesError(LongfitError):
     """Of the processes of a run one has gone, hangs, or sees what the others do not; the text names it."""
+
+
+class ExportError(LongfitError):
+    """What was trained cannot be merged, exported, or written where it should be."""
 
 
 class BackendError(LongfitError, RuntimeError):

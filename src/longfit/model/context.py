@@ -10,12 +10,14 @@ float32. Casting a whole model to bfloat16 ruins them (at position 32,768 angles
 """
 
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from longfit.attention.hf_attention import attention_key
 from longfit.engine.hf_model import base_model
@@ -131,6 +133,27 @@ def extend_context(
         changes=tuple(changes),
         warnings=tuple(_warnings(context, present, rope, group_size, reach)),
     )
+
+
+def adopt_positions(model: nn.Module, folder: str | os.PathLike[str]) -> bool:
+    """Give a model the positions of a saved configuration, in place: those that an adapter in that folder trained at.
+
+    Returns: whether they differed.
+    Raises: ModelError: the model has no rotary positions.
+    """
+    config = base_model(model).config.get_text_config()
+    saved = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
+    keys = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
+    wanted = {key: saved.to_dict().get(key) for key in keys}
+    if all(config.to_dict().get(key) == value for key, value in wanted.items()):
+        return False
+    rotaries = list(_rotary_modules(base_model(model)))
+    for key, value in wanted.items():
+        if value is not None:
+            setattr(config, key, copy.deepcopy(value))
+    for parent, name, rotary in rotaries:
+        parent.add_module(name, type(rotary)(config=config).to(_inverse_frequencies(rotary)[0].device))
+    return True
 
 
 def _group_size(context: int, attention: str, group_size: int | None) -> int | None:

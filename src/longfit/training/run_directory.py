@@ -97,6 +97,30 @@ def last_checkpoint(run_dir: Path) -> Path:
     return checkpoints[-1]
 
 
+def find_adapter(run_dir: Path, checkpoint: str | None = None) -> Path:
+    """Return the adapter that stands for a run.
+
+    Args:
+        run_dir: of the run.
+        checkpoint: ``"last"``, or the name of a folder below ``checkpoints/``; None for the run's result, or its newest
+            checkpoint while it has none.
+    Raises: RunError: nothing is saved there yet, or there is no such checkpoint.
+    """
+    if checkpoint is None and (run_dir / "adapter").is_dir():
+        return run_dir / "adapter"
+    checkpoints = {folder.name: folder for folder in list_checkpoints(run_dir)}
+    if not checkpoints:
+        raise RunError(
+            f"{run_dir}: no adapter and no checkpoint yet; finish the run with longfit train --resume --run-dir"
+            f" {run_dir}, or give its directory again"
+        )
+    if checkpoint is None or checkpoint == "last":
+        return list(checkpoints.values())[-1] / "adapter"
+    if checkpoint not in checkpoints:
+        raise RunError(f"{run_dir}: no checkpoint {checkpoint!r}; there are last, {', '.join(checkpoints)}")
+    return checkpoints[checkpoint] / "adapter"
+
+
 def merge_for_resume(stored: RunConfig, asked: RunConfig) -> tuple[RunConfig, list[str]]:
     """Take a run's stored settings, with those changes that leave it the same run.
 

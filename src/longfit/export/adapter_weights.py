@@ -1,0 +1,160 @@
+"""What an adapter does to the weights of its base, one weight at a time (LoRA; PEFT's file format).
+
+    base_model.model.P.lora_A.weight, .lora_B.weight    P.weight += scaling B A
+    base_model.model.P.lora_magnitude_vector            DoRA: each row then has this length
+    base_model.model.P.weight, .bias                    trained whole (norms, embeddings): takes the base's place
+    base_model.model.P.token_adapter...                 rows of an embedding that were trained
+
+A key that is none of these is refused by name: an adapter that is merged in part is another model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from longfit.errors import ExportError
+
+PREFIX = "base_model.model."
+ROWS = re.compile(r"(?:\.token_adapter)?\.(?:base_layer\.)?trainable_tokens_delta$")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The low-rank update of one weight: ``scaling B A``, A ``[R, I]``, B ``[O, R]``; a magnitude ``[O]`` for DoRA."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return int(self.A.shape[0])
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """Apply the update to a float32 weight ``[O, I]``, in place."""
+        weight.addmm_(self.B.float(), self.A.float(), alpha=self.scaling)
+        if self.magnitude is not None:
+            weight.mul_((self.magnitude.float() / weight.norm(dim=1))[:, None])
+        return weight
+
+
+class AdapterWeights:
+    """An adapter folder, read tensor by tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open it.
+
+        Raises: ExportError: it is not plain LoRA, or holds something that longfit cannot merge.
+        """
+        self.folder = folder
+        self.settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        path = folder / "adapter_model.safetensors"
+        if not path.is_file():
+            raise ExportError(f"{folder}: no adapter_model.safetensors; longfit reads no pickled adapters")
+        self._file = safe_open(str(path), framework="pt")
+        self._require_lora()
+        self.low_rank: dict[str, dict[str, str]] = {}
+        self.whole: dict[str, str] = {}
+        self.rows: dict[str, str] = {}
+        unknown = []
+        for key in self._file.keys():  # noqa: SIM118
+            name = key.removeprefix(PREFIX)
+            found = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
+            if not key.startswith(PREFIX) or (not found and "lora_" in name):
+                unknown.append(key)
+            elif found:
+                self.low_rank.setdefault(f"{found[1]}.weight", {})[found[2]] = key
+            elif ROWS.search(name):
+                self.rows[ROWS.sub(".weight", name)] = key
+            else:
+                self.whole[name] = key
+        unknown += [name for name, parts in self.low_rank.items() if not {"lora_A", "lora_B"} <= parts.keys()]
+        if unknown:
+            raise ExportError(f"{path}: {len(unknown)} tensors that longfit cannot merge, first {unknown[0]}")
+
+    def _require_lora(self) -> None:
+        settings = self.settings
+        odd = [
+            f"{key}={settings[key]!r}"
+            for key in ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens")
+            if settings.get(key)
+        ]
+        if settings.get("peft_type") != "LORA":
+            odd.insert(0, f"peft_type={settings.get('peft_type')!r}")
+        if odd:
+            raise ExportError(f"{self.folder}: {', '.join(odd)}: longfit merges LoRA, DoRA and modules trained whole")
+
+    @property
+    def ties_embeddings(self) -> bool:
+        """Whether trained embeddings carry the output head along."""
+        return bool(self.settings.get("ensure_weight_tying"))
+
+    def changed(self) -> set[str]:
+        """Names of the base's tensors that this adapter changes."""
+        return self.low_rank.keys() | self.whole.keys() | self.rows.keys()
+
+    def update_of(self, name: str) -> LowRank | None:
+        """The low-rank update of a weight."""
+        keys = self.low_rank.get(name)
+        if keys is None:
+            return None
+        A, B = (self._file.get_tensor(keys[part]) for part in ("lora_A", "lora_B"))
+        magnitude = self._file.get_tensor(keys["lora_magnitude_vector"]) if "lora_magnitude_vector" in keys else None
+        return LowRank(A, B, self._scaling(name.removesuffix(".weight"), int(A.shape[0])), magnitude)
+
+    def _scaling(self, module: str, rank: int) -> float:
+        alpha = float(_by_pattern(self.settings.get("alpha_pattern"), module, self.settings["lora_alpha"]))
+        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
+
+    def apply(self, name: str, weight: Tensor) -> Tensor:
+        """A base's tensor as the adapter changes it: float32 if it was computed, else as it is stored.
+
+        Raises: ExportError: shapes differ, or the result is not finite.
+        """
+        if name in self.whole:
+            weight = self._file.get_tensor(self.whole[name])
+        update = self.update_of(name)
+        if update is not None:
+            if weight.shape != (update.B.shape[0], update.A.shape[1]):
+                raise ExportError(
+                    f"{name}: the base has {list(weight.shape)}, the adapter {[len(update.B), update.A.shape[1]]}; "
+                    "this adapter belongs to another base"
+                )
+            weight = update.add_to(weight.to(torch.float32, copy=True))
+        if name in self.rows:
+            weight = weight.clone()
+            rows = self._file.get_tensor(self.rows[name])
+            weight[self._row_indices(name)] = rows.to(weight.dtype)
+        if name in self.changed() and not is_finite(weight):
+            raise ExportError(f"{name}: the adapter holds values that are not finite; merge an earlier checkpoint")
+        return weight
+
+    def _row_indices(self, name: str) -> list[int]:
+        indices = self.settings["trainable_token_indices"]
+        if isinstance(indices, dict):
+            module = name.removesuffix(".weight")
+            (indices,) = [found for key, found in indices.items() if module == key or module.endswith(f".{key}")]
+        return list(indices)
+
+
+def is_finite(weight: Tensor) -> bool:
+    """Whether all values are finite, found without a tensor of answers: the extremes carry NaN along."""
+    return all(math.isfinite(float(extreme)) for extreme in weight.aminmax())
+
+
+def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """What PEFT's ``alpha_pattern`` says about a module: the first pattern that matches the end of its name."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

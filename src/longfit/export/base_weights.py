@@ -1,0 +1,180 @@
+"""The weights of a base, one tensor at a time, under the names that the model has for them.
+
+    FolderWeights       safetensors in a folder or a hub snapshot; bitsandbytes' 4-bit tensors are de-quantised
+    GgufWeights         a .gguf file
+    QuantizedWeights    another base as it was while the adapter trained: quantised and de-quantised again
+
+Nothing is read before it is asked for, nothing stays: the files are mapped, so a model of any size costs the tensors
+that the caller holds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from longfit.errors import ExportError
+from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit
+from longfit.model import gguf
+from longfit.model.hf_quantizer import skipped_linears
+from longfit.numerics.bitsandbytes_format import from_bitsandbytes
+
+
+class BaseWeights(Protocol):
+    """A base that is read tensor by tensor."""
+
+    def names(self) -> list[str]:
+        """All tensors that are there, under the model's names."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of the dense tensor."""
+
+    def read(self, name: str) -> Tensor:
+        """The dense tensor on the CPU, in the precision that it is stored in."""
+
+
+def open_base(name: str, config: Any) -> BaseWeights:
+    """Open a base for reading; ``config`` is its configuration."""
+    if gguf.is_gguf(Path(name)):
+        return GgufWeights(Path(name), config)
+    return FolderWeights(model_folder(name))
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: itself, or the snapshot of a hub id.
+
+    Raises: ExportError: it is not there and cannot be fetched.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise ExportError(f"{name}: its weights are neither here nor reachable; say where with --base PATH") from error
+
+
+class FolderWeights:
+    """See the module."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}
+        self._where: dict[str, Any] = {}
+        for path in _safetensors_files(folder):
+            file = safe_open(str(path), framework="pt")
+            self._where.update(dict.fromkeys(file.keys(), file))
+        # "p.weight.absmax" and its kin belong to the 4-bit tensor "p.weight" (numerics/bitsandbytes_format.py).
+        self._parts: dict[str, list[str]] = {}
+        for key in self._where:
+            if ".quant_state.bitsandbytes__" in key:
+                self._parts[key.split(".quant_state.")[0]] = []
+        for key in self._where:
+            owner = key if key in self._parts else _owner(key, self._parts)
+            if owner is not None:
+                self._parts[owner].append(key)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some of the tensors are stored in 4 bits."""
+        return bool(self._parts)
+
+    def names(self) -> list[str]:
+        parts = {key for keys in self._parts.values() for key in keys}
+        return [key for key in self._where if key not in parts or key in self._parts]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._parts:
+            return self._packed(name)[1].shape
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._parts:
+            return self._where[name].get_tensor(name)
+        packed, state = self._packed(name)
+        return dequantize_4bit(packed, state, torch.float32)
+
+    def _packed(self, name: str) -> tuple[Tensor, Any]:
+        tensors = {
+            "weight" if key == name else key.removeprefix(f"{name}."): self._where[key].get_tensor(key)
+            for key in self._parts[name]
+        }
+        return from_bitsandbytes(tensors)
+
+
+def _owner(key: str, packed: dict[str, list[str]]) -> str | None:
+    """The 4-bit tensor that a file's tensor is a part of."""
+    stem, _, leaf = key.rpartition(".")
+    if leaf.startswith("bitsandbytes__"):
+        stem = stem.removesuffix(".quant_state")
+    return stem if stem in packed else None
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ExportError(f"{folder}: {missing[0]} is not there; longfit reads models in safetensors")
+    return files
+
+
+class GgufWeights:
+    """See the module."""
+
+    def __init__(self, path: Path, config: Any) -> None:
+        self.path = path
+        self._tensors = gguf.lazy_state_dict(path, config)
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name][...]
+
+
+class QuantizedWeights:
+    """See the module; ``quantized`` names the weights that pass through 4 bits."""
+
+    def __init__(
+        self, inner: BaseWeights, quantized: set[str], *, quant: str, double_quant: bool, block_size: int
+    ) -> None:
+        self.inner, self.quantized = inner, quantized
+        self._settings: dict[str, Any] = {"quant_type": quant, "double_quant": double_quant, "block_size": block_size}
+
+    def names(self) -> list[str]:
+        return self.inner.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.inner.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        weight = self.inner.read(name)
+        if name not in self.quantized:
+            return weight
+        packed, state = quantize_4bit(weight, **self._settings)
+        del weight
+        return dequantize_4bit(packed, state, torch.float32)
+
+
+def quantized_weights(skeleton: Any, skip_modules: list[str] | None = None) -> set[str]:
+    """Names of the weights that ``load`` puts into 4 bits, told from a model without memory."""
+    skipped = skipped_linears(skeleton, skip_modules or [])
+    return {
+        f"{name}.weight"
+        for name, module in skeleton.named_modules()
+        if type(module) is nn.Linear and name not in skipped
+    }
