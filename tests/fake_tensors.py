@@ -35,6 +35,7 @@ class HostActivations:
     """What the accelerator sees of layer inputs that wait elsewhere: one tile at a time."""
 
     aliases = False
+    place = "in host memory"
 
     def open(self, num_tiles):
         return HostStay()

@@ -15,7 +15,10 @@ _HOME = {
     "add_adapters": "longfit.model.adapters",
     "save_adapter": "longfit.model.save",
     "load_adapter": "longfit.model.save",
+    "reports": "longfit.model.reports",
     "training_loss": "longfit.engine.loss.training_loss",
+    "enable_sweep": "longfit.engine.sweep.install",
+    "disable_sweep": "longfit.engine.sweep.install",
     "check_gradients": "longfit.engine.gradient_check",
     "PagedAdamW": "longfit.optim.adamw",
     "quantize_4bit": "longfit.kernels.dispatch",
@@ -26,6 +29,7 @@ _HOME = {
     "plan": "longfit.planning.plan",
     "train": "longfit.training.loop",
     "merge": "longfit.export.merge",
+    "open_run": "longfit.training.prepare",
     "RunConfig": "longfit.config",
     "perplexity": "longfit.evaluation.perplexity",
     "passkey": "longfit.evaluation.passkey",
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
     from longfit.config import RunConfig
     from longfit.engine.gradient_check import check_gradients
     from longfit.engine.loss.training_loss import training_loss
+    from longfit.engine.sweep.install import disable_sweep, enable_sweep
     from longfit.errors import LongfitError
     from longfit.evaluation.passkey import passkey
     from longfit.evaluation.perplexity import perplexity
@@ -49,11 +54,13 @@ if TYPE_CHECKING:
     from longfit.model.adapters import add_adapters
     from longfit.model.context import extend_context
     from longfit.model.load import load
+    from longfit.model.reports import reports
     from longfit.model.save import load_adapter, save_adapter
     from longfit.numerics.quant_state import QuantState
     from longfit.optim.adamw import PagedAdamW
     from longfit.planning.plan import plan
     from longfit.training.loop import train
+    from longfit.training.prepare import open_run
 
 
 def __getattr__(name: str) -> Any:

@@ -3,23 +3,12 @@
 from pathlib import Path
 
 import pytest
-import torch
 from tests.training.conftest import MakeConfig
 from tests.training.tiny import read_losses
 
-from longfit.engine.offload.activations import FileActivations
 from longfit.errors import BackendError, ConfigError
 from longfit.training.loop import train
 from longfit.training.metrics import Event
-from longfit.training.prepare import make_offload, stream_frozen
-
-CPU = torch.device("cpu")
-
-
-def test_ram_is_where_a_cpu_has_layer_inputs_anyway(make_config: MakeConfig, tmp_path: Path) -> None:
-    assert make_offload(make_config(engine__offload="ram"), CPU) is None
-    file = make_config(engine__offload="file", engine__offload_folder=str(tmp_path))
-    assert isinstance(make_offload(file, CPU), FileActivations)
 
 
 @pytest.mark.parametrize(
@@ -44,12 +33,6 @@ def test_fused_kernels_that_cannot_run_are_refused_where_they_are_insisted_on(
     with pytest.raises(BackendError, match=r"fused kernels 'liger': liger-kernel .*; use auto or none"):
         train(make_config(engine__fused="liger", model__device="cpu"))
     assert not (tmp_path / "run").exists()
-
-
-def test_an_accelerator_cannot_validate_while_it_streams(make_config: MakeConfig) -> None:
-    config = make_config(engine__stream="ram", data__validation_fraction=0.2)
-    with pytest.raises(ConfigError, match="validation does not sweep them; drop the validation text"):
-        stream_frozen(None, config, torch.device("cuda"), on_event=print)
 
 
 def test_streamed_weights_train_to_the_same_losses(make_config: MakeConfig, tmp_path: Path) -> None:

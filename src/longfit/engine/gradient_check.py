@@ -10,16 +10,17 @@ Take a short batch: the plain side holds everything, logits included.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longfit.engine.hf_model import base_model
 from longfit.engine.loss.training_loss import shifted_labels, training_loss
+from longfit.engine.model_state import preserve_state
 from longfit.engine.offload.activations import ActivationOffload
-from longfit.engine.sweep.install import SweepReport, enable_sweep
-from longfit.engine.sweep.sweeper import sweeper_of
+from longfit.engine.sweep.install import enable_sweep
+from longfit.engine.sweep.sweeper import SweepReport, sweeper_of
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative error that rounding in another order may cause, by the dtype of the hidden states.
@@ -79,14 +80,14 @@ def check_gradients(
     Returns: errors per parameter.
     Raises: ValueError: nothing is trainable. ModelError: the model cannot be entered.
     """
-    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
+    inputs: dict[str, Any] = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not named:
         raise ValueError("no parameter of the model requires a gradient; add adapters first (longfit.add_adapters)")
     sweeper = sweeper_of(model)
     offload = offload or (None if sweeper is None else sweeper.offload)
     parameters = list(named.values())
-    with _left_as_found(model), torch.enable_grad():
+    with _without_dropout(model), torch.enable_grad():
         plain_loss, dtype = _plain_loss(model, **inputs)
         plain = torch.autograd.grad(plain_loss, parameters, allow_unused=True)
         report = enable_sweep(model, tile=tile or max(1, inputs["input_ids"].shape[1] // 3), offload=offload)
@@ -123,27 +124,13 @@ def _relative_error(value: Tensor | None, reference: Tensor | None) -> float:
 
 
 @contextmanager
-def _left_as_found(model: nn.Module) -> Iterator[None]:
+def _without_dropout(model: nn.Module) -> Iterator[None]:
     """Train mode without dropout and without checkpointing inside; afterwards everything as it was."""
-    base = base_model(model)
-    attention = base.config.get_text_config()._attn_implementation
-    modules = list(model.modules())
-    found = [{name: vars(module)[name] for name in _STATE if name in vars(module)} for module in modules]
-    try:
+    with preserve_state(model):
         model.train()
-        for module in modules:
+        for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()
             if "gradient_checkpointing" in vars(module):
                 vars(module)["gradient_checkpointing"] = False
         yield
-    finally:
-        for module, state in zip(modules, found, strict=True):
-            for name in _STATE:  # an attribute that was not the module's own falls back to its class
-                vars(module).pop(name, None)
-            vars(module).update(state)
-        if base.config.get_text_config()._attn_implementation != attention:
-            base.set_attn_implementation(attention)
-
-
-_STATE = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")

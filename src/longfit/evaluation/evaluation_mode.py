@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from longfit.attention.hf_attention import attention_key
 from longfit.engine.hf_model import base_model
+from longfit.engine.model_state import preserve_state
 from longfit.engine.sweep.evaluation import swept_evaluation
 from longfit.engine.sweep.install import enable_sweep
 from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.errors import DataError, ModelError
-
-_CHECKPOINTING = {"gradient_checkpointing", "_gradient_checkpointing_func"}
 
 
 @contextmanager
@@ -33,32 +32,17 @@ def measured(model: nn.Module, *, swept: bool = False) -> Iterator[None]:
     """
     base = base_model(model)
     attention = base.config._attn_implementation
-    modes = [(module, module.training) for module in model.modules()]
-    doors = [
-        (module, name, vars(module)[name]) for module in base.modules() for name in _CHECKPOINTING & vars(module).keys()
-    ]
-    try:
+    with preserve_state(model), torch.no_grad():
         model.eval()
         if not str(attention).startswith("longfit-"):
             use_attention(base, attention_key())
-        with torch.no_grad():
-            if not swept:
-                yield
-                return
-            if sweeper_of(model) is None:
-                enable_sweep(model)
-            with swept_evaluation(model):
-                yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for module in base.modules():
-            for name in _CHECKPOINTING & vars(module).keys():
-                delattr(module, name)
-        for module, name, value in doors:
-            setattr(module, name, value)
-        if base.config._attn_implementation != attention:
-            use_attention(base, attention)
+        if not swept:
+            yield
+            return
+        if sweeper_of(model) is None:
+            enable_sweep(model)
+        with swept_evaluation(model):
+            yield
 
 
 def use_attention(base: Any, key: str) -> None:

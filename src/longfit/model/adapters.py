@@ -33,6 +33,12 @@ class AdapterReport:
     trainable_params: int
     total_params: int
 
+    def __str__(self) -> str:
+        """Say it in one line."""
+        share = f"{self.trainable_params:,} of {self.total_params:,} parameters train"
+        whole = f", {len(self.trained_whole)} modules whole" if self.trained_whole else ""
+        return f"{share}: adapters on {len(self.adapted)} layers{whole}"
+
 
 def add_adapters(
     model: Any,
@@ -55,7 +61,7 @@ def add_adapters(
         targets: ``"all-linear"`` (all but the output head) or the last parts of layer names.
         train_embeddings: train the token embeddings whole; a tied output head follows them.
         train_norms: train all normalisation weights whole.
-    Returns: the ``PeftModel``; ``adapter_report`` tells what it trains.
+    Returns: the ``PeftModel``; ``longfit.reports(model).adapters`` tells what it trains.
     Raises: ModelError: a target that matches nothing, no norms or embeddings where they are asked for, or adapters
         already there.
     """

@@ -37,6 +37,10 @@ _EXTENDABLE = {
 with; "ntk" and "theta" only raise theta, below whatever static scaling there is."""
 
 
+_REPORT = "_longfit_context"
+"""Attribute of a transformers model that holds its report."""
+
+
 @dataclass(frozen=True)
 class ContextReport:
     """What ``extend_context`` changed.
@@ -66,6 +70,10 @@ class ContextReport:
     changes: tuple[str, ...]
     warnings: tuple[str, ...]
 
+    def __str__(self) -> str:
+        """Say each change, and each warning, in a line."""
+        return "\n".join([f"context {self.context:,} tokens", *self.changes, *(f"warning: {w}" for w in self.warnings)])
+
 
 def extend_context(
     model: nn.Module,
@@ -91,6 +99,7 @@ def extend_context(
         attention: ``"exact"``, or ``"shifted"`` while training.
         group_size: tokens per group of shifted attention; by default a quarter of the context, made even.
         theta: for ``rope="theta"``, the new theta itself; by default ``numerics.rope.context_theta``.
+    Returns: what was changed; ``longfit.reports(model).context`` from now on.
     Raises: ContextError: settings that do not go together, or a method that cannot extend the present positions.
         ModelError: the model has no rotary positions, or its attention cannot be set.
     """
@@ -120,7 +129,7 @@ def extend_context(
     changes += _apply_limits(base, tokenizer, context=context, present=present)
     changes += _apply_attention(base, key)
     reach = None if group_size is None else receptive_field(layers, group_size)
-    return ContextReport(
+    report = ContextReport(
         context=context,
         native_context=native,
         factor=context / native if rope != "none" else 1.0,
@@ -133,6 +142,14 @@ def extend_context(
         changes=tuple(changes),
         warnings=tuple(_warnings(context, present, rope, group_size, reach)),
     )
+    vars(base)[_REPORT] = report
+    return report
+
+
+def context_report(base: Any) -> ContextReport | None:
+    """What ``extend_context`` changed last in a transformers model; None if it was not called."""
+    report: ContextReport | None = vars(base).get(_REPORT)
+    return report
 
 
 def adopt_positions(model: nn.Module, folder: str | os.PathLike[str]) -> bool:

@@ -93,7 +93,7 @@ def load(
             processor without bf16 instructions, or float16 on a card without bfloat16.
         device: where the weights go; the first CUDA device if there is one, else the CPU.
         skip_modules: names of linear layers to leave dense.
-    Returns: the model in eval mode and its tokenizer; ``load_report(model)`` tells what was done.
+    Returns: the model in eval mode and its tokenizer; ``longfit.reports(model).load`` tells what was done.
     Raises: ModelError: nothing at ``name``, not a causal language model, or an unknown ``quant``.
     """
     if quant not in (*QUANT_TYPES, "none"):

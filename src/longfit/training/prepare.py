@@ -15,8 +15,6 @@ from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset, pack, tokenize_documents
 from longfit.data.sources import Documents, read_documents, split_documents
 from longfit.engine.hf_model import base_model
-from longfit.engine.offload.activations import ActivationOffload, FileActivations
-from longfit.engine.offload.pinned_activations import PinnedActivations
 from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weights
 from longfit.errors import ConfigError
 from longfit.kernels.cpu import processor
@@ -129,45 +127,24 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
 
 def sweep(model: Any, config: RunConfig, *, on_event: OnEvent) -> None:
     """Sweep the layers from now on, as ``engine`` says."""
-    engine = config.engine
-    offload = make_offload(config, model.device)
-    report = enable_sweep(model, tile=engine.tile, offload=offload, saved_attention_bytes=engine.saved_attention)
-    text = f"sweeping {len(report.layers)} layers, {report.tile:,} tokens at a time"
+    report = enable_sweep(model, **_sweep_settings(config))
+    text = str(report).splitlines()[0]
     on_event(Event("phase", text, {"tile": report.tile, "fallback": report.fallback}))
 
 
 def sweep_with_less(model: Any, config: RunConfig) -> None:
     """Go on sweeping as the config says by now: another tile, another place for layer inputs, less attention saved."""
+    change_sweep(model, **_sweep_settings(config))
+
+
+def _sweep_settings(config: RunConfig) -> dict[str, Any]:
     engine = config.engine
-    change_sweep(
-        model,
-        tile=engine.tile,
-        offload=make_offload(config, model.device),
-        saved_attention_bytes=engine.saved_attention,
-    )
-
-
-def make_offload(config: RunConfig, device: torch.device) -> ActivationOffload | None:
-    """Make the place where layer inputs wait; None leaves them on the device, whose memory is ``ram`` on a CPU.
-
-    Raises: ConfigError: the place does not exist on this machine.
-    """
-    section = config.engine
-    if section.offload == "device" or (section.offload == "ram" and device.type == "cpu"):
-        return None
-    if section.offload in ("ram", "pinned"):
-        if device.type != "cuda":
-            raise ConfigError(
-                f"engine.offload={section.offload}: this run uses no CUDA device; use device, ram or file"
-            )
-        return PinnedActivations(device)
-    try:
-        return FileActivations(section.offload_folder)
-    except OSError as error:
-        folder = f"{section.offload_folder}: " if section.offload_folder else ""
-        raise ConfigError(
-            f"engine.offload_folder: {folder}{error.strerror}; name a folder that can be written"
-        ) from error
+    return {
+        "tile": engine.tile,
+        "offload": engine.offload,
+        "offload_folder": engine.offload_folder,
+        "saved_attention_bytes": engine.saved_attention,
+    }
 
 
 def stream_frozen(model: Any, config: RunConfig, device: torch.device, *, on_event: OnEvent) -> None:
@@ -180,12 +157,6 @@ def stream_frozen(model: Any, config: RunConfig, device: torch.device, *, on_eve
         return
     if section.stream == "ram" and device.type == "cpu":
         raise ConfigError("engine.stream=ram: on a CPU the weights are in host memory already; use file or none")
-    data = config.data
-    if device.type != "cpu" and (data.validation is not None or data.validation_fraction):
-        raise ConfigError(
-            f"engine.stream={section.stream}: layers are brought in while they are swept, and validation does not sweep"
-            " them; drop the validation text, or use engine.stream=none"
-        )
     folder = None if section.stream == "ram" else section.stream_folder or tempfile.gettempdir()
     try:
         report = stream_weights(model, folder=folder)
@@ -218,15 +189,18 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
     return Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
 
 
-def open_run(run_dir: str | Path, *, device: torch.device) -> tuple[Any, Any, RunConfig]:
+def open_run(run_dir: str | Path, *, device: torch.device | str | None = None) -> tuple[Any, Any, RunConfig]:
     """Load what a run produced: its base, extended as it was, with its adapter (or the newest checkpoint's).
 
     It computes in the run's dtype, or in float32 where the run's is a 16-bit one that this processor would emulate.
 
+    Args:
+        run_dir: the directory that ``longfit train`` made.
+        device: where the model goes; the first CUDA device if there is one, else the CPU.
     Returns: the model in eval mode, its tokenizer, the config of the run.
     Raises: RunError: no run there, or nothing saved in it.
     """
-    run_dir = Path(run_dir)
+    run_dir, device = Path(run_dir), _device(device)
     config = run_directory.read_config(run_dir)
     adapter = run_dir / "adapter"
     if not adapter.is_dir():
@@ -243,10 +217,13 @@ def open_target(target: str | Path, *, quant: str = "nf4", device: torch.device 
 
     Returns: the model and its tokenizer.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (Path(target) / "config.yaml").is_file():
         return open_run(target, device=device)[:2]
-    return load(target, quant=quant, device=device)
+    return load(target, quant=quant, device=_device(device))
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def read_token_ids(path: str, tokenizer: Any, *, max_tokens: int | None = None) -> list[torch.Tensor]:

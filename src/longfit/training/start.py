@@ -175,7 +175,7 @@ def _start(
         origin = "auto: a quarter of the context (LongLoRA, section 3.2)"
         config = config.replace({"context.group_size": report.group_size}, origin=origin)
     model = make_trainable(model, config, on_event=notify)
-    loss_module = accelerator.prepare(TrainingLoss(model))
+    loss_module = accelerator.prepare(TrainingLoss(model, engine=config.engine.engine))
     loss_module.train()
     stream_frozen(model, config, accelerator.device, on_event=notify)
     run_id = read_state(run_directory.last_checkpoint(run_dir)).run_id if resume else _new_run_id(accelerator)

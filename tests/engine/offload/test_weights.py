@@ -14,6 +14,7 @@ from longfit.attention.hf_attention import attention_key
 from longfit.engine.loss.training_loss import training_loss
 from longfit.engine.offload.activations import FileActivations
 from longfit.engine.offload.weights import WeightStream, _FileStore
+from longfit.engine.sweep.evaluation import swept_evaluation
 from longfit.engine.sweep.install import change_sweep, disable_sweep, enable_sweep, stream_weights
 from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.errors import ConfigError
@@ -139,6 +140,23 @@ def test_a_sweep_that_is_changed_goes_on_streaming(tmp_path):
         change_sweep(model, tile=0)
     with pytest.raises(ValueError, match="enable_sweep first"):
         change_sweep(quantised(), tile=3)
+
+
+def test_a_swept_evaluation_streams_too():
+    """Validation of a run whose weights wait in host memory: every layer is brought in, the head and embedding too."""
+    model, ids = quantised(), torch.randint(3, VOCABULARY, (1, 20))
+    enable_sweep(model, tile=7)
+    with swept_evaluation(model):
+        expected = training_loss(model, ids)
+    sweeper = sweeper_of(model)
+    sweeper.weights = WeightStream(model.get_base_model(), sweeper.swept, folder=None, slots_on=torch.device("cpu"))
+    poison_slots(model)
+    brought = []
+    bring = sweeper.weights._slots.bring
+    sweeper.weights._slots.bring = lambda unit: brought.append(unit) or bring(unit)
+    with swept_evaluation(model):
+        assert torch.equal(training_loss(model, ids), expected)
+    assert set(brought) == set(sweeper.weights._units)
 
 
 def test_streaming_again_moves_the_weights_and_leaves_nothing_of_the_first_stream(tmp_path):

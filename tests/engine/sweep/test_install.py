@@ -11,7 +11,7 @@ from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 from torch import nn
 
 from longfit.attention.hf_attention import attention_key
-from longfit.engine.hf_model import hidden_states
+from longfit.engine.hf_model import base_model, hidden_states
 from longfit.engine.loss.training_loss import TrainingLoss, training_loss
 from longfit.engine.sweep import layer, sweeper
 from longfit.engine.sweep.evaluation import swept_evaluation
@@ -28,15 +28,16 @@ class CopiedActivations:
     """Keeps copies, so that the sweep may write a layer's output over its input; counts what it holds."""
 
     aliases = False
+    place = "copied"
 
     def __init__(self):
         self.held = 0
 
     def open(self, num_tiles):
-        return CopyStay(self)
+        return CopiedInput(self)
 
 
-class CopyStay:
+class CopiedInput:
     def __init__(self, offload):
         self.offload, self.tiles = offload, {}
 
@@ -65,6 +66,10 @@ def gradients(model, ids, *, loss=training_loss, **inputs):
     return value.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def plain(model, ids, **inputs):
+    return gradients(model, ids, engine="plain", **inputs)
+
+
 def worst(got, expected):
     assert got[1].keys() == expected[1].keys()
     errors = {name: ((got[1][name] - g).norm() / g.norm().clamp_min(1e-300)).item() for name, g in expected[1].items()}
@@ -88,7 +93,7 @@ def lora(model, **options):
 def test_every_family_equals_plain_autograd(family, attention, offload):
     """All parameters trained: embeddings (through dx of the first layer), norms, biases, experts, output matrix."""
     model, ids = exact_norms(tiny_model(family, attn_implementation=attention_key(*attention))), batch()
-    expected = gradients(model, ids)
+    expected = plain(model, ids)
     report = enable_sweep(model, tile=7, offload=offload, saved_attention_bytes=None if offload is None else 0)
     assert report.layers == ("model.layers.0", "model.layers.1")
     assert not report.fallback
@@ -105,7 +110,7 @@ def test_tiles_that_divide_nothing(num_rows, num_tokens, tile):
     model = exact_norms(tiny_model("llama", **heads, attn_implementation=attention_key("shifted", 6)))
     ids = batch(num_rows, num_tokens)
     inputs = {"num_items": 7}
-    expected = gradients(model, ids, **inputs)
+    expected = plain(model, ids, **inputs)
     enable_sweep(model, tile=tile)
     assert worst(gradients(model, ids, **inputs), expected)[1] < EXACT
 
@@ -120,7 +125,7 @@ def test_packed_documents_and_padding(attention, family):
     mask[0, :6] = mask[1, 29:] = 0
     for inputs in ({"position_ids": positions}, {"attention_mask": mask}):
         disable_sweep(model)
-        expected = gradients(model, ids, **inputs)
+        expected = plain(model, ids, **inputs)
         enable_sweep(model, tile=6)
         assert worst(gradients(model, ids, **inputs), expected)[1] < EXACT
 
@@ -130,12 +135,12 @@ def test_low_precision_is_no_worse_than_plain_autograd():
     distances = {}
     truth_model = tiny_model("llama", dtype=torch.bfloat16, attn_implementation=attention_key())
     ids = batch(2, 96)
-    truth = gradients(exact_norms(copy.deepcopy(truth_model).double()), ids)
+    truth = plain(exact_norms(copy.deepcopy(truth_model).double()), ids)
     for tile in (None, 16):
         model = copy.deepcopy(truth_model)
         if tile:
             enable_sweep(model, tile=tile)
-        got = gradients(model, ids)
+        got = gradients(model, ids) if tile else plain(model, ids)
         assert all(g.dtype == torch.bfloat16 for g in got[1].values())
         distances[tile] = sum((got[1][n].double() - g).norm() ** 2 / g.norm() ** 2 for n, g in truth[1].items()) ** 0.5
     assert distances[16] < 1.1 * distances[None]
@@ -143,14 +148,14 @@ def test_low_precision_is_no_worse_than_plain_autograd():
 
 def test_autocast_is_the_same_in_backward():
     model, ids = tiny_model("llama", dtype=torch.float32, attn_implementation=attention_key()), batch()
-    truth = gradients(exact_norms(copy.deepcopy(model).double()), ids)
+    truth = plain(exact_norms(copy.deepcopy(model).double()), ids)
     distances = []
     for swept in (False, True):
         if swept:
             enable_sweep(model, tile=7)
         model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = training_loss(model, ids)
+            loss = training_loss(model, ids, engine="sweep" if swept else "plain")
         loss.backward()
         distances.append(
             sum(
@@ -221,7 +226,7 @@ def test_data_parallel_needs_no_special_mode():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model, ids = lora(exact_norms(tiny_model("qwen3", attn_implementation=attention_key()))), batch()
-        expected = gradients(model, ids)
+        expected = plain(model, ids)
         enable_sweep(model, tile=7)
         wrapped = nn.parallel.DistributedDataParallel(TrainingLoss(model))
         for _ in range(3):
@@ -296,7 +301,7 @@ def test_gradients_are_written_over_gradients_and_outputs_over_inputs(monkeypatc
     model, ids = tiny_model("llama", num_hidden_layers=4, attn_implementation=attention_key()), batch()
     enable_sweep(model, tile=7, offload=CopiedActivations())
     training_loss(model, ids).backward()
-    assert made == [True] * 4  # the loss promises the first, each layer the next
+    assert made == [True] * 4  # the loss donates the first, each layer the next
 
 
 def test_the_heap_is_trimmed_once_in_a_few_layers(monkeypatch):
@@ -343,21 +348,91 @@ def test_groups_and_windows_hold_few_keys(monkeypatch):
     ):
         capacities.clear()
         model, ids = exact_norms(tiny_model(family, attn_implementation=attention_key(*attention))), batch(1, 400)
-        expected = gradients(model, ids)
+        expected = plain(model, ids)
         enable_sweep(model, tile=10)
         assert worst(gradients(model, ids), expected)[1] < EXACT
         assert all(c <= most[-1] for c in capacities)
         assert min(capacities) <= most[0]
 
 
+# ------------------------------------------------------------------------------------------------ by default
+def lora_made_elsewhere():
+    return lora(exact_norms(tiny_model("llama", attn_implementation=attention_key())))
+
+
+@pytest.mark.parametrize("made", [lora_made_elsewhere, lambda: exact_norms(tiny_model("qwen3"))])
+def test_training_sweeps_by_default_and_says_so_once(made, caplog):
+    model, ids = made(), batch()
+    base_model(model).set_attn_implementation(attention_key())
+    expected = plain(model, ids)
+    assert sweeper_of(model) is None
+    caplog.set_level("INFO", "longfit")
+    assert worst(gradients(model, ids), expected)[1] < EXACT
+    gradients(model, ids)
+    assert [record.message for record in caplog.records] == [
+        "sweeping 2 layers, 4,096 tokens at a time, layer inputs on their device; enable_sweep(model, ...) chooses"
+        " otherwise, engine='plain' is ordinary autograd"
+    ]
+    assert sweeper_of(model).report.layers == ("model.layers.0", "model.layers.1")
+
+
+def test_a_swept_model_can_be_run_plainly_for_one_loss():
+    model, ids = lora_made_elsewhere(), batch()
+    enable_sweep(model, tile=7)
+    tiles = []
+    inner = sweeper_of(model).tile_for
+    sweeper_of(model).tile_for = lambda hidden: tiles.append(1) or inner(hidden)
+    expected = plain(model, ids)
+    assert tiles == []
+    assert worst(gradients(model, ids), expected)[1] < EXACT
+    assert len(tiles) == 2
+
+
+def test_who_disables_the_sweep_keeps_plain_autograd_until_it_is_enabled():
+    model, ids = lora_made_elsewhere(), batch()
+    disable_sweep(model)
+    training_loss(model, ids).backward()
+    assert sweeper_of(model) is None
+    enable_sweep(model)
+    training_loss(model, ids).backward()
+    assert sweeper_of(model) is not None
+
+
+def test_nothing_is_swept_where_nothing_trains():
+    model, ids = tiny_model("llama"), batch()
+    model.requires_grad_(False)
+    training_loss(model, ids)
+    with torch.no_grad():
+        training_loss(model.requires_grad_(True), ids)
+    with pytest.warns(UserWarning, match=r"call model\.train\(\) first"):
+        training_loss(model.eval(), ids)
+    assert sweeper_of(model) is None
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="engine 'fast': must be 'sweep' or 'plain'"):
+        training_loss(model, ids, engine="fast")
+
+
+def test_a_model_that_cannot_be_swept_is_left_as_it_was_and_the_way_out_is_named():
+    model, ids = tiny_model("llama", attention_dropout=0.1), batch()
+    with pytest.raises(
+        ModelError, match=r"attention dropout 0\.1 .* or train it plainly: training_loss\(\.\.\., engine="
+    ):
+        training_loss(model, ids)
+    assert model.config._attn_implementation == "eager"
+    assert sweeper_of(model) is None
+    training_loss(model, ids, engine="plain").backward()
+
+
 # ------------------------------------------------------------------------------------------------ what is not swept
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_model_without_the_doors_is_named_and_still_right():
+def test_a_model_without_a_checkpointing_function_is_named_and_still_right():
     config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=VOCABULARY)
     model = transformers.BloomForCausalLM(config).double()
     ids = batch()
-    expected = gradients(model, ids)
-    with pytest.warns(UserWarning, match=r"transformer\.h\.0 is not swept but checkpointed in the ordinary way"):
+    expected = plain(model, ids)
+    with pytest.warns(
+        UserWarning, match=r"transformer\.h\.0 and 1 more are not swept but checkpointed in the ordinary way"
+    ):
         report = enable_sweep(model)
     assert report.layers == ()
     assert [name for name, _ in report.fallback] == ["transformer.h.0", "transformer.h.1"]
@@ -366,9 +441,9 @@ def test_a_model_without_the_doors_is_named_and_still_right():
 
 def test_a_layer_that_attends_otherwise_falls_back_alone():
     model, ids = exact_norms(tiny_model("llama", attn_implementation=attention_key())), batch()
-    expected = gradients(model, ids)
-    plain = model.model.layers[0].self_attn.forward
-    model.model.layers[0].self_attn.forward = lambda **kw: plain(**{k: v for k, v in kw.items() if k != "sweep"})
+    expected = plain(model, ids)
+    own = model.model.layers[0].self_attn.forward
+    model.model.layers[0].self_attn.forward = lambda **kw: own(**{k: v for k, v in kw.items() if k != "sweep"})
     with pytest.warns(UserWarning, match="attends 0 times through the attention interface"):
         report = enable_sweep(model, tile=7)
     assert report.layers == ("model.layers.1",)
@@ -382,8 +457,8 @@ def test_the_attention_becomes_ours_and_a_later_change_is_noticed():
     with pytest.raises(ModelError, match="call enable_sweep"):
         training_loss(model, ids)
     disable_sweep(model)
-    assert sweeper_of(model) is None
     training_loss(model, ids)
+    assert sweeper_of(model) is None
 
 
 def test_the_tile_is_chosen_from_the_workspace_or_forced():

@@ -7,9 +7,8 @@ Not here: the auxiliary balance loss of mixture-of-experts routers.
 """
 
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,8 @@ from longfit.attention.visibility import document_starts
 from longfit.engine.hf_model import base_model, hidden_states, output_head
 from longfit.engine.host_memory import give_back
 from longfit.engine.loss.linear_cross_entropy import IGNORED, linear_cross_entropy
-from longfit.engine.sweep.sweeper import sweeper_of
+from longfit.engine.sweep.install import sweep_by_default
+from longfit.engine.sweep.sweeper import Sweeper, sweeper_of
 
 
 def shifted_labels(
@@ -54,8 +54,13 @@ def training_loss(
     position_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     num_items: int | Tensor | None = None,
+    engine: Literal["sweep", "plain"] = "sweep",
 ) -> Tensor:
     """Next-token loss of a causal language model: its own decoder, then the tiled loss in place of logits.
+
+    In training mode the layers are swept: tile by tile along the sequence, so that a token costs a few hidden states
+    (``engine/sweep``). The first call sets the sweep up, with what it chooses for the device, and says so in one line;
+    ``enable_sweep`` chooses otherwise, ``disable_sweep`` ends it.
 
     Args:
         model: a transformers causal language model, or a PeftModel around one.
@@ -65,25 +70,23 @@ def training_loss(
         position_ids: ``[B, T]``; restarting at 0 separates packed documents.
         attention_mask: ``[B, T]``, 0 for padding.
         num_items: trained tokens of the whole optimiser step, for exact gradient accumulation; default: of this call.
+        engine: ``"plain"`` runs the layers as the model itself does, with ordinary checkpointing if that is on.
     Returns: the loss, float32 (float64 for float64), 0-dim.
-    Raises: ModelError: the model's head cannot be entered. DataError: no token is trained on. ValueError: shapes.
+    Raises: ModelError: the model's head cannot be entered, or its attention cannot be swept. DataError: no token is
+        trained on. ValueError: shapes, or an unknown ``engine``.
     """
     targets = shifted_labels(input_ids, labels, position_ids, attention_mask)
-    sweeper = sweeper_of(model)
-    if sweeper is not None and torch.is_grad_enabled() and not model.training:
-        warnings.warn(
-            "the model is in eval mode, so its layers are neither swept nor checkpointed; call model.train() first",
-            stacklevel=2,
-        )
+    sweeper = _sweeper(model, engine)
     give_back(input_ids.device)
-    hidden, norm = hidden_states(
-        model,
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=attention_mask,
-        use_cache=False,
-        return_dict=True,
-    )
+    with nullcontext() if sweeper is None or engine == "sweep" else sweeper.aside():
+        hidden, norm = hidden_states(
+            model,
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+            return_dict=True,
+        )
     give_back(input_ids.device)
     head_module = base_model(model).get_output_embeddings()
     with nullcontext() if sweeper is None else sweeper.present(head_module, backward=torch.is_grad_enabled()):
@@ -103,13 +106,29 @@ def training_loss(
     return loss
 
 
+def _sweeper(model: nn.Module, engine: str) -> Sweeper | None:
+    """The sweep of a model, set up now if it is wanted and missing."""
+    if engine not in ("sweep", "plain"):
+        raise ValueError(f"engine {engine!r}: must be 'sweep' or 'plain'")
+    trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+    if engine == "plain" or not trains:
+        return sweeper_of(model)
+    if not model.training:
+        warnings.warn(
+            "the model is in eval mode, so its layers are neither swept nor checkpointed; call model.train() first",
+            stacklevel=3,
+        )
+        return sweeper_of(model)
+    return sweep_by_default(model)
+
+
 class TrainingLoss(nn.Module):
     """A model whose forward is its training loss: what DDP, FSDP2 and Accelerate wrap, so that their hooks see it."""
 
-    def __init__(self, model: nn.Module, loss: Callable[..., Tensor] = training_loss) -> None:
+    def __init__(self, model: nn.Module, *, engine: Literal["sweep", "plain"] = "sweep") -> None:
         super().__init__()
         self.model = model
-        self.loss = loss
+        self.engine: Literal["sweep", "plain"] = engine
 
     def forward(self, input_ids: Tensor, **arguments: Any) -> Tensor:
-        return self.loss(self.model, input_ids, **arguments)
+        return training_loss(self.model, input_ids, engine=self.engine, **arguments)

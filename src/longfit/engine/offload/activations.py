@@ -55,9 +55,11 @@ class ActivationOffload(Protocol):
 
     Attributes:
         aliases: whether it keeps the very tensors it is given, so that they must not be overwritten.
+        place: where that is, as a report says it.
     """
 
     aliases: bool
+    place: str
 
     def open(self, num_tiles: int) -> SavedInput:
         """Begin with the input of one layer pass."""
@@ -71,6 +73,7 @@ class DeviceActivations:
     def __init__(self, *, copy: bool = False) -> None:
         """Keep the tensors themselves, or, with ``copy``, copies: then layers may write outputs over inputs."""
         self.aliases = not copy
+        self.place = "copied on their device" if copy else "on their device"
 
     def open(self, num_tiles: int) -> "_DeviceInput":
         return _DeviceInput(self.aliases)
@@ -126,6 +129,7 @@ class FileActivations:
         That folder is memory, not disk, on systems that mount it as tmpfs; name another one there.
         """
         self.folder = Path(folder or tempfile.gettempdir())
+        self.place = f"in a file in {self.folder}"
         self._file: Any = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  (lives as long as this)
         self._end = 0
         self._free: dict[int, list[_Slot]] = defaultdict(list)

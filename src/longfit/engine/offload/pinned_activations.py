@@ -21,6 +21,7 @@ class PinnedActivations:
     """Keeps tiles in pinned slabs, one per tile, so that layers and contexts of any length share them."""
 
     aliases = False
+    place = "in pinned host memory"
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
         self.device = torch.device(device)

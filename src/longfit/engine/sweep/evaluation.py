@@ -1,12 +1,12 @@
 """Evaluating a swept model tile by tile, so that no layer holds activations of the whole sequence."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from longfit.engine.model_state import preserve_modes
 from longfit.engine.sweep.sweeper import sweeper_of
 
 
@@ -20,25 +20,17 @@ def swept_evaluation(model: nn.Module) -> Iterator[None]:
     """
     sweeper = sweeper_of(model)
     layers = [] if sweeper is None else list(sweeper.swept)
-    modes = [(module, module.training) for module in model.modules()]
-    hooks: list[RemovableHandle] = []
-    try:
+    with preserve_modes(model.modules()), ExitStack() as ends, torch.no_grad():
         model.eval()
         if sweeper is not None:
-            sweeper.evaluating = True
+            ends.enter_context(sweeper.evaluating())
         for layer in layers:
             layer.training = True
-            hooks.append(layer.register_forward_pre_hook(lambda *_: _gradients(True)))
-            hooks.append(layer.register_forward_hook(lambda *_: _gradients(False), always_call=True))
-        with torch.no_grad():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        if sweeper is not None:
-            sweeper.evaluating = False
-        for module, mode in modes:
-            module.training = mode
+            on = layer.register_forward_pre_hook(lambda *_: _gradients(True))
+            off = layer.register_forward_hook(lambda *_: _gradients(False), always_call=True)
+            ends.callback(on.remove)
+            ends.callback(off.remove)
+        yield
 
 
 def _gradients(on: bool) -> None:

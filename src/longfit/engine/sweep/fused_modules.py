@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longfit.engine.model_state import preserve_modes
 from longfit.engine.sweep.recompute_state import preserve_random_state
 from longfit.kernels.cpu import elementwise as cpu_elementwise
 
@@ -190,14 +191,10 @@ def _equal(tensor: Any, expected: Tensor) -> bool:
 
 def _modes(module: nn.Module) -> Iterator[None]:
     """Evaluation and training, one after the other."""
-    before = [(part, part.training) for part in module.modules()]
-    try:
+    with preserve_modes(module.modules()):
         for training in (False, True):
             module.train(training)
             yield
-    finally:
-        for part, training in before:
-            part.training = training
 
 
 @contextmanager

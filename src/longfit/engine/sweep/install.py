@@ -7,7 +7,6 @@ travels. A layer that does not use both is named and checkpointed in the ordinar
 
 import os
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,31 +14,17 @@ from torch import nn
 
 from longfit.attention.hf_attention import attention_key
 from longfit.engine.hf_model import base_model, decoder
-from longfit.engine.offload.activations import ActivationOffload, DeviceActivations
+from longfit.engine.model_state import ModelState
+from longfit.engine.offload.activations import ActivationOffload
+from longfit.engine.offload.place import open_offload
 from longfit.engine.offload.weights import StreamReport, WeightStream
 from longfit.engine.sizes import CPU_SAVED_ATTENTION_BYTES, tile_tokens
 from longfit.engine.sweep.fused_modules import find_fused
 from longfit.engine.sweep.probe import probe_layers
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
-from longfit.engine.sweep.sweeper import Sweeper, sweeper_of
-from longfit.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """What ``enable_sweep`` did.
-
-    Attributes:
-        tile: tokens at once for a batch of one.
-        attention: the attention implementation of the model.
-        layers: names of the layers that are swept.
-        fallback: (name, reason) of the layers that are checkpointed in the ordinary way.
-    """
-
-    tile: int
-    attention: str
-    layers: tuple[str, ...]
-    fallback: tuple[tuple[str, str], ...]
+from longfit.engine.sweep.sweeper import PLAIN, Sweeper, SweepReport, sweeper_of
+from longfit.errors import ConfigError, ModelError
+from longfit.notice import notify
 
 
 def _check_sizes(tile: int | None, saved_attention_bytes: int | None) -> None:
@@ -60,63 +45,99 @@ def enable_sweep(
     model: nn.Module,
     *,
     tile: int | None = None,
-    offload: ActivationOffload | None = None,
+    offload: str | ActivationOffload | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     saved_attention_bytes: int | None = None,
 ) -> SweepReport:
     """Sweep the layers of a model from now on, in training mode; two tokens are run once to see which can be.
 
-    The model's attention becomes longfit's exact attention unless it is longfit's already. Streamed weights go on being
-    streamed.
+    ``training_loss`` does this by itself; call it to choose otherwise. The model's attention becomes longfit's exact
+    attention unless it is longfit's already. Streamed weights go on being streamed. If it fails, the model is as
+    before.
 
     Args:
         model: a transformers causal language model, or a PeftModel around one.
         tile: tokens at once in each row; default: :func:`choose_tile`.
-        offload: where layer inputs wait for backward; default: where they are.
+        offload: where layer inputs wait for backward: ``"device"`` (the default), ``"ram"``, ``"pinned"`` or
+            ``"file"``, as in :func:`open_offload`, or an ``ActivationOffload``.
+        offload_folder: of the file, on a real disk; default: the system's folder for temporary files.
         saved_attention_bytes: what attention outputs may take that are saved for backward instead of computed again;
             default: 512 MiB on a CPU, nothing on an accelerator.
     Returns: what is swept and what is not, and why; layers that are not are also warned about.
-    Raises: ValueError: ``tile`` is below 1, or ``saved_attention_bytes`` below 0. ModelError: no causal language model.
+    Raises: ValueError: ``tile`` is below 1, or ``saved_attention_bytes`` below 0. ConfigError: the place to offload to
+        does not exist here. ModelError: no causal language model, or one whose attention is not understood.
     """
     _check_sizes(tile, saved_attention_bytes)
     base, inner, before = base_model(model), decoder(model), sweeper_of(model)
     config = base.config.get_text_config()
-    if not str(config._attn_implementation).startswith("longfit-"):
-        base.set_attn_implementation(attention_key())
     device = _device(base, before)
+    place = open_offload(offload, device, folder=offload_folder)
     chosen = tile or choose_tile(config, max(2, inner.get_input_embeddings().weight.element_size()), device.type)
     if saved_attention_bytes is None:
         saved_attention_bytes = CPU_SAVED_ATTENTION_BYTES if device.type == "cpu" else 0
-    budget = SavedAttentionBudget(saved_attention_bytes)
-    sweeper = Sweeper(chosen, tile is not None, offload or DeviceActivations(), budget)
+    sweeper = Sweeper(chosen, tile is not None, place, SavedAttentionBudget(saved_attention_bytes))
     sweeper.weights = None if before is None else before.weights
-    reasons = probe_layers(base, inner, device, present=sweeper.present)
-    names = {module: name for name, module in base.named_modules()}
-    sweeper.swept.update(layer for layer, reason in reasons.items() if reason is None)
-    sweeper.fused = {layer: find_fused(layer) for layer in sweeper.swept}
-    fallback = tuple((names[layer], reason) for layer, reason in reasons.items() if reason is not None)
-    if not sweeper.swept and not fallback:
-        fallback = ((type(base).__name__, "its layers do not call the gradient-checkpointing function"),)
-    for name, reason in fallback:
-        warnings.warn(f"{name} is not swept but checkpointed in the ordinary way: {reason}", stacklevel=2)
+    state = ModelState(model)
+    try:
+        if not str(config._attn_implementation).startswith("longfit-"):
+            base.set_attn_implementation(attention_key())
+        reasons = probe_layers(base, inner, device, present=sweeper.present)
+        sweeper.swept.update(layer for layer, reason in reasons.items() if reason is None)
+        sweeper.fused = {layer: find_fused(layer) for layer in sweeper.swept}
+    except BaseException:
+        state.restore()
+        raise
+    sweeper.report = _report(base, sweeper, reasons)
+    for line in sweeper.report.fallback_lines():
+        warnings.warn(line, stacklevel=2)
     if base.supports_gradient_checkpointing:
         base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=sweeper.checkpoint_function)
+    vars(base).pop(PLAIN, None)
+    return sweeper.report
+
+
+def _report(base: Any, sweeper: Sweeper, reasons: dict[nn.Module, str | None]) -> SweepReport:
+    names = {module: name for name, module in base.named_modules()}
+    fallback = tuple((names[layer], reason) for layer, reason in reasons.items() if reason is not None)
+    if not reasons:
+        fallback = ((type(base).__name__, "its layers do not call the gradient-checkpointing function"),)
     layers = tuple(names[layer] for layer, reason in reasons.items() if reason is None)
-    return SweepReport(chosen, str(config._attn_implementation), layers, fallback)
+    attention = str(base.config.get_text_config()._attn_implementation)
+    return SweepReport(sweeper.tile, attention, sweeper.offload.place, layers, fallback)
+
+
+def sweep_by_default(model: nn.Module) -> Sweeper | None:
+    """Sweep a model unless its owner has chosen: swept already, or plain by ``disable_sweep``; say so once.
+
+    Returns: the sweep, or None where the owner wants plain autograd.
+    Raises: ModelError: a layer asks for what longfit's attention does not do; with the way out.
+    """
+    sweeper = sweeper_of(model)
+    if sweeper is not None or PLAIN in vars(base_model(model)):
+        return sweeper
+    try:
+        report = enable_sweep(model)
+    except ModelError as error:
+        raise ModelError(f"{error}; or train it plainly: training_loss(..., engine='plain')") from error
+    swept = str(report).splitlines()[0]
+    notify(f"{swept}; enable_sweep(model, ...) chooses otherwise, engine='plain' is ordinary autograd")
+    return sweeper_of(model)
 
 
 def change_sweep(
     model: nn.Module,
     *,
     tile: int | None = None,
-    offload: ActivationOffload | None = None,
+    offload: str | ActivationOffload | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
     saved_attention_bytes: int | None = None,
 ) -> None:
     """Sweep in another way from the next forward pass on; what is None stays, as do streamed weights.
 
     Args:
         model: one that is swept.
-        tile, offload, saved_attention_bytes: as for :func:`enable_sweep`.
-    Raises: ValueError: as :func:`enable_sweep`, or the model is not swept.
+        tile, offload, offload_folder, saved_attention_bytes: as for :func:`enable_sweep`.
+    Raises: ValueError, ConfigError: as :func:`enable_sweep`, or the model is not swept.
     """
     _check_sizes(tile, saved_attention_bytes)
     sweeper = sweeper_of(model)
@@ -124,7 +145,8 @@ def change_sweep(
         raise ValueError("change_sweep: the model is not swept; call enable_sweep first")
     if tile is not None:
         sweeper.tile, sweeper.forced = tile, True
-    sweeper.offload = offload or sweeper.offload
+    if offload is not None:
+        sweeper.offload = open_offload(offload, _device(base_model(model), sweeper), folder=offload_folder)
     if saved_attention_bytes is not None:
         sweeper.saved_attention = SavedAttentionBudget(saved_attention_bytes)
 
@@ -132,13 +154,15 @@ def change_sweep(
 def disable_sweep(model: nn.Module) -> None:
     """Let the layers of a model run as they are, without any checkpointing; its attention stays longfit's.
 
-    Streamed weights go back to the model's device.
+    ``training_loss`` is plain autograd from now on, until ``enable_sweep``. Streamed weights go back to the model's
+    device.
     """
     base, sweeper = base_model(model), sweeper_of(model)
     if sweeper is not None and sweeper.weights is not None:
         sweeper.weights.close()
     if base.supports_gradient_checkpointing:
         base._set_gradient_checkpointing(enable=False)
+    vars(base)[PLAIN] = True
 
 
 def stream_weights(model: nn.Module, *, folder: str | os.PathLike[str] | None = None) -> StreamReport:

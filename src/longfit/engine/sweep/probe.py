@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longfit.attention.backends import tile_forward
 from longfit.attention.visibility import build_schedule, document_starts
+from longfit.engine.model_state import preserve_modes
 from longfit.engine.sweep.layer_call import LayerCall, layer_call
 from longfit.engine.sweep.recompute_state import preserve_random_state
 
@@ -60,18 +61,13 @@ def probe_layers(
 
     base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=try_layer)
     layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
-    modes = [layer.training for layer in layers]
     try:
-        for layer in layers:
-            layer.training = True  # the layer alone: its dropout modules stay in their mode
-        with (
-            torch.enable_grad(),
-            preserve_random_state(device),
-        ):  # without gradients some versions do not call the function
-            inner(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
+        with preserve_modes(layers), preserve_random_state(device):
+            for layer in layers:
+                layer.training = True  # the layer alone: its dropout modules stay in their mode
+            with torch.enable_grad():  # without gradients some versions do not call the function
+                inner(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     finally:
-        for layer, mode in zip(layers, modes, strict=True):
-            layer.training = mode
         base._set_gradient_checkpointing(enable=False)
     return reasons
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,47 @@ from longfit.engine.sweep.fused_modules import Fused, fused_forwards
 from longfit.engine.sweep.layer import run_layer, run_layer_without_grad
 from longfit.engine.sweep.layer_call import layer_call
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
+from longfit.errors import ModelError
+
+PLAIN = "_longfit_plain"
+"""Attribute of a transformers model that ``disable_sweep`` sets: its owner wants plain autograd."""
+
+
+Mode = Literal["sweep", "evaluate", "plain"]
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What ``enable_sweep`` did.
+
+    Attributes:
+        tile: tokens at once for a batch of one.
+        attention: the attention implementation of the model.
+        offload: where layer inputs wait for backward.
+        layers: names of the layers that are swept.
+        fallback: (name, reason) of the layers that are checkpointed in the ordinary way.
+    """
+
+    tile: int
+    attention: str
+    offload: str
+    layers: tuple[str, ...]
+    fallback: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        """Say it in one line, and one more for each reason why a layer is not swept."""
+        swept = f"sweeping {len(self.layers)} layers, {self.tile:,} tokens at a time, layer inputs {self.offload}"
+        return "\n".join([swept, *self.fallback_lines()])
+
+    def fallback_lines(self) -> list[str]:
+        """One line for each reason why layers are not swept."""
+        lines = []
+        for reason in dict.fromkeys(reason for _, reason in self.fallback):
+            names = [name for name, why in self.fallback if why == reason]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            verb = "are" if more else "is"
+            lines.append(f"{names[0]}{more} {verb} not swept but checkpointed in the ordinary way: {reason}")
+        return lines
 
 
 @dataclass(eq=False)
@@ -34,7 +75,8 @@ class Sweeper:
     swept: set[nn.Module] = field(default_factory=set)
     fused: dict[nn.Module, tuple[Fused, ...]] = field(default_factory=dict)
     weights: WeightStream | None = None
-    evaluating: bool = False
+    report: SweepReport | None = None
+    mode: Mode = "sweep"
     differentiated: int = 0
 
     @contextmanager
@@ -50,12 +92,41 @@ class Sweeper:
         if self.differentiated % TRIMMED_LAYERS == 0:
             give_back(device)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Run layers as they are, without any checkpointing, while this lasts.
+
+        Raises: ModelError: frozen weights are streamed to a device, which only the sweep does.
+        """
+        if self.weights is not None and self.weights.device.type != "cpu":
+            raise ModelError(
+                "engine 'plain': the model's weights are streamed in by the sweep; disable_sweep(model) first"
+            )
+        with self._in_mode("plain"):
+            yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Record nothing for backward while this lasts."""
+        with self._in_mode("evaluate"):
+            yield
+
+    @contextmanager
+    def _in_mode(self, mode: Mode) -> Iterator[None]:
+        before, self.mode = self.mode, mode
+        try:
+            yield
+        finally:
+            self.mode = before
+
     def tile_for(self, hidden: Tensor) -> int:
         """Tokens per row and tile: the user's, or the chosen number shared by the rows of the batch."""
         return self.tile if self.forced else max(1, min(self.tile, max(self.tile // hidden.shape[0], 64)))
 
     def checkpoint_function(self, function: Any, *args: Any) -> Any:
         """Run a layer: swept if it can be, else with torch's checkpoint."""
+        if self.mode == "plain":
+            return function(*args)
         if not isinstance(function, partial) or not function.args or function.args[0] not in self.swept:
             return checkpoint(function, *args, use_reentrant=False)
         call, hidden = layer_call(function, args)
@@ -67,7 +138,7 @@ class Sweeper:
             )
             return checkpoint(function, *args, use_reentrant=False)
         trains = hidden.requires_grad or any(p.requires_grad for p in call.layer.parameters())
-        if torch.is_grad_enabled() and not self.evaluating and trains:
+        if torch.is_grad_enabled() and self.mode != "evaluate" and trains:
             return run_layer(hidden, call, self)
         return run_layer_without_grad(hidden, call, self)
 
