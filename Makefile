@@ -1,5 +1,6 @@
 # make demo   set everything up, then the main job on a real model and real text (offline once set up)
 # make test   set everything up, then the tests
+# make test-isa ISA=avx2    what depends on the processor, with torch and our kernels held to an instruction set
 # make check  formatting, lint and types
 # make bench  the benchmarks, one after the other (run nothing else meanwhile)
 
@@ -10,7 +11,7 @@ RUN    ?= runs/demo
 # Without an NVIDIA card the CPU build of torch is enough and a tenth of the size.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test test-isa check bench clean
 
 setup: $(VENV)/.ready
 
@@ -27,6 +28,11 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 -q
+
+ISA     ?= avx2
+BY_ISA  := tests/kernels tests/attention tests/engine tests/layers tests/test_demo.py tests/training/test_paged_run.py
+test-isa: setup
+	LONGFIT_ISA=$(ISA) $(BIN)/python -m pytest -n 2 -q --ignore=tests/kernels/triton $(BY_ISA)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -23,7 +23,9 @@ from longfit.attention.hf_attention import attention_key
 from longfit.config import RunConfig
 from longfit.errors import ConfigError, ModelError, RunError
 from longfit.evaluation.demo_report import write_report
+from longfit.evaluation.demo_schedule import choose, group_of, measure_speed
 from longfit.evaluation.perplexity import perplexity
+from longfit.kernels.cpu.processor import instruction_set
 from longfit.model.context import extend_context
 from longfit.model.load import load, load_report
 from longfit.training.loop import train
@@ -31,6 +33,9 @@ from longfit.training.metrics import Event, OnEvent, read_metrics
 from longfit.training.prepare import open_run
 
 BUCKET_TOKENS = 2048
+
+WITHIN_S = 420.0
+"""What the demo is planned to take: eight minutes are promised on two cores, and machines have slower moments."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,9 @@ class DemoResult:
         stages: base, extended, trained.
         pass_losses: mean training loss of each pass over the training text.
         half_bytes, quantized_bytes: of the base in 16 bits and as trained.
+        steps: of training.
+        dtype: computed in.
+        processor: its instruction set.
         tokens_per_s: in training.
         peak_memory_bytes: of the whole process.
         seconds: from start to end.
@@ -67,6 +75,9 @@ class DemoResult:
     pass_losses: tuple[float, ...]
     half_bytes: int
     quantized_bytes: int
+    steps: int
+    dtype: str
+    processor: str
     tokens_per_s: float
     peak_memory_bytes: int
     seconds: float
@@ -84,8 +95,8 @@ class DemoResult:
 def run_demo(
     *,
     run_dir: Path = Path("runs/demo"),
-    context: int = 14_336,
-    steps: int = 4,
+    context: int | None = None,
+    steps: int | None = None,
     group_size: int | None = None,
     on_event: OnEvent | None = None,
 ) -> DemoResult:
@@ -93,8 +104,8 @@ def run_demo(
 
     Args:
         run_dir: must be new; the text that is used goes into ``<run_dir>-text``.
-        context: tokens to extend to; at least 256.
-        steps: training steps over two windows of text, so every two steps are one pass.
+        context: tokens to extend to, at least 256; by default what this machine reads and trains in ``WITHIN_S``.
+        steps: training steps over two windows of text, so every two steps are one pass; by default likewise.
         group_size: tokens in a shifted-attention group; a quarter of the context by default.
         on_event: called with the progress.
     Raises:
@@ -109,15 +120,21 @@ def run_demo(
     notify(Event("phase", "loading SmolLM2-135M from its GGUF file into NF4 with double quantisation"))
     model, tokenizer = load(path)
     report, native_context = load_report(model), model.config.max_position_embeddings
+    model.set_attn_implementation(attention_key("exact"))
+    if context is None or steps is None:
+        speed = measure_speed(model, torch.tensor(tokenizer(inspect.getsource(inspect)).input_ids))
+        chosen = choose(speed, within_s=WITHIN_S)
+        context, steps = context or chosen[0], steps or chosen[1]
+        seconds = speed.seconds(context=context, steps=steps, group_size=group_size or group_of(context))
+        notify(Event("phase", f"{context:,} tokens and {steps} training steps: about {seconds / 60:.0f} minutes here"))
     if group_size is None:
-        group_size = context // 4 // 2 * 2
+        group_size = group_of(context)
     held_out = write_texts(text_folder(run_dir), tokenizer, context=context)
 
     def measure(name: str, model: Any) -> Stage:
         notify(Event("phase", f"measuring perplexity: {name}"))
         return measure_stage(name, model, held_out, context=context)
 
-    model.set_attn_implementation(attention_key("exact"))
     stages = [measure("base, as it is", model)]
     extend_context(model, tokenizer, context=context, rope="yarn", attention="exact")
     stages.append(measure("extended (YaRN)", model))
@@ -139,6 +156,9 @@ def run_demo(
         pass_losses=tuple(sum(losses[i : i + 2]) / len(losses[i : i + 2]) for i in range(0, len(losses), 2)),
         half_bytes=report.half_bytes,
         quantized_bytes=report.total_bytes,
+        steps=steps,
+        dtype=str(model.dtype).removeprefix("torch."),
+        processor=instruction_set(),
         tokens_per_s=trained.tokens / trained.seconds,
         peak_memory_bytes=trained.peak_memory_bytes,
         seconds=time.perf_counter() - began,

@@ -78,6 +78,8 @@ def summary_lines(result: dict[str, Any]) -> list[str]:
     return [
         f"The base takes {small / 1e6:.0f} MB with NF4 linear layers instead of {half / 1e6:.0f} MB in 16 bits.",
         f"Training loss by pass over the text: {losses}.",
+        f"{result['steps']} steps on windows of {result['context']:,} tokens, computed in {result['dtype']}"
+        f" ({result['processor']}).",
         f"Training ran at {result['tokens_per_s']:,.0f} tokens/s with groups of {result['group_size']:,} tokens;",
         f"the process peaked at {format_bytes(result['peak_memory_bytes'])}; all took {result['seconds']:.0f} s.",
     ]

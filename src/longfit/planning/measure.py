@@ -34,7 +34,7 @@ def measure_dtypes(device: torch.device) -> dict[str, DtypeRates]:
     """Measure each dtype that a run on the device may compute in, by the name that ``model.dtype`` takes."""
     dtypes = [torch.float32, torch.bfloat16, *([torch.float16] if device.type == "cuda" else [])]
     return {
-        str(dtype).removeprefix("torch."): DtypeRates(_matmul(device, dtype), _attention(device, dtype))
+        str(dtype).removeprefix("torch."): DtypeRates(_matmul(device, dtype), measure_attention(device, dtype))
         for dtype in dtypes
     }
 
@@ -87,7 +87,7 @@ def _matmul(device: torch.device, dtype: torch.dtype) -> float:
     return 2.0 * size**3 / _best(lambda: left @ right, device)
 
 
-def _attention(device: torch.device, dtype: torch.dtype) -> float:
+def measure_attention(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second over one tile of all tokens: two products in forward, five in backward, half of all pairs."""
     tokens, heads = (8192, 32) if device.type == "cuda" else (2048, 9)
     q, k, v, d_out = (torch.randn(1, heads, tokens, 64, device=device).to(dtype) for _ in range(4))  # [1, H, T, D]

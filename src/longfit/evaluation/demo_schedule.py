@@ -1,0 +1,84 @@
+"""How far the demo goes in the time it promises: its context and steps, from two seconds of measuring on this machine.
+
+A forward pass is a number of seconds a token for everything but attention, plus attention, which grows with the pairs
+of a query and a key that it sees. Both are measured: the model reads a short text, and the attention that a run would
+use is timed alone. A training step runs everything but attention forward, forward again and backward, and multiplies
+in attention nine times for each pair where a forward pass multiplies twice.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from longfit.evaluation.perplexity import perplexity
+from longfit.planning.measure import measure_attention
+
+PROBE_TOKENS = 512
+"""Read twice, the second time on the clock: a second on two cores with AVX2, a quarter of one with bf16."""
+
+PASSES = 3
+"""A training step's forward, recomputed forward and backward through frozen weights, in forward passes."""
+
+FIXED_S = 45.0
+"""Loading the model twice, quantising, reading and packing text, drawing, and saving: 30 to 40 s on two cores."""
+
+CHOICES = ((14_336, 4), (12_288, 4), (14_336, 2), (12_288, 2), (10_240, 2))
+"""Context and steps, the best first. The wall shows from 10,240 tokens on; two steps see each of the two texts once."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What this machine does with the model.
+
+    Attributes:
+        token_s: seconds a token of a forward pass takes besides attention.
+        attention_flops: operations a second of attention.
+        pair_flops: operations of all layers for one pair of a query and a key in one product.
+    """
+
+    token_s: float
+    attention_flops: float
+    pair_flops: float
+
+    def seconds(self, *, context: int, steps: int, group_size: int) -> float:
+        """Seconds of the whole demo: three evaluations with exact attention, and the training with shifted."""
+        exact, shifted = context**2 / 2, context * group_size / 2  # pairs
+        evaluation = context * self.token_s + 2 * exact * self.pair_flops / self.attention_flops
+        step = PASSES * context * self.token_s + 9 * shifted * self.pair_flops / self.attention_flops
+        return FIXED_S + 3 * evaluation + steps * step
+
+
+def measure_speed(model: Any, token_ids: torch.Tensor) -> Speed:
+    """Time the model on its first tokens, and attention alone.
+
+    Args:
+        model: as the demo loads it.
+        token_ids: int64 ``[T]``, at least ``PROBE_TOKENS``.
+    """
+    config, probe = model.config, token_ids[:PROBE_TOKENS]
+    for _ in range(2):
+        began = time.perf_counter()
+        perplexity(model, probe, window=PROBE_TOKENS, stride=PROBE_TOKENS)
+        seconds = time.perf_counter() - began
+    width = config.num_attention_heads * (config.hidden_size // config.num_attention_heads)
+    embedding = model.get_input_embeddings().weight
+    return Speed(
+        token_s=seconds / PROBE_TOKENS,
+        attention_flops=measure_attention(embedding.device, embedding.dtype),
+        pair_flops=2.0 * width * config.num_hidden_layers,
+    )
+
+
+def choose(speed: Speed, *, within_s: float) -> tuple[int, int]:
+    """The context and steps of the best demo that is over in time, or the shortest if none is."""
+    for context, steps in CHOICES:
+        if speed.seconds(context=context, steps=steps, group_size=group_of(context)) <= within_s:
+            return context, steps
+    return CHOICES[-1]
+
+
+def group_of(context: int) -> int:
+    """Tokens in a group of shifted attention: a quarter of the context, even (LongLoRA, section 3.2)."""
+    return max(2, context // 4 // 2 * 2)
