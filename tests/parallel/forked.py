@@ -1,5 +1,6 @@
 """Run a function in several processes that talk through gloo: forks of this one, so that nothing is imported again."""
 
+import io
 import multiprocessing
 import os
 import socket
@@ -48,7 +49,8 @@ def run_in_processes(function: Callable[..., Any], num_processes: int, *args: An
                 process.kill()
     problems = [text for ok, text in results.values() if not ok]
     assert not problems, "\n".join(problems)
-    return [results[rank][1] for rank in range(num_processes)]
+    # As bytes: a tensor in a queue is memory shared with a process that has gone by now.
+    return [torch.load(io.BytesIO(results[rank][1]), weights_only=False) for rank in range(num_processes)]
 
 
 def _work(
@@ -75,7 +77,9 @@ def _work(
                 "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_processes,
                 timeout=timedelta(seconds=TIMEOUT_S),
             )  # fmt: skip
-        queue.put((rank, (True, function(rank, *args))))
+        buffer = io.BytesIO()
+        torch.save(function(rank, *args), buffer)
+        queue.put((rank, (True, buffer.getvalue())))
     except BaseException:
         queue.put((rank, (False, f"process {rank}: {traceback.format_exc()}")))
     queue.close()

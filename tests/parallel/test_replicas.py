@@ -48,6 +48,23 @@ def test_processes_may_have_different_numbers_of_validation_windows(
     assert metrics(tmp_path / "run")[-1]["eval_windows"] == num_windows
 
 
+@pytest.mark.parametrize(
+    "settings", [{"context__attention": "shifted", "context__group_size": 32}, {}], ids=["shifted", "exact"]
+)
+def test_two_processes_that_share_windows_learn_what_one_learns(
+    make_config: MakeConfig, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    """In float32, as above."""
+    settings = {**settings, "data__validation_fraction": 0.2, "train__eval_every": 2, "train__steps": 2}
+    train(make_config(**settings, output__run_dir=str(tmp_path / "one")))
+    run_in_processes(run, 2, make_config(**settings, parallel__sequence=2), group=False)
+    alone, together = metrics(tmp_path / "one"), metrics(tmp_path / "run")
+    for before, after in zip(alone, together, strict=True):
+        for key in before.keys() & {"loss", "grad_norm", "eval_loss", "tokens", "trained_tokens"}:
+            assert after[key] == pytest.approx(before[key], rel=1e-6)
+    assert all(min(record["halo_bytes_by_process"]) > 0 for record in together if "loss" in record)
+
+
 def differ(rank: int, config: RunConfig) -> str:
     try:
         train(config.replace({"train.learning_rate": 1e-4 * (rank + 1)}))

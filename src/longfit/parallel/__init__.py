@@ -5,4 +5,7 @@ heartbeat.py    end a run whose processes do not move any more
 agreement.py    compare what the processes see before they begin
 processes.py    the process group: time-outs, the store of the heartbeat, the last word
 layout.py       which device trains which windows, which tokens of a window, which rows of the weights
+halo.py         which keys and values travel between the processes of a sequence, and how
+sequence.py     one window over several processes: its cut, and the loss of a part
+traffic.py      bytes sent in a step, as formulas
 """

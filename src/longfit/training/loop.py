@@ -32,6 +32,7 @@ from longfit.engine.loss.training_loss import TrainingLoss, shifted_labels
 from longfit.engine.sweep.evaluation import swept_evaluation
 from longfit.errors import PlanError, RunError
 from longfit.model.save import save_adapter
+from longfit.parallel.sequence import SequenceParallelLoss
 from longfit.training import loss_scale, memory_check, run_directory
 from longfit.training.checkpoint import RunState, save_checkpoint
 from longfit.training.interruption import Interruptible
@@ -163,7 +164,7 @@ def _probe(run: Run) -> None:
         return
     run.tell(Event("phase", f"trying the longest window, {int(lengths[longest[0]]):,} tokens"))
     batch = _batch(run, longest)
-    num_trained = _over_processes(run, _num_trained(batch))
+    num_trained = _over_windows(run, _num_trained(batch))
     _within_memory(run, partial(_differentiate, run, [batch], max(num_trained, 1), run.state.loss_scale))
     run.optimizer.zero_grad(set_to_none=True)
 
@@ -173,8 +174,8 @@ def _step(run: Run, interruptible: Interruptible) -> None:
     began = time.perf_counter()
     train, step = run.config.train, run.state.step
     batches = [_batch(run, indices) for indices in _window_indices(run, run.layout.window_of(run.rank))]
-    num_trained = _over_processes(run, sum(_num_trained(batch) for batch in batches))
-    num_tokens = int(_over_processes(run, sum(int(run.window_lengths[batch.indices].sum()) for batch in batches)))
+    num_trained = _over_windows(run, sum(_num_trained(batch) for batch in batches))
+    num_tokens = int(_over_windows(run, sum(int(run.window_lengths[batch.indices].sum()) for batch in batches)))
 
     loss, grad_norm, scale = _scaled_gradients(run, batches, num_trained)
     _require_finite(run, "gradient norm", grad_norm, batches[-1])
@@ -188,7 +189,7 @@ def _step(run: Run, interruptible: Interruptible) -> None:
     )
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    peaks = _peaks(run) if run.layout.devices > 1 else {}
+    of_each = _of_each_process(run) if run.layout.devices > 1 else {}
     with interruptible.held():  # the parameters, the state and the line about them change together
         run.optimizer.step()
         run.state = RunState(
@@ -211,7 +212,7 @@ def _step(run: Run, interruptible: Interruptible) -> None:
             "tokens_per_s": num_tokens / seconds,
             "step_s": seconds,
             "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
-            **peaks,
+            **of_each,
             **({} if run.plan is None else {"planned_peak_bytes": run.plan.device_peak}),
             **run.paging.read(),
         }
@@ -318,10 +319,18 @@ def _over_processes(run: Run, value: float) -> float:
     return float(run.accelerator.reduce(total, reduction="sum").item())
 
 
-def _peaks(run: Run) -> dict[str, list[int]]:
-    """The most memory each process has held so far, in the order of their ranks."""
-    own = torch.tensor([peak_memory_bytes(run.accelerator.device)], device=run.accelerator.device)
-    return {"peak_memory_bytes_by_process": run.accelerator.gather(own).tolist()}
+def _over_windows(run: Run, value: float) -> float:
+    """Add up a number over all windows trained at once; those who share a window all know it, the first tells it."""
+    return _over_processes(run, value if run.layout.stretch_of(run.rank) == 0 else 0)
+
+
+def _of_each_process(run: Run) -> dict[str, list[int]]:
+    """The most memory that each process has held so far, and the bytes of keys and their gradients it has sent."""
+    own = {"peak_memory_bytes_by_process": peak_memory_bytes(run.accelerator.device)}
+    if isinstance(run.loss_of, SequenceParallelLoss):
+        own["halo_bytes_by_process"] = run.loss_of.traffic.taken()
+    gathered = run.accelerator.gather(torch.tensor([list(own.values())], device=run.accelerator.device))
+    return {name: gathered[:, number].tolist() for number, name in enumerate(own)}
 
 
 def _require_finite(run: Run, what: str, value: float, batch: _Batch) -> None:
@@ -346,13 +355,13 @@ def _evaluate(run: Run, validation: PackedDataset) -> None:
     """
     num_windows = min(len(validation), run.config.data.validation_windows)
     total, count = 0.0, 0
-    loss_of = TrainingLoss(run.model)
+    loss_of = TrainingLoss(run.model, engine=run.config.engine.engine, loss=run.loss_of)
     with swept_evaluation(run.model):
         for index in range(run.layout.window_of(run.rank), num_windows, run.layout.data):
             batch = _batch(run, [index], windows=validation)
             total += loss_of(**batch.tensors, num_items=1).item()  # a sum
             count += _num_trained(batch)
-    loss = _over_processes(run, total) / _over_processes(run, count)
+    loss = _over_processes(run, total) / _over_windows(run, count)
     record = {"step": run.state.step, "eval_loss": loss, "eval_windows": num_windows}
     run.record(record)
     run.tell(Event("eval", f"step {run.state.step}: validation loss {loss:.4f}", record))

@@ -19,13 +19,14 @@ from torch import Tensor
 from longfit.config import RunConfig
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset
-from longfit.engine.loss.training_loss import TrainingLoss
+from longfit.engine.loss.training_loss import TrainingLoss, training_loss
 from longfit.errors import ConfigError, RunError
 from longfit.model.load import load_report
 from longfit.parallel.agreement import require_agreement, versions
 from longfit.parallel.heartbeat import Heartbeat
 from longfit.parallel.layout import Layout, choose_layout
 from longfit.parallel.processes import exchange_timeout, start_heartbeat
+from longfit.parallel.sequence import SequenceParallelLoss, require_shareable, sequence_group
 from longfit.planning.plan import Plan
 from longfit.training import loss_scale, memory_check, run_directory
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state
@@ -49,6 +50,7 @@ class Run:
     """Everything a training step needs.
 
     Attributes:
+        loss_of: the loss of a model and a batch, or of this process's part of the batch.
         loss_module: `TrainingLoss` around the PeftModel, as Accelerate wrapped it.
         model: the PeftModel.
         seconds: in training steps so far, those before a resumption counted.
@@ -60,6 +62,7 @@ class Run:
     accelerator: Accelerator
     layout: Layout
     heartbeat: Heartbeat | None
+    loss_of: Any
     loss_module: Any
     model: Any
     tokenizer: Any
@@ -156,7 +159,7 @@ def _start(
         device=accelerator.device,
         on_event=notify,
         processes=accelerator.num_processes,
-        parallelism=accelerator.distributed_type.value,
+        parallelism=accelerator.distributed_type.value if layout.sequence == layout.shard == 1 else str(layout),
     )
     notify(Event("phase", f"loading {config.model.name}"))
     model, tokenizer = load_base(config, accelerator.device)
@@ -175,7 +178,12 @@ def _start(
         origin = "auto: a quarter of the context (LongLoRA, section 3.2)"
         config = config.replace({"context.group_size": report.group_size}, origin=origin)
     model = make_trainable(model, config, on_event=notify)
-    loss_module = accelerator.prepare(TrainingLoss(model, engine=config.engine.engine))
+    loss_of: Any = training_loss
+    if layout.sequence > 1:
+        require_shareable(model, engine=config.engine.engine)
+        group = sequence_group(layout.sharers_of_window(), accelerator.process_index)
+        loss_of = SequenceParallelLoss(group, balanced=config.context.attention == "exact")
+    loss_module = accelerator.prepare(TrainingLoss(model, engine=config.engine.engine, loss=loss_of))
     loss_module.train()
     stream_frozen(model, config, accelerator.device, on_event=notify)
     run_id = read_state(run_directory.last_checkpoint(run_dir)).run_id if resume else _new_run_id(accelerator)
@@ -214,8 +222,8 @@ def _start(
         notify,
     )
     return Run(
-        config, run_dir, notify, accelerator, layout, heartbeat, loss_module, model, tokenizer, optimizer, windows,
-        validation, metrics, PagingMeter(optimizer), plan, step_down, state, seconds,
+        config, run_dir, notify, accelerator, layout, heartbeat, loss_of, loss_module, model, tokenizer, optimizer,
+        windows, validation, metrics, PagingMeter(optimizer), plan, step_down, state, seconds,
     )  # fmt: skip
 
 

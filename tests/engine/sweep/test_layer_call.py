@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from longfit.engine.sweep.layer_call import layer_call
+from longfit.engine.sweep.shared_sequence import Stretch
 from longfit.engine.sweep.tile_pass import TilePass
 from longfit.errors import ModelError
 
@@ -28,7 +29,7 @@ class Layer(nn.Module):
 
 
 def walk_at(index: int, tile: int = 3) -> TilePass:
-    tile_pass = TilePass(T, tile, {})
+    tile_pass = TilePass(Stretch(0, T), tile, {})
     tile_pass.begin("forward", index)
     return tile_pass
 

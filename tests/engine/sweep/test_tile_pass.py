@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from longfit.attention.visibility import Schedule, build_schedule, document_starts
-from longfit.engine.sweep.tile_pass import TileLeft, TilePass, Visible
+from longfit.engine.sweep.shared_sequence import Stretch, TileLeft
+from longfit.engine.sweep.tile_pass import TilePass, Visible
 from longfit.errors import ModelError
 
 HEADS, KEY_HEADS, DIM = 6, 2, 4
@@ -67,13 +68,13 @@ def test_a_walk_there_and_back_is_attention_and_its_gradient(pattern: dict[str, 
     dense = (scores.softmax(-1) @ values).transpose(1, 2)
     expected = torch.autograd.grad(dense, qkv, wanted)
 
-    forward = TilePass(num_tokens, tile, {})
+    forward = TilePass(Stretch(0, num_tokens), tile, {})
     for index in range(5):
         forward.begin("forward", index)
         start, end = forward.span
         # float64: a softmax over at most 13 scores and a sum of as many products, some tens of roundings of 1e-16
         torch.testing.assert_close(attend(forward, qkv, **pattern), dense[:, start:end], rtol=1e-12, atol=1e-13)
-    back = TilePass(num_tokens, tile, {}, visible=forward.visible)
+    back = TilePass(Stretch(0, num_tokens), tile, {}, visible=forward.visible)
     for index in reversed(range(5)):
         for new in back.turn_to_gradients(index):
             back.begin("keys", new)
@@ -87,7 +88,7 @@ def test_a_walk_there_and_back_is_attention_and_its_gradient(pattern: dict[str, 
 
 
 def test_layers_that_attend_twice_or_with_tokens_of_their_own_are_refused() -> None:
-    tile_pass, qkv = TilePass(6, 3, {}), random_qkv(6)
+    tile_pass, qkv = TilePass(Stretch(0, 6), 3, {}), random_qkv(6)
     attend(tile_pass, qkv)
     with pytest.raises(ModelError, match="attends more than once"):
         attend(tile_pass, qkv)

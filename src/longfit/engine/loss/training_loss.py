@@ -7,6 +7,7 @@ Not here: the auxiliary balance loss of mixture-of-experts routers.
 """
 
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -55,6 +56,7 @@ def training_loss(
     attention_mask: Tensor | None = None,
     num_items: int | Tensor | None = None,
     engine: Literal["sweep", "plain"] = "sweep",
+    shift_labels: Tensor | None = None,
 ) -> Tensor:
     """Next-token loss of a causal language model: its own decoder, then the tiled loss in place of logits.
 
@@ -71,11 +73,14 @@ def training_loss(
         attention_mask: ``[B, T]``, 0 for padding.
         num_items: trained tokens of the whole optimiser step, for exact gradient accumulation; default: of this call.
         engine: ``"plain"`` runs the layers as the model itself does, with ordinary checkpointing if that is on.
+        shift_labels: ``[B, T]``, the label of each token itself, instead of ``labels``: for a part of a sequence.
     Returns: the loss, float32 (float64 for float64), 0-dim.
     Raises: ModelError: the model's head cannot be entered, or its attention cannot be swept. DataError: no token is
         trained on. ValueError: shapes, or an unknown ``engine``.
     """
-    targets = shifted_labels(input_ids, labels, position_ids, attention_mask)
+    targets = shift_labels
+    if targets is None:
+        targets = shifted_labels(input_ids, labels, position_ids, attention_mask)
     sweeper = _sweeper(model, engine)
     give_back(input_ids.device)
     with nullcontext() if sweeper is None or engine == "sweep" else sweeper.aside():
@@ -125,10 +130,17 @@ def _sweeper(model: nn.Module, engine: str) -> Sweeper | None:
 class TrainingLoss(nn.Module):
     """A model whose forward is its training loss: what DDP, FSDP2 and Accelerate wrap, so that their hooks see it."""
 
-    def __init__(self, model: nn.Module, *, engine: Literal["sweep", "plain"] = "sweep") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        engine: Literal["sweep", "plain"] = "sweep",
+        loss: Callable[..., Tensor] = training_loss,
+    ) -> None:
         super().__init__()
         self.model = model
         self.engine: Literal["sweep", "plain"] = engine
+        self.loss = loss
 
     def forward(self, input_ids: Tensor, **arguments: Any) -> Tensor:
-        return training_loss(self.model, input_ids, engine=self.engine, **arguments)
+        return self.loss(self.model, input_ids, engine=self.engine, **arguments)

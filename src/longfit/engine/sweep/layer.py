@@ -17,7 +17,9 @@ once, hooks fire once, and DDP and gradient accumulation see what they see in an
 Not here: layers that carry a state from token to token other than attention (Mamba, convolutions).
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +32,17 @@ from longfit.engine.sweep.grad_sums import GradSums
 from longfit.engine.sweep.layer_call import LayerCall
 from longfit.engine.sweep.recompute_state import Autocast, RandomState, preserve_random_state
 from longfit.engine.sweep.saved_attention import SavedAttention, SavedAttentionBudget
-from longfit.engine.sweep.tile_pass import TileLeft, TilePass, Visible
+from longfit.engine.sweep.shared_sequence import (
+    KeyTransport,
+    SharedSequence,
+    Stretch,
+    TileLeft,
+    gather_halos,
+    late_tiles,
+    num_tiles,
+    whole,
+)
+from longfit.engine.sweep.tile_pass import TilePass, Visible
 from longfit.kernels.workspace import weights_held
 
 
@@ -39,6 +51,7 @@ class Sweep(Protocol):
 
     offload: ActivationOffload
     saved_attention: SavedAttentionBudget
+    sequence: SharedSequence | None
 
     def tile_for(self, hidden: Tensor) -> int:
         """Tokens per tile and row for hidden states ``[B, T, D]``."""
@@ -62,8 +75,44 @@ def run_layer(hidden: Tensor, call: LayerCall, sweep: Sweep) -> Tensor:
 
 def run_layer_without_grad(hidden: Tensor, call: LayerCall, sweep: Sweep) -> Tensor:
     """Run a layer tile by tile and keep nothing for a backward."""
+    work = _Work.of(hidden, call, sweep)
     with torch.no_grad(), sweep.present(call.layer), weights_held(hidden.device):
-        return _forward(hidden, call, sweep.tile_for(hidden), None, None, may_overwrite=False)[0]
+        return _forward(hidden, work, None, None, may_overwrite=False)[0]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A layer's call and the tokens that this process has to take it over."""
+
+    call: LayerCall
+    tile: int
+    stretches: tuple[Stretch, ...]
+    sequence: SharedSequence | None
+
+    @classmethod
+    def of(cls, hidden: Tensor, call: LayerCall, sweep: Sweep) -> "_Work":
+        tile, sequence = sweep.tile_for(hidden), sweep.sequence
+        stretches = whole(hidden.shape[1]) if sequence is None else sequence.stretches(tile)
+        return cls(call, tile, stretches, sequence)
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of all stretches."""
+        return sum(num_tiles(stretch, self.tile) for stretch in self.stretches)
+
+    def passes(
+        self, saved: SavedAttention | None = None, visible: Sequence[Visible | None] | None = None
+    ) -> list[TilePass]:
+        """Begin a pass over each stretch."""
+        known = visible or [None] * len(self.stretches)
+        return [
+            TilePass(stretch, self.tile, self.call.keywords, saved=saved, visible=seen)
+            for stretch, seen in zip(self.stretches, known, strict=True)
+        ]
+
+    def indices(self, tile_pass: TilePass) -> range:
+        """The tiles of a pass."""
+        return range(num_tiles(tile_pass.stretch, self.tile))
 
 
 class _SweptLayer(Receiver, torch.autograd.Function):
@@ -74,13 +123,13 @@ class _SweptLayer(Receiver, torch.autograd.Function):
         ctx.receiver = receiver_of(hidden)
         ctx.save_for_backward(*parameters)
         ctx.autocast = Autocast.now(hidden.device)
-        ctx.call, ctx.tile, ctx.sweep = call, sweep.tile_for(hidden), sweep
-        num_tiles = -(-hidden.shape[1] // ctx.tile)
-        ctx.saved_input, ctx.saved_attention = sweep.offload.open(num_tiles), sweep.saved_attention.open(num_tiles)
+        ctx.work, ctx.sweep = _Work.of(hidden, call, sweep), sweep
+        tiles = ctx.work.num_tiles
+        ctx.saved_input, ctx.saved_attention = sweep.offload.open(tiles), sweep.saved_attention.open(tiles)
         may_overwrite = ctx.receiver is not None and not sweep.offload.aliases and not _is_watched(call.layer)
         with sweep.present(call.layer), weights_held(hidden.device):
             out, ctx.visible, ctx.random = _forward(
-                hidden, call, ctx.tile, ctx.saved_input, ctx.saved_attention, may_overwrite=may_overwrite
+                hidden, ctx.work, ctx.saved_input, ctx.saved_attention, may_overwrite=may_overwrite
             )
         if out is hidden:
             ctx.mark_dirty(hidden)
@@ -95,96 +144,161 @@ class _SweptLayer(Receiver, torch.autograd.Function):
                 " loss again, or call disable_sweep(model)"
             )
         saved_input, ctx.saved_input = ctx.saved_input, None
-        parameters, needs_hidden = ctx.saved_tensors, ctx.needs_input_grad[0]
-        wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[3:], strict=True) if needed]
-        sums = GradSums(wanted)
-        grad_hidden = None
-        present = ctx.sweep.present(ctx.call.layer, backward=True)
+        wanted = [p for p, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True) if needed]
+        backward = _Backward(ctx, grad_out, wanted, saved_input)
+        present = ctx.sweep.present(ctx.work.call.layer, backward=True)
         with present, weights_held(grad_out.device), preserve_random_state(grad_out.device), ctx.autocast.again():
-            tile_pass = TilePass(
-                grad_out.shape[1], ctx.tile, ctx.call.keywords, saved=ctx.saved_attention, visible=ctx.visible
-            )
-            for index in reversed(range(len(ctx.random))):
-                for earlier in tile_pass.turn_to_gradients(index):
-                    saved_input.prefetch(earlier + 1)
-                    _store_keys(saved_input, earlier, tile_pass, ctx.call, ctx.random)
-                saved_input.prefetch(max(index - 1, 0))
-                hidden = _restore(saved_input, index, "gradients", tile_pass, ctx.random).requires_grad_(needs_hidden)
-                start, end = tile_pass.span
-                with torch.enable_grad():
-                    out = ctx.call.tile(hidden, tile_pass)
-                grad_tile = grad_out[:, start:end]
-                inputs = [hidden, *wanted] if needs_hidden else wanted
-                grads = torch.autograd.grad(out, inputs, grad_tile, allow_unused=True)
-                del out
-                if needs_hidden:
-                    if grad_hidden is None:
-                        grad_hidden = _over(grad_out, hidden, is_donated(ctx, grad_out))
-                    grad_hidden[:, start:end] = grads[0]
-                    grads = grads[1:]
-                sums.add(grads)
+            backward.run()
         saved_input.close()
-        if grad_hidden is not None:
-            donate(ctx.receiver, grad_hidden)
-        totals = iter(sums.totals())
+        if backward.grad_hidden is not None:
+            donate(ctx.receiver, backward.grad_hidden)
+        totals = iter(backward.sums.totals())
         ctx.sweep.layer_differentiated(grad_out.device)
-        return grad_hidden, None, None, *(next(totals) if needed else None for needed in ctx.needs_input_grad[3:])
+        parameters = (next(totals) if needed else None for needed in ctx.needs_input_grad[3:])
+        return backward.grad_hidden, None, None, *parameters
+
+
+class _Backward:
+    """The backward of one layer: tiles last to first, each a small graph; then what other processes have sent."""
+
+    def __init__(self, ctx: Any, grad_out: Tensor, wanted: list[Tensor], saved_input: SavedInput) -> None:
+        self.grad_hidden: Tensor | None = None
+        self.sums = GradSums(wanted)
+        self._grad_out, self._wanted, self._saved_input = grad_out, wanted, saved_input
+        self._work: _Work = ctx.work
+        self._random: list[RandomState | None] = ctx.random
+        self._needs_hidden: bool = ctx.needs_input_grad[0]
+        self._donated = is_donated(ctx, grad_out)
+        self._passes = self._work.passes(ctx.saved_attention, ctx.visible)
+
+    def run(self) -> None:
+        transport = None
+        if self._work.sequence is not None:
+            transport = _see_halos(self._work, self._passes, self._leave_without_grad)
+        for tile_pass in reversed(self._passes):
+            for index in reversed(self._work.indices(tile_pass)):
+                self._differentiate(tile_pass, index)
+        if transport is not None:
+            self._receive(transport)
+
+    def _differentiate(self, tile_pass: TilePass, index: int) -> None:
+        first = tile_pass.stretch.first_tile
+        for earlier in tile_pass.turn_to_gradients(index):
+            self._saved_input.prefetch(first + earlier + 1)
+            hidden = self._restore("keys", tile_pass, earlier)
+            with torch.no_grad():
+                _leave(self._work.call, hidden, tile_pass)
+        self._saved_input.prefetch(max(first + index - 1, 0))
+        hidden = self._restore("gradients", tile_pass, index).requires_grad_(self._needs_hidden)
+        start, end = tile_pass.span
+        with torch.enable_grad():
+            out = self._work.call.tile(hidden, tile_pass)
+        inputs = [hidden, *self._wanted] if self._needs_hidden else self._wanted
+        grads = torch.autograd.grad(out, inputs, self._grad_out[:, start:end], allow_unused=True)
+        del out
+        if self._needs_hidden:
+            if self.grad_hidden is None:
+                self.grad_hidden = _over(self._grad_out, hidden, self._donated)
+            self.grad_hidden[:, start:end] = grads[0]
+            grads = grads[1:]
+        self.sums.add(grads)
+
+    def _receive(self, transport: KeyTransport) -> None:
+        """Take the gradients of own keys from the processes that have seen them on to the layer's input."""
+        received = transport.scatter([tile_pass.halo_gradients() for tile_pass in self._passes])
+        for number, index, *grad in late_tiles(transport, self._work.stretches, self._work.tile, received):
+            tile_pass = self._passes[number]
+            hidden = self._restore("leave", tile_pass, index).requires_grad_(self._needs_hidden)
+            with torch.enable_grad():
+                left = _leave(self._work.call, hidden, tile_pass)
+            ends = [(out, d) for out, d in zip((left.key, left.value), grad, strict=True) if out.requires_grad]
+            if not ends:
+                continue
+            inputs = [hidden, *self._wanted] if self._needs_hidden else self._wanted
+            grads = torch.autograd.grad([e[0] for e in ends], inputs, [e[1] for e in ends], allow_unused=True)
+            if self._needs_hidden:
+                assert self.grad_hidden is not None, "the layer's tiles come first"
+                start, end = tile_pass.span
+                self.grad_hidden[:, start:end] += grads[0]
+                grads = grads[1:]
+            self.sums.add(grads)
+
+    def _leave_without_grad(self, number: int, index: int) -> TileLeft:
+        hidden = self._restore("leave", self._passes[number], index)
+        with torch.no_grad():
+            return _leave(self._work.call, hidden, self._passes[number])
+
+    def _restore(self, mode: str, tile_pass: TilePass, index: int) -> Tensor:
+        """A tile's input again, with the pass and the random state turned to it."""
+        tile_pass.begin(mode, index)
+        hidden = self._saved_input.get(tile_pass.number).detach()
+        state = self._random[tile_pass.number]
+        if state is not None:
+            state.restore(hidden.device)
+        return hidden
 
 
 def _forward(
     hidden: Tensor,
-    call: LayerCall,
-    tile: int,
+    work: _Work,
     saved_input: SavedInput | None,
     saved_attention: SavedAttention | None,
     *,
     may_overwrite: bool,
-) -> tuple[Tensor, Visible, list[RandomState | None]]:
+) -> tuple[Tensor, list[Visible | None], list[RandomState | None]]:
     """All tiles first to last; without the two ``saved_*`` for no backward. May write the output over ``hidden``."""
-    tile_pass = TilePass(hidden.shape[1], tile, call.keywords, saved=saved_attention)
+    passes = work.passes(saved_attention)
+    planned: dict[int, RandomState] = {}  # random states that tiles must begin with, as their keys have begun with it
+    if work.sequence is not None:
+
+        def leave(number: int, index: int) -> TileLeft:
+            passes[number].begin("leave", index)
+            start, end = passes[number].span
+            planned[passes[number].number] = RandomState.fresh(hidden.device)
+            return _leave(work.call, hidden[:, start:end], passes[number])
+
+        _see_halos(work, passes, leave)
     random: list[RandomState | None] = []
     result: Tensor | None = None
-    for index in range(-(-hidden.shape[1] // tile)):
-        tile_pass.begin("forward", index)
-        start, end = tile_pass.span
-        part = hidden[:, start:end]
-        before = RandomState.now(hidden.device)
-        if saved_input is not None:
-            saved_input.put(index, part)
-        out = call.tile(part, tile_pass)
-        random.append(None if before.same(RandomState.now(hidden.device)) else before)
-        if result is None:
-            fits = may_overwrite and out.dtype == hidden.dtype and out.shape == part.shape and hidden.is_contiguous()
-            result = hidden if fits else host_memory.empty(out, (*hidden.shape[:2], *out.shape[2:]))
-        if saved_input is not None:
-            saved_input.settle(index)
-        result[:, start:end] = out
-    assert result is not None and tile_pass.visible is not None  # noqa: PT018
-    return result, tile_pass.visible, random
+    for tile_pass in passes:
+        for index in work.indices(tile_pass):
+            tile_pass.begin("forward", index)
+            start, end = tile_pass.span
+            part = hidden[:, start:end]
+            if tile_pass.number in planned:
+                planned[tile_pass.number].restore(hidden.device)
+            before = RandomState.now(hidden.device)
+            if saved_input is not None:
+                saved_input.put(tile_pass.number, part)
+            out = work.call.tile(part, tile_pass)
+            random.append(None if before.same(RandomState.now(hidden.device)) else before)
+            if result is None:
+                same = out.dtype == hidden.dtype and out.shape == part.shape and hidden.is_contiguous()
+                fits = may_overwrite and same
+                result = hidden if fits else host_memory.empty(out, (*hidden.shape[:2], *out.shape[2:]))
+            if saved_input is not None:
+                saved_input.settle(tile_pass.number)
+            result[:, start:end] = out
+    assert result is not None, "a layer of no tokens"
+    return result, [tile_pass.visible for tile_pass in passes], random
 
 
-def _restore(
-    saved_input: SavedInput, index: int, mode: str, tile_pass: TilePass, random: list[RandomState | None]
-) -> Tensor:
-    """A tile's input again, with the pass and the random state turned to it."""
-    tile_pass.begin(mode, index)
-    hidden = saved_input.get(index).detach()
-    state = random[index]
-    if state is not None:
-        state.restore(hidden.device)
-    return hidden
+def _see_halos(work: _Work, passes: list[TilePass], leave: Callable[[int, int], TileLeft]) -> KeyTransport:
+    """Let each stretch see the keys before it that other stretches have."""
+    assert work.sequence is not None
+    transport, halos = gather_halos(work.sequence, work.tile, leave)
+    for number, (tile_pass, halo) in enumerate(zip(passes, halos, strict=True)):
+        tile_pass.see(transport.schedule(number), *halo)
+    return transport
 
 
-def _store_keys(
-    saved_input: SavedInput, index: int, tile_pass: TilePass, call: LayerCall, random: list[RandomState | None]
-) -> None:
-    hidden = _restore(saved_input, index, "keys", tile_pass, random)
-    with torch.no_grad():
-        try:
-            call.tile(hidden, tile_pass)
-        except TileLeft:
-            return
-    raise AssertionError("a layer went on after its keys and values were stored")
+def _leave(call: LayerCall, hidden: Tensor, tile_pass: TilePass) -> TileLeft:
+    """Run a layer up to a tile's keys and values."""
+    try:
+        call.tile(hidden, tile_pass)
+    except TileLeft as left:
+        return left
+    raise AssertionError("a layer went on after its keys and values were known")
 
 
 def _over(grad_out: Tensor, hidden: Tensor, donated: bool) -> Tensor:

@@ -26,6 +26,12 @@ class RandomState:
         other = None if device.type in ("cpu", "meta") else torch.get_device_module(device).get_rng_state(device)
         return cls(torch.get_rng_state(), other, device.type)
 
+    @classmethod
+    def fresh(cls, device: torch.device) -> "RandomState":
+        """Turn to a state drawn from the present one, whose numbers nobody else draws, and note it."""
+        torch.manual_seed(int(torch.randint(2**62, ())))
+        return cls.now(device)
+
     def same(self, other: "RandomState") -> bool:
         """Whether nothing was drawn between the two."""
         if not torch.equal(self.cpu, other.cpu):

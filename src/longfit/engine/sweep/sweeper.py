@@ -21,6 +21,7 @@ from longfit.engine.sweep.fused_modules import Fused, fused_forwards
 from longfit.engine.sweep.layer import run_layer, run_layer_without_grad
 from longfit.engine.sweep.layer_call import layer_call
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
+from longfit.engine.sweep.shared_sequence import SharedSequence
 from longfit.errors import ModelError
 
 PLAIN = "_longfit_plain"
@@ -77,6 +78,7 @@ class Sweeper:
     weights: WeightStream | None = None
     report: SweepReport | None = None
     mode: Mode = "sweep"
+    sequence: SharedSequence | None = None
     differentiated: int = 0
 
     @contextmanager
