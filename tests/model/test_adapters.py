@@ -110,7 +110,7 @@ def test_embeddings_and_norms_move_and_are_saved(tmp_path: Path, tied: bool) -> 
     with torch.no_grad():
         expected = adapted(input_ids=ids).logits
     save_adapter(adapted, tokenizer, tmp_path / "adapter")
-    fresh, _ = load(tmp_path / "base", quant="nf4")
+    fresh, _ = load(tmp_path / "base", quant="nf4", dtype=torch.bfloat16)
     loaded = load_adapter(fresh, tmp_path / "adapter").eval()
     moved = dict(loaded.named_parameters())
     for name, parameter in whole.items():
