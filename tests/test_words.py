@@ -1,8 +1,8 @@
-"""Sizes as people read them."""
+"""Numbers as people read them."""
 
 import pytest
 
-from longfit.words import format_bytes
+from longfit.words import format_bytes, sparkline
 
 
 @pytest.mark.parametrize(
@@ -21,3 +21,24 @@ from longfit.words import format_bytes
 )
 def test_a_size_is_said_in_the_unit_that_shows_it(num_bytes: float, said: str) -> None:
     assert format_bytes(num_bytes) == said
+
+
+@pytest.mark.parametrize(
+    ("values", "drawn"),
+    [
+        ([], ""),
+        ([float("nan")], ""),
+        ([2.0], "▄"),
+        ([3.0, 3.0, 3.0], "▄▄▄"),
+        ([0.0, 7.0], "▁█"),
+        ([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0], "█▇▆▅▄▃▂▁"),
+        ([1.0, float("inf"), 0.0], "█▁"),
+    ],
+)
+def test_a_curve_is_a_line_of_bars(values: list[float], drawn: str) -> None:
+    assert sparkline(values) == drawn
+
+
+def test_a_long_curve_is_averaged_in_groups() -> None:
+    assert sparkline([4.0, 2.0, 1.0, 1.0, 0.0], width=3) == "█▃▁"  # means 3, 1, 0
+    assert len(sparkline([float(step) for step in range(1000)])) <= 24

@@ -1,4 +1,9 @@
-"""How bytes are said to people, one way everywhere."""
+"""How numbers are shown to people, one way everywhere: bytes in words, a curve as a line of bars."""
+
+import math
+from collections.abc import Sequence
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -7,3 +12,20 @@ def format_bytes(num_bytes: float) -> str:
         return f"{num_bytes / 2**30:,.2f} GiB"
     size = num_bytes / 2**20
     return "below 0.1 MiB" if 0 < abs(size) < 0.1 else f"{size:.1f} MiB"
+
+
+def sparkline(values: Sequence[float], *, width: int = 24) -> str:
+    """Draw values as a line of small bars, the largest full; more than ``width`` are averaged in groups.
+
+    Args:
+        values: in order; what is not finite is left out.
+        width: bars at most.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return ""
+    size = -(-len(finite) // width)
+    bars = [sum(finite[at : at + size]) / len(finite[at : at + size]) for at in range(0, len(finite), size)]
+    low, high = min(bars), max(bars)
+    steps = len(_BARS) - 1
+    return "".join(_BARS[round((bar - low) / (high - low) * steps) if high > low else steps // 2] for bar in bars)

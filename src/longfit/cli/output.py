@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from longfit.words import format_bytes, sparkline
+
 if TYPE_CHECKING:
     from longfit.training.metrics import Event, OnEvent
 
@@ -86,11 +88,14 @@ def show_progress(*, quiet: bool = False) -> Iterator["OnEvent"]:
     ]
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("preparing", total=None)
+        losses: list[float] = []
 
         def show(event: "Event") -> None:
             values = event.values
             if event.kind == "step":
-                text = f"loss {values['loss']:.4f}  {values['tokens_per_s']:,.0f} tokens/s"
+                losses.append(float(str(values["loss"])))
+                text = f"{sparkline(losses)} loss {values['loss']:.4f}  {values['tokens_per_s']:,.0f} tokens/s"
+                text += _memory(values)
                 progress.update(task, description=text, completed=int(str(values["step"])))
                 return
             if "total_steps" in values:
@@ -121,6 +126,15 @@ def show_count(unit: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task(unit, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _memory(values: Mapping[str, object]) -> str:
+    """The measured peak against the planned one, where a step tells both."""
+    peak, planned = values.get("peak_memory_bytes"), values.get("planned_peak_bytes")
+    if peak is None:
+        return ""
+    against = "" if planned is None else f" of {format_bytes(float(str(planned)))} planned"
+    return f"  {format_bytes(float(str(peak)))}{against}"
 
 
 class _Lines:
