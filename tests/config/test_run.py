@@ -69,7 +69,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_place_and_its_fix(tmp_path:
     lines = [line.strip() for line in str(caught.value).splitlines()]
     assert lines[0] == "10 settings are wrong:"
     expected = [
-        f"{file}:1: model.quant = 'nf5': must be 'nf4', 'fp4', 'int4' or 'none'; try quant: nf4",
+        f"{file}:1: model.quant = 'nf5': must be 'nf4', 'fp4', 'int4', 'int8' or 'none'; try quant: nf4",
         f"{file}:3: context.context = '32q': must be a number of tokens such as 8192 or 16k (= 16,384)",
         f"{file}:5: unknown key train.learning_rte; did you mean train.learning_rate?",
         f"{file}:8: unknown key train.lora_r; did you mean adapter.rank?",

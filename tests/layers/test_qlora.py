@@ -10,14 +10,15 @@ from torch import nn
 
 from longfit.errors import ModelError
 from longfit.layers.linear4bit import Linear4bit
+from longfit.layers.linear8bit import Linear8bit
 from longfit.layers.qlora import QLoRALinear
 from longfit.model.adapters import register_layers
 
 
 class Net(nn.Module):
-    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool, kind: type = Linear4bit) -> None:
         super().__init__()
-        self.proj = Linear4bit.from_linear(nn.Linear(in_features, out_features, bias=bias))
+        self.proj = kind.from_linear(nn.Linear(in_features, out_features, bias=bias))
 
     def forward(self, x):
         return self.proj(x)
@@ -178,9 +179,9 @@ class DenseNet(nn.Module):
         return self.proj(x)
 
 
-def quantized_and_dense(settings, *, in_features=128, out_features=96, bias=True):
-    """The same adapter, moved off its start, on a 4-bit layer and, by PEFT alone, on a dense layer of dq(W)."""
-    net = Net(in_features, out_features, bias)
+def quantized_and_dense(settings, *, in_features=128, out_features=96, bias=True, kind=Linear4bit):
+    """The same adapter, moved off its start, on a quantised layer and, by PEFT alone, on a dense layer of dq(W)."""
+    net = Net(in_features, out_features, bias, kind)
     dense = DenseNet(net.proj)
     pair = []
     for base in (net, dense):
@@ -205,10 +206,12 @@ def assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)  # float32: 128 additions of terms of size 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "plain"])
 @pytest.mark.parametrize(("in_features", "out_features"), [(128, 96), (80, 34)])
-def test_peft_s_ways_equal_a_dense_base_that_holds_dq_w(way, in_features, out_features):
-    quantized, dense = quantized_and_dense(WAYS[way], in_features=in_features, out_features=out_features)
+@pytest.mark.parametrize("kind", [Linear4bit, Linear8bit])
+def test_peft_s_ways_equal_a_dense_base_that_holds_dq_w(way, in_features, out_features, kind):
+    settings = WAYS.get(way, {})
+    quantized, dense = quantized_and_dense(settings, in_features=in_features, out_features=out_features, kind=kind)
     rows = quantized.base_model.model.proj.get_base_layer().weight.clone()
     x = torch.randn(2, 5, in_features)
     grad = torch.randn(2, 5, out_features)
@@ -229,7 +232,7 @@ def test_peft_s_ways_equal_a_dense_base_that_holds_dq_w(way, in_features, out_fe
     assert type(merged) is nn.Linear
     assert_close(merged(x), expected)
     unloaded = quantized.unload().proj
-    assert isinstance(unloaded, Linear4bit)
+    assert isinstance(unloaded, kind)
     assert torch.equal(unloaded.weight, rows)
 
 

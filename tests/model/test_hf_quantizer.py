@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from longfit.errors import ModelError
 from longfit.layers.linear4bit import Linear4bit
+from longfit.layers.linear8bit import Linear8bit
+from longfit.model.hf_quantizer import from_bitsandbytes_int8
 from longfit.model.load import load
 
 
@@ -76,3 +79,43 @@ def test_an_eval_forward_changes_no_byte_of_what_is_saved(folder: Path) -> None:
     with torch.no_grad():
         model.eval()(input_ids=torch.arange(9)[None])
     assert digest() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_8_bit_checkpoint_of_bitsandbytes_loads_and_is_written_again(
+    folder: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    config = BitsAndBytesConfig(load_in_8bit=True)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "theirs" / name).write_bytes((folder / name).read_bytes())
+    ours, _ = load(tmp_path / "theirs", dtype=dtype)
+    assert sum(isinstance(module, Linear8bit) for module in ours.modules()) == 14
+    ours.save_pretrained(tmp_path / "ours")
+    expected = load_file(tmp_path / "theirs" / "model.safetensors")
+    written = load_file(tmp_path / "ours" / "model.safetensors")
+    assert written.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(written[key], tensor), key
+    blocks = [json.loads((tmp_path / f / "config.json").read_text())["quantization_config"] for f in ("theirs", "ours")]
+    assert all(blocks[1][key] == blocks[0][key] for key in ("load_in_8bit", "load_in_4bit", "quant_method"))
+
+
+def test_bitsandbytes_loads_the_8_bit_model_that_longfit_saved(folder: Path, tmp_path: Path) -> None:
+    ours, _ = load(folder, quant="int8", dtype=torch.bfloat16)
+    ours.save_pretrained(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    layers = [(name, module) for name, module in ours.named_modules() if isinstance(module, Linear8bit)]
+    assert layers
+    for name, module in layers:
+        codes, absmax = module.codes_and_absmax()
+        weight = theirs.get_submodule(name).weight
+        assert torch.equal(weight.data, codes), name
+        assert torch.equal(weight.SCB, absmax), name
+
+
+def test_codes_in_the_order_of_one_card_are_refused() -> None:
+    tensors = {"weight": torch.zeros(2, 4, dtype=torch.int8), "SCB": torch.ones(2), "weight_format": torch.tensor(2)}
+    with pytest.raises(ModelError, match="layout 2"):
+        from_bitsandbytes_int8("layers.0.q_proj.weight", tensors)

@@ -48,10 +48,10 @@ def test_the_report_reads_as_a_line_a_reason() -> None:
     report = LoadReport("x", ("a", "b"), dense, quantized_bytes=1_000_000, half_bytes=4_000_000, bits_per_param=4.127)
     assert str(report).splitlines() == [
         "1 MB of weights (4 in 16 bits); 2 layers in 4.13 bits a parameter",
-        "not in 4 bits: layers.0.router, layers.1.router, layers.2.router and 2 more: multiplies routing weights",
-        "not in 4 bits: lm_head: the head",
+        "not quantised: layers.0.router, layers.1.router, layers.2.router and 2 more: multiplies routing weights",
+        "not quantised: lm_head: the head",
     ]
-    assert str(LoadReport("x", (), half_bytes=0)) == "0 MB of weights (0 in 16 bits); no layer in 4 bits"
+    assert str(LoadReport("x", (), half_bytes=0)) == "0 MB of weights (0 in 16 bits); no layer is quantised"
 
 
 @pytest.mark.parametrize("quant", ["fp4", "int4", "none"])

@@ -10,6 +10,7 @@ from tests.planning.fake_run import meta_model, step_peaks
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.sizes import DEVICE_LOGITS
 from longfit.engine.sweep.tile_pass import Visible
+from longfit.layers.linear8bit import Linear8bit
 from longfit.numerics.adamw import BLOCK_SIZE
 from longfit.numerics.row_format import RowFormat
 from longfit.optim.checks import default_page_bytes
@@ -105,6 +106,13 @@ def test_a_step_on_fake_tensors_holds_what_is_planned(name: str, monkeypatch: py
 )
 def test_so_it_does_with_other_settings(name: str, changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     agree(name, monkeypatch, **changes)
+
+
+@pytest.mark.parametrize(("out", "into"), [(96, 576), (7, 33)])
+def test_packed_bytes_of_8_bits_are_those_of_the_layer(out: int, into: int) -> None:
+    layer = Linear8bit.from_linear(torch.nn.Linear(into, out))
+    stored = layer.weight.nbytes + layer.constants.nbytes
+    assert constant_bytes.packed_bytes(Matrix(out, into), PlanSettings(1024, quant="int8")) == stored
 
 
 @pytest.mark.parametrize(("out", "into"), [(4096, 14336), (96, 100), (7, 63), (1, 1), (48, 4304)])

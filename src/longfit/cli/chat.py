@@ -21,7 +21,7 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0: the likeliest words; 0.7: livelier.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw among the words with this probability together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    quant: Annotated[str, typer.Option(help="For a base model: nf4, fp4, int4 or none.")] = "nf4",
+    quant: Annotated[str, typer.Option(help="For a base model: nf4, fp4, int4, int8 or none.")] = "nf4",
     as_json: Annotated[bool, typer.Option("--json", help="Print questions and answers as JSON.")] = False,
 ) -> None:
     """Talk with a run's model or a base model, with exact attention.

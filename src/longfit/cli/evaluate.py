@@ -59,7 +59,7 @@ def evaluate(
     ] = None,
     block_sizes: Annotated[str, typer.Option(help="As 32,64,128.", rich_help_panel=DATA_TYPES)] = "64",
     effort: Annotated[float, typer.Option(help="Of the report: 4 reads four times as much.")] = 1.0,
-    quant: Annotated[str, typer.Option(help="For a base model: nf4, fp4, int4 or none.")] = "nf4",
+    quant: Annotated[str, typer.Option(help="For a base model: nf4, fp4, int4, int8 or none.")] = "nf4",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure whether a model reads further.

@@ -42,7 +42,7 @@ def plan(
     rank: Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=RUN)] = 16,
     attention: Annotated[str, typer.Option(help="exact or shifted.", rich_help_panel=RUN)] = "exact",
     group_size: Annotated[str | None, typer.Option(help="Tokens in a shifted group.", rich_help_panel=RUN)] = None,
-    quant: Annotated[str, typer.Option(help="nf4, fp4, int4 or none.", rich_help_panel=RUN)] = "nf4",
+    quant: Annotated[str, typer.Option(help="nf4, fp4, int4, int8 or none.", rich_help_panel=RUN)] = "nf4",
     optim: Annotated[str, typer.Option(help="adamw or adamw8bit.", rich_help_panel=RUN)] = "adamw",
     optim_budget: Annotated[str | None, typer.Option(help="Resident state, as 2GiB.", rich_help_panel=RUN)] = None,
     offload: Annotated[str, typer.Option(help="device, ram or file.", rich_help_panel=RUN)] = "device",

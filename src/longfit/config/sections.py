@@ -73,17 +73,26 @@ class Section(BaseModel):
 class ModelSection(Section):
     name: str = Field(min_length=1)
     """Base model: a folder, a Hugging Face hub id, or a .gguf file."""
-    quant: Literal["nf4", "fp4", "int4", "none"] = "nf4"
-    """How the frozen linear layers are stored; none keeps them in dtype."""
+    quant: Literal["nf4", "fp4", "int4", "int8", "none"] = "nf4"
+    """How the frozen linear layers are stored; int8 has one constant a row, none keeps them in dtype."""
     double_quant: bool = True
     """Quantise the block constants again (QLoRA, section 3): 4.127 instead of 4.5 bits a parameter."""
     block_size: Annotated[int, Field(ge=16, le=4096), AfterValidator(_power_of_two)] = 64
-    """Weights that share one absmax."""
+    """Weights that share one absmax (not int8)."""
+    int8_threshold: float | None = Field(default=None, ge=0)
+    """int8 only: multiply in integers, activations of this magnitude and above in 16 bits (LLM.int8(): 6; 0: none);
+    unset: weights are de-quantised, activations stay as they are."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Compute dtype, and storage dtype of what is not quantised; auto: what the device multiplies fast: bfloat16, or
     float32 on processors without bf16 instructions, or float16 on cards without bfloat16."""
     device: str = "auto"
     """Where the model runs: auto (cuda if there is one, else cpu), cpu, cuda, cuda:1."""
+
+    @model_validator(mode="after")
+    def _threshold_needs_int8(self) -> "ModelSection":
+        if self.int8_threshold is not None and self.quant != "int8":
+            raise _contradiction("int8_threshold only acts with quant int8; add --quant int8 or drop it")
+        return self
 
 
 class ContextSection(Section):

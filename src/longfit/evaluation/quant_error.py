@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from longfit.engine.hf_model import base_model
 from longfit.errors import ConfigError, ModelError
 from longfit.evaluation.perplexity import perplexity
-from longfit.layers.linear4bit import Linear4bit
+from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model.hf_quantizer import skipped_linears
 from longfit.numerics.absmax import check_block_size, dequantize_int8, quantize_int8
 from longfit.numerics.blockwise import dequantize_blockwise, quantize_blockwise
@@ -201,7 +201,7 @@ def quantizable_layers(model: nn.Module) -> list[nn.Linear]:
     Raises: ModelError: the model is quantised already, or there are none.
     """
     base = base_model(model)
-    if any(isinstance(module, Linear4bit) for module in base.modules()):
+    if any(isinstance(module, QuantizedLinear) for module in base.modules()):
         raise ModelError("the model is quantised already; load it with quant='none' to compare data types")
     skipped = skipped_linears(base, [])
     layers = [

@@ -5,40 +5,39 @@ row, so that the layer can be sharded by rows without ever splitting a block, mo
 parameter, and never be cast by ``model.to(dtype)``. The few bytes that all rows share (the constants of the double
 quantisation) are a uint8 buffer.
 
-The 16-bit weight exists only inside a matmul: forward de-quantises, backward de-quantises again, nothing keeps the
-copy. This layer has no gradient for its own weight; training goes through the adapter of ``qlora.py``.
+The 16-bit weight exists only inside a matmul (``quantized_linear.py``).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longfit.kernels.dispatch import dequantize_rows, linear_4bit, linear_4bit_grad_input, quantize_4bit
+from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat, from_rows, to_rows
 
 
-class FrozenMatmul(torch.autograd.Function):
-    """``Y = X dq(W)^T`` and ``dX = dY dq(W)``; saves the packed rows, never the de-quantised weight."""
+@dataclass(frozen=True)
+class Product4bit:
+    """``X dq(W)^T`` and ``dY dq(W)`` of a weight in rows."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, constants: Tensor, row_format: RowFormat) -> Tensor:
-        ctx.save_for_backward(rows, constants)
-        ctx.row_format = row_format
-        return linear_4bit(x, rows, constants, row_format)
+    row_format: RowFormat
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        rows, constants = ctx.saved_tensors
-        return linear_4bit_grad_input(grad, rows, constants, ctx.row_format), None, None, None
+    def linear(self, x: Tensor, weight: Tensor, constants: Tensor) -> Tensor:
+        """``[..., I]`` to ``[..., O]``."""
+        return linear_4bit(x, weight, constants, self.row_format)
+
+    def grad_input(self, grad: Tensor, weight: Tensor, constants: Tensor) -> Tensor:
+        """``[..., O]`` to ``[..., I]``."""
+        return linear_4bit_grad_input(grad, weight, constants, self.row_format)
 
 
-class Linear4bit(nn.Linear):
+class Linear4bit(QuantizedLinear):
     """``nn.Linear`` with a frozen 4-bit weight; computes in the dtype of its input.
 
     Args:
@@ -50,15 +49,9 @@ class Linear4bit(nn.Linear):
     Source: QLoRA, section 3, equation 5 without the adapter.
     """
 
-    constants: Tensor
-    bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear declares it without None, and yet sets None
-
     def __init__(self, row_format: RowFormat, rows: Tensor, constants: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__(row_format.in_features, row_format.out_features, bias=False, device="meta")
+        super().__init__(row_format.in_features, row_format.out_features, rows, constants, bias)
         self.row_format = row_format
-        self.weight = nn.Parameter(rows, requires_grad=False)
-        self.register_buffer("constants", constants)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
     def from_linear(
@@ -102,15 +95,34 @@ class Linear4bit(nn.Linear):
         """The dense weight ``[out_features, in_features]``; ``dtype`` defaults to the dtype that was quantised."""
         return dequantize_rows(self.weight.data, self.constants, self.row_format, dtype or self.row_format.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features]`` to ``[..., out_features]`` in the dtype of ``x`` (or of autocast, where it is on)."""
-        y = self.matmul(autocast_input(x))
-        return y if self.bias is None else y.add_(self.bias.to(y.dtype))  # y is nobody else's
+    @property
+    def product(self) -> Product4bit:
+        """How the weight multiplies."""
+        return Product4bit(self.row_format)
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """``X dq(W)^T``, without the bias, in the dtype of ``x``; differentiable with respect to ``x``."""
-        y: Tensor = FrozenMatmul.apply(x, self.weight, self.constants, self.row_format)
-        return y
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """The dtype that was quantised."""
+        return self.row_format.dtype
+
+    def stored(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A dense weight in this layer's format: rows and constants."""
+        f = self.row_format
+        packed, state = quantize_4bit(
+            weight,
+            quant_type=f.quant_type,
+            block_size=f.block_size,
+            double_quant=f.double_quant,
+            absmax_block_size=f.absmax_block_size,
+        )
+        self.row_format = RowFormat.of(state)
+        return to_rows(packed, state)
+
+    def constants_finite(self) -> bool:
+        """Whether no block constant is NaN or infinite; double quantisation spreads one NaN to all of them."""
+        f = self.row_format
+        scales = self.constants if f.double_quant else self.weight.detach()[:, f.code_bytes :].contiguous()
+        return bool(scales.view(torch.float32).isfinite().all())
 
     def extra_repr(self) -> str:
         f = self.row_format
@@ -119,10 +131,3 @@ class Linear4bit(nn.Linear):
             f"in_features={f.in_features}, out_features={f.out_features}, bias={self.bias is not None}, "
             f"{f.quant_type}, block_size={f.block_size}{double}"
         )
-
-
-def autocast_input(x: Tensor) -> Tensor:
-    """``x`` in the dtype that autocast asks for; unchanged where autocast is off, as ``F.linear`` would do."""
-    if torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x

@@ -4,7 +4,7 @@
     ||w_o + s b_o A||^2 = ||w_o||^2 + 2 s b_o (A w_o) + s^2 b_o (A A^T) b_o^T
 
 PEFT de-quantises the whole weight and multiplies A and B by the identity in each forward pass. Here ``A dq(W)^T`` is
-one 4-bit matmul with R rows, and the norms of the frozen rows are computed once. As in PEFT, the norm gets no gradient.
+one matmul with R rows, and the norms of the frozen rows are computed once. As in PEFT, the norm gets no gradient.
 
 Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, equation 5 and section 4.3.
 """

@@ -1,7 +1,7 @@
 """The QLoRA layer: ``Y = X dq(W) + scaling (X A) B`` as one autograd function (QLoRA, section 3, equation 5).
 
-It is a PEFT LoRA layer for ``Linear4bit``: PEFT creates, saves and loads it, adapter files stay plain PEFT files.
-What it adds is economy. PEFT clones the base output, casts the input to fp32 for the adapter and back, and keeps
+It is a PEFT LoRA layer for ``Linear4bit`` and ``Linear8bit``: PEFT creates, saves and loads it, adapter files stay
+plain PEFT files. What it adds is economy. PEFT clones the base output, casts the input to fp32 for the adapter and back, and keeps
 both; here the adapter runs in the compute dtype, its result is added in place, and the backward keeps only X and X A.
 The adapter's own weights and their gradients stay fp32.
 
@@ -9,7 +9,7 @@ Whatever in PEFT reads the weight (starts, DoRA, merging) is shown a dense twin 
 is never packed again. A start that takes a low-rank part out of the base (PiSSA, OLoRA) leaves the packed base as it
 is: the part is kept beside it and subtracted, so that nothing is rounded twice and ``unload`` gives the base back.
 
-It is not a merge tool: adding an adapter into 4-bit codes rounds it away, so ``merge`` refuses and
+It is not a merge tool: adding an adapter into codes of few bits rounds it away, so ``merge`` refuses and
 ``merge_and_unload`` gives dense layers.
 """
 
@@ -27,15 +27,13 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
 from longfit.errors import ModelError
-from longfit.kernels.dispatch import linear_4bit, linear_4bit_grad_input
-from longfit.layers.linear4bit import Linear4bit, autocast_input
 from longfit.layers.peft_variants import LOW_RANK_STARTS, reads_weight, require_supported, start_of
 from longfit.layers.qdora import QDoRAVariant
-from longfit.numerics.row_format import RowFormat
+from longfit.layers.quantized_linear import Product, QuantizedLinear, autocast_input
 
 
 class QLoRAMatmul(torch.autograd.Function):
-    """One frozen 4-bit matmul and one low-rank adapter.
+    """One frozen matmul and one low-rank adapter.
 
     ``adapter_x`` is ``x`` itself or, under LoRA dropout, the dropped-out ``x``. ``A`` is ``[R, I]``, ``B`` is ``[O,
     R]``, both fp32.
@@ -48,22 +46,22 @@ class QLoRAMatmul(torch.autograd.Function):
         adapter_x: Tensor,
         A: Tensor,
         B: Tensor,
-        rows: Tensor,
+        weight: Tensor,
         constants: Tensor,
-        row_format: RowFormat,
+        product: Product,
         scaling: float,
     ) -> Tensor:
         flat = adapter_x.reshape(-1, adapter_x.shape[-1])  # [N, I]
         hidden = flat @ A.t().to(flat.dtype)  # [N, R]
-        y = linear_4bit(x, rows, constants, row_format)  # [..., O]
+        y = product.linear(x, weight, constants)  # [..., O]
         y.view(-1, y.shape[-1]).addmm_(hidden, B.t().to(y.dtype), alpha=scaling)
-        ctx.save_for_backward(flat, hidden, A, B, rows, constants)
-        ctx.row_format, ctx.scaling, ctx.shared_input = row_format, scaling, adapter_x is x
+        ctx.save_for_backward(flat, hidden, A, B, weight, constants)
+        ctx.product, ctx.scaling, ctx.shared_input = product, scaling, adapter_x is x
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, hidden, A, B, rows, constants = ctx.saved_tensors
+        flat, hidden, A, B, weight, constants = ctx.saved_tensors
         x_wanted, adapter_x_wanted, A_wanted, B_wanted = ctx.needs_input_grad[:4]
         flat_grad = grad.reshape(-1, grad.shape[-1])  # [N, O]
         hidden_grad = (flat_grad @ B.to(grad.dtype)).mul_(ctx.scaling)  # [N, R]
@@ -71,7 +69,7 @@ class QLoRAMatmul(torch.autograd.Function):
         B_grad = (hidden.t() @ flat_grad).t().to(B.dtype).mul_(ctx.scaling) if B_wanted else None  # [O, R]
         x_grad = adapter_x_grad = None
         if x_wanted:
-            x_grad = linear_4bit_grad_input(grad, rows, constants, ctx.row_format)  # [..., I]
+            x_grad = ctx.product.grad_input(grad, weight, constants)  # [..., I]
             if ctx.shared_input:
                 x_grad.view(-1, x_grad.shape[-1]).addmm_(hidden_grad, A.to(grad.dtype))
         if adapter_x_wanted and not ctx.shared_input:
@@ -127,7 +125,7 @@ class TakenOut(LoraVariant):
 
 
 class QLoRALinear(LoraLinear):
-    """PEFT's LoRA layer on a ``Linear4bit`` base; equal to PEFT's own on a dense base that holds dq(W).
+    """PEFT's LoRA layer on a quantised base; equal to PEFT's own on a dense base that holds dq(W).
 
     One plain adapter takes the fused path. Whatever else PEFT offers (several active adapters, DoRA, mixed batches)
     takes PEFT's own path, which is slower and equally right, since the base layer is an ordinary differentiable
@@ -153,12 +151,12 @@ class QLoRALinear(LoraLinear):
         return super().lora_variants | {("use_dora",): QDoRAVariant}
 
     def get_base_layer(self) -> nn.Module:
-        """The 4-bit layer; while PEFT builds or merges, its dense twin."""
+        """The quantised layer; while PEFT builds or merges, its dense twin."""
         return self._dense_twin or super().get_base_layer()
 
-    def packed_base(self) -> Linear4bit:
-        """The 4-bit layer, always."""
-        base: Linear4bit = super().get_base_layer()  # PEFT builds us on nothing else
+    def packed_base(self) -> QuantizedLinear:
+        """The quantised layer, always."""
+        base: QuantizedLinear = super().get_base_layer()  # PEFT builds us on nothing else
         return base
 
     @contextmanager
@@ -214,7 +212,7 @@ class QLoRALinear(LoraLinear):
             self.lora_B[name].weight,
             base.weight,
             base.constants,
-            base.row_format,
+            base.product,
             self.scaling[name],
         )
         return y if base.bias is None else y.add_(base.bias.to(y.dtype))  # y is nobody else's
@@ -235,13 +233,13 @@ class QLoRALinear(LoraLinear):
         return delta - self.starts[adapter].dense() if adapter in self.starts else delta  # type: ignore[operator]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: 4-bit codes are too coarse to hold an adapter. (PEFT's merge into the dense twin passes.)
+        """Refuse: codes of few bits are too coarse to hold an adapter. (PEFT's merge into the dense twin passes.)
 
         Raises: ModelError: always, but for the twin.
         """
         if self._dense_twin is None:
             raise ModelError(
-                "merge into 4-bit weights: the adapter would be rounded away; "
+                "merge into quantised weights: the adapter would be rounded away; "
                 "call merge_and_unload(), which returns dense 16-bit layers"
             )
         super().merge(safe_merge, adapter_names)
@@ -249,7 +247,7 @@ class QLoRALinear(LoraLinear):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Linear:
-        """The layer without its adapter: the 4-bit base as it is, or a dense layer that holds base and adapter.
+        """The layer without its adapter: the quantised base as it is, or a dense layer that holds base and adapter.
 
         Raises:
             ModelError: ``safe_merge`` and the merged weight is not finite, or an adapter has a bias and the base none.
@@ -272,7 +270,7 @@ class QLoRALinear(LoraLinear):
             raise ModelError(
                 f"merge: adapters {', '.join(names)} hold values that are not finite; train again or skip safe_merge"
             )
-        twin.weight = nn.Parameter(twin.weight.data.to(base.row_format.dtype), requires_grad=False)
+        twin.weight = nn.Parameter(twin.weight.data.to(base.dense_dtype), requires_grad=False)
         if base.bias is not None:
             twin.bias = nn.Parameter(twin.bias.data.to(base.bias.dtype), requires_grad=False)
         return twin

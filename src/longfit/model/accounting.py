@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longfit.errors import ModelError
-from longfit.layers.linear4bit import Linear4bit
+from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model.weight_files import BUFFERS
 
 SHOWN = 3
@@ -67,9 +67,9 @@ def require_complete(name: str, info: Mapping[str, Any]) -> None:
 
 
 def require_finite(name: str, model: Any) -> None:
-    """Raise ModelError naming the first tensor that holds NaN or infinity; block constants of 4-bit layers included."""
+    """Raise ModelError naming the first tensor that holds NaN or infinity, block constants included."""
     for key, module in model.named_modules():
-        if isinstance(module, Linear4bit) and not _constants_finite(module):
+        if isinstance(module, QuantizedLinear) and not module.constants_finite():
             raise ModelError(not_finite(name, f"{key}.weight"))
     for key, parameter in model.named_parameters():
         if parameter.is_floating_point() and not is_finite(parameter):
@@ -87,13 +87,6 @@ def is_finite(values: Tensor) -> bool:
 def not_finite(name: str, key: str) -> str:
     """The message about a tensor that holds NaN or infinity."""
     return f"{name}: {key} holds NaN or infinity; the file is damaged or the model is broken: fetch it again"
-
-
-def _constants_finite(layer: Linear4bit) -> bool:
-    form = layer.row_format
-    if form.double_quant:
-        return is_finite(layer.constants.view(torch.float32))
-    return is_finite(layer.weight.detach()[:, form.code_bytes :].contiguous().view(torch.float32))
 
 
 def _some(keys: list[str]) -> str:

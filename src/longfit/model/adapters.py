@@ -20,8 +20,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from longfit.errors import ModelError
-from longfit.layers.linear4bit import Linear4bit
 from longfit.layers.qlora import QLoRALinear
+from longfit.layers.quantized_linear import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def add_adapters(
 
 
 def register_layers(config: LoraConfig) -> None:
-    """Tell PEFT which adapter layer belongs on a ``Linear4bit``; not written to its files."""
-    config._register_custom_module({Linear4bit: QLoRALinear})
+    """Tell PEFT which adapter layer belongs on a quantised layer; not written to its files."""
+    config._register_custom_module({QuantizedLinear: QLoRALinear})
 
 
 def require_targets(model: nn.Module, targets: list[str]) -> None:
@@ -132,8 +132,8 @@ def adapter_report(model: nn.Module) -> AdapterReport:
 
 
 def own_params(module: nn.Module) -> int:
-    """Parameters that belong to this module itself; a 4-bit weight counts as what it stands for."""
-    if isinstance(module, Linear4bit):
+    """Parameters that belong to this module itself; a quantised weight counts as what it stands for."""
+    if isinstance(module, QuantizedLinear):
         bias = 0 if module.bias is None else module.bias.numel()
         return module.in_features * module.out_features + bias
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))

@@ -1,4 +1,4 @@
-"""How transformers is told to build a model of ``Linear4bit`` layers: a registered quantiser, nothing patched.
+"""How transformers is told to build a model of quantised layers: a registered quantiser, nothing patched.
 
 transformers builds the model without memory, asks the quantiser which modules to replace, then hands over one dense
 tensor after the other (or, for a bitsandbytes checkpoint, the packed tensors of one layer). Each is turned into rows
@@ -22,8 +22,9 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from longfit.errors import ModelError
-from longfit.kernels.dispatch import quantize_4bit
 from longfit.layers.linear4bit import Linear4bit
+from longfit.layers.linear8bit import Linear8bit, join_rows
+from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model.accounting import is_finite
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
 from longfit.numerics.row_format import RowFormat, to_rows
@@ -39,7 +40,7 @@ BITSANDBYTES_KEYS = {
         f"weight.quant_state.bitsandbytes__{quant_type}",
     ]
     for quant_type in ("nf4", "fp4")
-}
+} | {"int8": ["weight", "SCB", "weight_format"]}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -47,11 +48,14 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
     """What to store linear layers in.
 
     Args:
-        quant_type: ``"nf4"``, ``"fp4"`` or ``"int4"``.
+        quant_type: ``"nf4"``, ``"fp4"``, ``"int4"``, or ``"int8"`` with one constant a row, where the sizes below do
+            not act.
         block_size: weights per absmax.
         double_quant: store the absmax values as 8-bit codes (QLoRA, section 3).
         absmax_block_size: absmax values per constant of the double quantisation.
         skip_modules: names of linear layers to leave dense, beside the output head and tied weights.
+        threshold: int8 only: quantise activations too, up to this magnitude (LLM.int8()); None multiplies by the
+            de-quantised weights.
         dtype: of the dense weights, as transformers resolves it; recorded in files.
     """
 
@@ -63,16 +67,22 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         double_quant: bool = True,
         absmax_block_size: int = 256,
         skip_modules: list[str] | None = None,
+        threshold: float | None = None,
         dtype: str = "bfloat16",
         quant_method: str = QUANT_METHOD,
     ) -> None:
         self.quant_method = quant_method
         self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
         self.absmax_block_size, self.skip_modules, self.dtype = absmax_block_size, skip_modules, dtype
+        self.threshold = threshold
 
     @classmethod
     def from_bitsandbytes(cls, block: dict[str, Any]) -> LongfitQuantizationConfig:
-        """Read the ``quantization_config`` block of a bitsandbytes 4-bit checkpoint."""
+        """Read the ``quantization_config`` block of a bitsandbytes checkpoint, in 4 or 8 bits."""
+        if block.get("load_in_8bit") or block.get("_load_in_8bit"):
+            return cls(
+                quant_type="int8", skip_modules=block.get("llm_int8_skip_modules"), dtype=block.get("dtype", "float16")
+            )
         return cls(
             quant_type=block.get("bnb_4bit_quant_type", "fp4"),
             double_quant=block.get("bnb_4bit_use_double_quant", False),
@@ -82,21 +92,23 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """The block written into ``config.json``: bitsandbytes' own where its files can hold the data type."""
-        if self.quant_type not in BITSANDBYTES_KEYS or self.block_size != 64 or self.absmax_block_size != 256:
+        eight = self.quant_type == "int8"
+        other_blocks = not eight and (self.block_size != 64 or self.absmax_block_size != 256)
+        if self.quant_type not in BITSANDBYTES_KEYS or other_blocks:
             return dict(self.__dict__)
         return {
-            "_load_in_4bit": True,
-            "_load_in_8bit": False,
+            "_load_in_4bit": not eight,
+            "_load_in_8bit": eight,
             "bnb_4bit_compute_dtype": self.dtype,
             "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_quant_type": self.quant_type,
+            "bnb_4bit_quant_type": "nf4" if eight else self.quant_type,
             "bnb_4bit_use_double_quant": self.double_quant,
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
             "llm_int8_skip_modules": self.skip_modules,
-            "llm_int8_threshold": 6.0,
-            "load_in_4bit": True,
-            "load_in_8bit": False,
+            "llm_int8_threshold": 6.0 if self.threshold is None else self.threshold,
+            "load_in_4bit": not eight,
+            "load_in_8bit": eight,
             "quant_method": "bitsandbytes",
         }
 
@@ -116,15 +128,9 @@ class QuantizeWeight(ConversionOps):
             if not is_finite(weight):  # packed, a NaN would look like any other code
                 raise ModelError(f"{name} holds NaN or infinity; the file is damaged or the model is broken")
             layer, _ = get_module_from_name(model, name)
-            packed, state = quantize_4bit(
-                weight,
-                quant_type=layer.row_format.quant_type,
-                block_size=layer.row_format.block_size,
-                double_quant=layer.row_format.double_quant,
-                absmax_block_size=layer.row_format.absmax_block_size,
-            )
+            rows, constants = layer.stored(weight)
             del weight
-            converted |= adopt(layer, name, packed, state)
+            converted |= adopted(layer, name, rows, constants)
         return converted
 
     @property
@@ -145,10 +151,14 @@ class ReadBitsandbytes(ConversionOps):
         if len(tensors) == 1:  # a weight that this checkpoint keeps dense
             return tensors
         layer, _ = get_module_from_name(model, full_layer_name)
+        if isinstance(layer, Linear8bit):
+            rows = join_rows(*from_bitsandbytes_int8(full_layer_name, tensors))
+            return adopted(layer, full_layer_name, rows, rows.new_empty(0, dtype=torch.uint8))
         packed, state = from_bitsandbytes(
             {key.removeprefix("weight").lstrip(".") or "weight": value for key, value in tensors.items()}
         )
-        return adopt(layer, full_layer_name, packed, state)
+        layer.row_format = RowFormat.of(state)
+        return adopted(layer, full_layer_name, *to_rows(packed, state))
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -167,10 +177,22 @@ class PassThrough(ConversionOps):
         return self
 
 
-def adopt(layer: Linear4bit, weight_name: str, packed: Tensor, state: Any) -> dict[str, Tensor]:
-    """Make ``layer`` expect the format just read; return its tensors under their full names."""
-    rows, constants = to_rows(packed, state)
-    layer.row_format = RowFormat.of(state)
+def from_bitsandbytes_int8(name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The codes int8 ``[O, I]`` and absmax fp32 ``[O]`` of an 8-bit layer.
+
+    Raises: ModelError: the codes are in an order that only old CUDA kernels know.
+    """
+    layout = int(tensors["weight_format"]) if "weight_format" in tensors else 0
+    if layout != 0:
+        raise ModelError(
+            f"{name}: codes in bitsandbytes' layout {layout}, made for the tensor cores of one card; save the "
+            "checkpoint again with bitsandbytes 0.45 or later, or give the original model"
+        )
+    return tensors["weight"], tensors["SCB"].float().reshape(-1)
+
+
+def adopted(layer: QuantizedLinear, weight_name: str, rows: Tensor, constants: Tensor) -> dict[str, Tensor]:
+    """A layer's stored tensors under their full names; transformers puts them into the layer."""
     layer.weight._is_hf_initialized = True  # type: ignore[attr-defined]
     return {
         weight_name: nn.Parameter(rows, requires_grad=False),
@@ -180,7 +202,7 @@ def adopt(layer: Linear4bit, weight_name: str, packed: Tensor, state: Any) -> di
 
 @register_quantizer(QUANT_METHOD)
 class LongfitQuantizer(HfQuantizer):
-    """Builds, fills and saves ``Linear4bit`` layers; ``skipped`` tells which linear layers stayed dense and why."""
+    """Builds, fills and saves quantised layers; ``skipped`` tells which linear layers stayed dense and why."""
 
     requires_calibration = False
     quantization_config: LongfitQuantizationConfig
@@ -191,7 +213,7 @@ class LongfitQuantizer(HfQuantizer):
 
     @property
     def quantized_element_size(self) -> float:
-        return 0.5
+        return 1.0 if self.quantization_config.quant_type == "int8" else 0.5
 
     def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
         self.dtype = dtype or torch.bfloat16
@@ -200,7 +222,7 @@ class LongfitQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, Linear4bit) and name == "weight"
+        return isinstance(module, QuantizedLinear) and name == "weight"
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -208,21 +230,32 @@ class LongfitQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if type(module) is not nn.Linear or name in self.skipped:
                 continue
-            row_format = RowFormat(
-                out_features=module.out_features,
-                in_features=module.in_features,
-                quant_type=config.quant_type,
-                block_size=config.block_size,
-                double_quant=config.double_quant,
-                absmax_block_size=config.absmax_block_size,
-                dtype=self.dtype,
-            )
-            replacement = Linear4bit.placeholder(
-                row_format, bias=module.bias is not None, bias_dtype=self.dtype, device="meta"
-            )
+            replacement = self._placeholder(module)
             # Bytes are read, never drawn at random; what lacks them is refused.
             replacement._is_hf_initialized = True  # type: ignore[assignment]
             model.set_submodule(name, replacement)
+
+    def _placeholder(self, linear: nn.Linear) -> QuantizedLinear:
+        config, bias = self.quantization_config, linear.bias is not None
+        if config.quant_type == "int8":
+            return Linear8bit.placeholder(
+                linear.out_features,
+                linear.in_features,
+                dtype=self.dtype,
+                bias=bias,
+                device="meta",
+                threshold=config.threshold,
+            )
+        row_format = RowFormat(
+            out_features=linear.out_features,
+            in_features=linear.in_features,
+            quant_type=config.quant_type,
+            block_size=config.block_size,
+            double_quant=config.double_quant,
+            absmax_block_size=config.absmax_block_size,
+            dtype=self.dtype,
+        )
+        return Linear4bit.placeholder(row_format, bias=bias, bias_dtype=self.dtype, device="meta")
 
     def get_quantize_ops(self) -> QuantizeWeight:
         return QuantizeWeight(self)
@@ -235,10 +268,16 @@ class LongfitQuantizer(HfQuantizer):
         return {"weight": BITSANDBYTES_KEYS.get(self.quantization_config.quant_type, ["weight"])}
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The state dict with every ``Linear4bit`` written under bitsandbytes' keys."""
+        """The state dict with every quantised layer written under bitsandbytes' keys."""
         state_dict = model.state_dict()
         for name, module in model.named_modules():
-            if isinstance(module, Linear4bit):
+            if isinstance(module, Linear8bit):
+                del state_dict[f"{name}.constants"]
+                codes, absmax = module.codes_and_absmax()
+                state_dict[f"{name}.weight"] = codes.contiguous()
+                state_dict[f"{name}.SCB"] = absmax
+                state_dict[f"{name}.weight_format"] = torch.tensor(0, dtype=torch.uint8)  # row by row
+            elif isinstance(module, Linear4bit):
                 del state_dict[f"{name}.constants"]
                 for key, tensor in to_bitsandbytes(*module.packed()).items():
                     state_dict[f"{name}.weight" if key == "weight" else f"{name}.weight.{key}"] = tensor
@@ -268,6 +307,6 @@ def skipped_linears(model: Any, skip_modules: list[str]) -> dict[str, str]:
             reasons[name] = "output head: its error goes into every logit"
         elif type(module) is not nn.Linear:
             reasons[name] = f"a {type(module).__name__}, not a plain nn.Linear"
-        elif module.in_features % 2:
+        elif module.in_features % 2:  # in 8 bits, too, so that one list holds for both
             reasons[name] = f"odd number of input features ({module.in_features})"
     return reasons

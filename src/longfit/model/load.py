@@ -21,7 +21,7 @@ from longfit.errors import ModelError
 from longfit.files import reading as border
 from longfit.files.reading import read_object, reading
 from longfit.kernels.cpu import processor
-from longfit.layers.linear4bit import Linear4bit
+from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model import gguf
 from longfit.model.accounting import accounted
 from longfit.model.hf_quantizer import LongfitQuantizationConfig
@@ -29,7 +29,7 @@ from longfit.model.weight_files import read_headers, require_fitting, require_sa
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NEITHER = "neither a model folder, nor a .gguf file, nor a reachable hub id"
-QUANT_TYPES = ("nf4", "fp4", "int4")
+QUANT_TYPES = ("nf4", "fp4", "int4", "int8")
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class LoadReport:
 
     Attributes:
         source: where the weights came from.
-        quantized: names of the layers now stored in 4 bits.
+        quantized: names of the layers now stored in few bits.
         dense: names of linear layers and other large parameters left as they were, with the reason.
-        quantized_bytes: of the 4-bit layers, block constants included.
+        quantized_bytes: of those layers, block constants included.
         dense_bytes: of everything else.
         half_bytes: of the whole model if every weight were 16-bit.
-        bits_per_param: of the 4-bit layers.
+        bits_per_param: of those layers.
     """
 
     source: str
@@ -60,15 +60,15 @@ class LoadReport:
         return self.quantized_bytes + self.dense_bytes
 
     def __str__(self) -> str:
-        """Say in one line a reason what is in 4 bits and what is not."""
+        """Say in one line a reason what is quantised and what is not."""
         sizes = f"{self.total_bytes / 1e6:,.0f} MB of weights ({self.half_bytes / 1e6:,.0f} in 16 bits)"
         lines = [f"{sizes}; {len(self.quantized)} layers in {self.bits_per_param:.2f} bits a parameter"]
         if not self.quantized:
-            lines = [f"{sizes}; no layer in 4 bits"]
+            lines = [f"{sizes}; no layer is quantised"]
         for reason in dict.fromkeys(self.dense.values()):
             names = [name for name, why in self.dense.items() if why == reason]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            lines.append(f"not in 4 bits: {', '.join(names[:3])}{more}: {reason}")
+            lines.append(f"not quantised: {', '.join(names[:3])}{more}: {reason}")
         return "\n".join(lines)
 
 
@@ -78,6 +78,7 @@ def load(
     quant: str = "nf4",
     double_quant: bool = True,
     block_size: int = 64,
+    int8_threshold: float | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     skip_modules: list[str] | None = None,
@@ -85,10 +86,12 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        name: hub id, folder in Hugging Face format (a bitsandbytes 4-bit checkpoint too), or ``.gguf`` file.
-        quant: ``"nf4"``, ``"fp4"``, ``"int4"``, or ``"none"`` for dense weights.
+        name: hub id, folder in Hugging Face format (a bitsandbytes checkpoint too), or ``.gguf`` file.
+        quant: ``"nf4"``, ``"fp4"``, ``"int4"``, ``"int8"`` (one constant a row), or ``"none"`` for dense weights.
         double_quant: quantise the block constants again.
-        block_size: weights per block constant.
+        block_size: weights per block constant; of 4-bit types.
+        int8_threshold: multiply 8-bit weights in integers, activations of this magnitude and above in 16 bits
+            (LLM.int8(): 6; 0: none); None multiplies by de-quantised weights.
         dtype: of dense weights and of matmuls; by default the one the device multiplies fast: bfloat16, or float32 on a
             processor without bf16 instructions, or float16 on a card without bfloat16.
         device: where the weights go; the first CUDA device if there is one, else the CPU.
@@ -98,13 +101,19 @@ def load(
     """
     if quant not in (*QUANT_TYPES, "none"):
         raise ModelError(f"quant={quant!r}: must be one of {', '.join(QUANT_TYPES)} or none")
+    if int8_threshold is not None and quant != "int8":
+        raise ModelError(f"int8_threshold={int8_threshold:g} only acts with quant='int8'; drop it, or choose int8")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or auto_dtype(device)[0]
     path = Path(name)
     arguments: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}}
     if quant != "none":
         arguments["quantization_config"] = LongfitQuantizationConfig(
-            quant_type=quant, block_size=block_size, double_quant=double_quant, skip_modules=skip_modules
+            quant_type=quant,
+            block_size=block_size,
+            double_quant=double_quant,
+            skip_modules=skip_modules,
+            threshold=int8_threshold,
         )
     with reading(name, "the model", ModelError, do=CANNOT_LOAD):
         if gguf.is_gguf(path):
@@ -201,23 +210,24 @@ def read_config(name: str | os.PathLike[str]) -> PretrainedConfig:
 def prequantized(name: str | os.PathLike[str], block: Any) -> LongfitQuantizationConfig:
     """The configuration for reading a checkpoint that is quantised already.
 
-    Raises: ModelError: quantised by something other than bitsandbytes 4-bit or longfit.
+    Raises: ModelError: quantised by something other than bitsandbytes or longfit.
     """
     block = block if isinstance(block, dict) else block.to_dict()
     method = block.get("quant_method")
-    if method == "bitsandbytes" and (block.get("load_in_4bit") or block.get("_load_in_4bit")):
+    in_bits = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
+    if method == "bitsandbytes" and any(block.get(key) for key in in_bits):
         return LongfitQuantizationConfig.from_bitsandbytes(block)
     if method == "longfit":
         return LongfitQuantizationConfig(**block)
     raise ModelError(
-        f"{name}: quantised with {method!r}; longfit reads dense checkpoints and bitsandbytes 4-bit ones: "
+        f"{name}: quantised with {method!r}; longfit reads dense checkpoints and bitsandbytes ones: "
         "use the original model"
     )
 
 
 def load_report(model: Any) -> LoadReport:
-    """Count what a loaded model stores and name what is not in 4 bits, and why."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    """Count what a loaded model stores and name what is not quantised, and why."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     stored = {
         tensor.data_ptr(): tensor
         for layer in layers.values()
@@ -241,13 +251,13 @@ def load_report(model: Any) -> LoadReport:
 
 
 def dense_reasons(model: Any) -> dict[str, str]:
-    """Matrices that are not in 4 bits, each with its reason."""
+    """Matrices that are not quantised, each with its reason."""
     quantizer = getattr(model, "hf_quantizer", None)
     reasons = dict(quantizer.skipped) if quantizer is not None else {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             reasons[name] = "embeddings are looked up, not multiplied"
-        elif isinstance(module, nn.Linear) and not isinstance(module, Linear4bit):
+        elif isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear):
             reasons.setdefault(name, "loaded with quant='none'")
     for name, parameter in model.named_parameters():
         if parameter.dim() > 2:

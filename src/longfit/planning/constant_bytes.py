@@ -21,7 +21,13 @@ def _blocks(numel: int, block_size: int) -> int:
 
 
 def packed_bytes(matrix: Matrix, settings: PlanSettings) -> int:
-    """Bytes of one 4-bit weight: codes, block constants and what all rows share (``numerics/row_format.py``)."""
+    """Bytes of one quantised weight.
+
+    In 4 bits: codes, block constants and what all rows share (``numerics/row_format.py``). In 8 bits: codes and a
+    constant a row (``layers/linear8bit.py``).
+    """
+    if settings.quant == "int8":
+        return matrix.numel + 4 * matrix.out_features
     whole_rows = matrix.in_features % settings.block_size == 0
     rows = matrix.out_features if whole_rows else 1
     columns = matrix.numel // rows
@@ -203,9 +209,14 @@ def gradients(shape: ModelShape, parts: Trained, settings: PlanSettings, *, loss
 
 
 def matmul_bytes(shape: ModelShape, settings: PlanSettings) -> int:
-    """Bytes of de-quantised weights while they multiply: a tile on a CPU, a layer elsewhere (kernels/workspace.py)."""
+    """Bytes of de-quantised weights while they multiply.
+
+    In 4 bits a tile on a CPU, a layer elsewhere (kernels/workspace.py); in 8 bits one weight at a time.
+    """
     if settings.quant == "none":
         return 0
+    if settings.quant == "int8":
+        return settings.element_bytes * max(matrix.numel for matrix in shape.layer_matrices)
     if settings.device == "cpu":
         return TILE_BYTES
     e, largest = settings.element_bytes, max(matrix.numel for matrix in shape.layer_matrices)

@@ -139,7 +139,7 @@ def _weights(shape: ModelShape, settings: PlanSettings, device: str) -> list[Com
     largest = max(matrix.numel for matrix in (*shape.layer_matrices, *shape.tower))
     vocabulary = shape.vocab_size * shape.hidden_size
     arriving = settings.element_bytes * max(vocabulary, largest) + 4 * largest  # a tensor read, and quantised
-    layers = "4-bit layers" if settings.quant != "none" else "linear layers"
+    layers = {"none": "linear layers", "int8": "8-bit layers"}.get(settings.quant, "4-bit layers")
     transient = [
         Component("tensors being loaded", device, {"load": arriving}),
         Component("dense model being merged", "host", {"merge": 2 * shape.num_params + 4 * largest}),

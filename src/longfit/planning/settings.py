@@ -14,7 +14,7 @@ from longfit.planning.shapes import ModelShape
 
 CHOICES = {
     "device": ("cuda", "cpu"),
-    "quant": ("nf4", "fp4", "int4", "none"),
+    "quant": ("nf4", "fp4", "int4", "int8", "none"),
     "attention": ("exact", "shifted"),
     "offload": ("device", "ram", "pinned", "file"),
     "stream": ("none", "ram", "file"),

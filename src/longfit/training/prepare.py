@@ -66,6 +66,7 @@ def load_base(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
         quant=section.quant,
         double_quant=section.double_quant,
         block_size=section.block_size,
+        int8_threshold=section.int8_threshold,
         dtype=None if section.dtype == "auto" else getattr(torch, section.dtype),
         device=device,
     )
