@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from longfit.attention.backends import tile_backward, tile_forward
+from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import Schedule, build_schedule, document_starts
 from longfit.kernels.cpu import attention as cpu_attention
 
@@ -85,20 +86,18 @@ class Tile:
         self.q, self.grad_out = (rows(case.heads, case.queries) for _ in range(2))
         self.k, self.v = (rows(case.kv_heads, total) for _ in range(2))
         self.schedule = case.schedule()
-        self.options = {"start": case.start, "scaling": case.head_dim**-0.5}
+        self.tile = QueryTile(self.q, self.k, self.v, self.schedule, case.start, case.head_dim**-0.5)
         self.grad_k, self.grad_v = (torch.zeros(self.k.shape) for _ in range(2))
         first = self.schedule.tile(case.start, case.queries)[:, 0]  # [C, t]
         visible = (torch.arange(case.start, total) - first + 1).sum(-1)  # [C]
         self.pairs = int((visible * torch.tensor(self.schedule.head_bounds).diff()).sum())
 
     def forward(self, backend: str) -> tuple[Tensor, Tensor]:
-        return tile_forward(self.q, self.k, self.v, self.schedule, **self.options, backend=backend)
+        return tile_forward(self.tile, backend=backend)
 
     def backward(self, backend: str, out: Tensor, lse: Tensor) -> Tensor:
-        return tile_backward(
-            self.grad_out, self.q, self.k, self.v, out, lse, self.schedule, **self.options,
-            grad_k=self.grad_k, grad_v=self.grad_v, backend=backend,
-        )  # fmt: skip
+        sums = {"grad_k": self.grad_k, "grad_v": self.grad_v}
+        return tile_backward(self.tile, self.grad_out, out, lse, **sums, backend=backend)
 
     def gradients(self, backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """out, dQ, dK, dV."""

@@ -29,6 +29,7 @@ from gpu_gate import gate
 from gpu_report import PEER_CONTEXTS, Line, Report
 from longfit.attention.backends import tile_backward, tile_forward
 from longfit.attention.hf_attention import attention_key
+from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import Schedule, build_schedule, document_starts
 from longfit.engine.hf_model import base_model
 from longfit.engine.offload.activations import DeviceActivations
@@ -165,11 +166,11 @@ def attention_rows(bench: Bench) -> None:
 
 def _attention_seconds(bench: Bench, tensors: tuple[Tensor, ...], schedule: Schedule) -> tuple[float, float]:
     q, k, v, grad = tensors
-    options: dict[str, Any] = {"start": k.shape[2] - q.shape[2], "scaling": q.shape[-1] ** -0.5}
-    out, lse = tile_forward(q, k, v, schedule, **options)
+    tile = QueryTile(q, k, v, schedule, k.shape[2] - q.shape[2], q.shape[-1] ** -0.5)
+    out, lse = tile_forward(tile)
     sums = {name: torch.zeros(k.shape, device=bench.device) for name in ("grad_k", "grad_v")}
-    forward_s = bench.seconds(lambda: tile_forward(q, k, v, schedule, **options))
-    return forward_s, bench.seconds(lambda: tile_backward(grad, q, k, v, out, lse, schedule, **options, **sums))
+    forward_s = bench.seconds(lambda: tile_forward(tile))
+    return forward_s, bench.seconds(lambda: tile_backward(tile, grad, out, lse, **sums))
 
 
 # ------------------------------------------------------------------------------------------------ training

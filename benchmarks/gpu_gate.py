@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from gpu_bench import TINY, Bench, model_of, sweep
 from longfit.attention.backends import tile_backward, tile_forward
+from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.gradient_check import TOLERANCES, check_gradients
 from longfit.engine.loss.training_loss import training_loss
@@ -76,11 +77,9 @@ def _hold_attention(bench: Bench) -> None:
     results = []
     for backend, values in ((None, (q, k, v, grad)), ("reference", tuple(x.double() for x in (q, k, v, grad)))):
         sums = [torch.zeros_like(values[1], dtype=torch.promote_types(values[1].dtype, torch.float32)) for _ in "kv"]
-        out, lse = tile_forward(*values[:3], schedule, start=0, scaling=0.125, backend=backend)
-        grad_q = tile_backward(
-            values[3], *values[:3], out, lse, schedule, start=0, scaling=0.125, grad_k=sums[0], grad_v=sums[1],
-            backend=backend,
-        )  # fmt: skip
+        tile = QueryTile(*values[:3], schedule, 0, 0.125)
+        out, lse = tile_forward(tile, backend=backend)
+        grad_q = tile_backward(tile, values[3], out, lse, grad_k=sums[0], grad_v=sums[1], backend=backend)
         results.append([x.double() for x in (out, grad_q, *sums)])
     for mine, exact in zip(*results, strict=True):  # eight roundings of the dtype, of the largest element
         limit = 8 * torch.finfo(bench.dtype).eps * exact.abs().max()

@@ -38,10 +38,10 @@ class HostActivations:
     place = "in host memory"
 
     def open(self, num_tiles):
-        return HostStay()
+        return HostInput()
 
 
-class HostStay:
+class HostInput:
     def __init__(self):
         self.likes = {}
 
@@ -62,11 +62,12 @@ class HostStay:
         pass
 
 
-def tile_forward(q, k, v, schedule, **options):
+def tile_forward(tile):
+    q, v = tile.q, tile.v
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def tile_backward(grad_out, q, k, v, out, lse, schedule, *, grad_k, grad_v, **options):
-    torch.empty(q.shape, dtype=torch.float32)
-    return torch.empty_like(q)
+def tile_backward(tile, grad_out, out, lse, *, grad_k, grad_v):
+    torch.empty(tile.q.shape, dtype=torch.float32)
+    return torch.empty_like(tile.q)

@@ -199,8 +199,8 @@ def test_the_sweep_is_handed_everything() -> None:
     seen = {}
 
     class Tile:
-        def attend(self, query, key, value, **settings):
-            seen.update(settings)
+        def attend(self, query, key, value, spec):
+            seen.update(vars(spec))
             return query.transpose(1, 2)
 
     (q, k, v), _ = random_tensors(4, 2, 8)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from longfit.attention import varlen as sequences_module
-from longfit.attention.tile import Tile
+from longfit.attention.tile import QueryTile
 from longfit.attention.varlen import Sequence, sequences, shared_heads, shares
 from longfit.attention.visibility import build_schedule, document_starts
 
@@ -67,7 +67,7 @@ def test_every_head_is_shared_once_and_with_its_keys(
     keys = torch.empty(2, kv_heads, 8, 3)
     schedule = build_schedule(heads, document_starts(2, 8), group_size=4)
     seen = []
-    for share in shares(Tile(torch.empty(2, heads, 8, 3), keys, keys, schedule, 0, 1.0)):
+    for share in shares(QueryTile(torch.empty(2, heads, 8, 3), keys, keys, schedule, 0, 1.0)):
         query_heads, key_heads = range(heads)[share.heads], range(kv_heads)[share.kv_heads]
         assert len(key_heads) <= max_kv_heads
         repeats = len(query_heads) // len(key_heads)

@@ -15,6 +15,7 @@ from tests.fake_tensors import HostActivations, LiveBytes, tile_backward, tile_f
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from longfit.attention import spec as attention_spec
 from longfit.attention.hf_attention import attention_key
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.loss import linear_cross_entropy as loss_module
@@ -136,7 +137,7 @@ def step_peaks(config, *, num_tokens, tile, layers=2, offload="host", group_size
         for module in (tile_pass, sweep_probe):
             patch.setattr(module, "tile_forward", tile_forward)
         patch.setattr(tile_pass, "tile_backward", tile_backward)
-        patch.setattr(tile_pass, "build_schedule", build)
+        patch.setattr(attention_spec, "build_schedule", build)
         patch.setattr(tile_pass.Visible, "of", Visible_of)
         patch.setattr(loss_module, "_trained_rows", lambda labels, vocab_size: torch.arange(len(labels)))
         patch.setattr(loss_module, "CPU_LOGITS", loss_module.DEVICE_LOGITS)  # fake tensors are on the CPU

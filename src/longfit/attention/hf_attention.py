@@ -15,28 +15,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from longfit.attention.backends import tile_backward, tile_forward
-from longfit.attention.visibility import Schedule, build_schedule, check_group_size, document_starts
+from longfit.attention.spec import AttentionSpec
+from longfit.attention.tile import QueryTile
+from longfit.attention.visibility import Schedule, check_group_size
 from longfit.errors import ContextError, ModelError
 
 
 class TileContext(Protocol):
     """What the layer sweep passes down as ``sweep=``: it attends for its tile and keeps K, V, their gradients."""
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        group_size: int | None,
-        sliding_window: int | None,
-        scaling: float,
-        softcap: float | None,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> Tensor:
-        """Attend from a tile [B, H, t, D]; returns [B, t, H, D]."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        """Attend from a tile's q ``[B, H, t, D]``, k and v ``[B, K, t, D]``; returns ``[B, t, H, D]``."""
         ...
 
 
@@ -127,43 +116,30 @@ def attend(
     """
     _refuse(module, dropout, attention_mask, is_causal, kwargs)
     query, key, value = _same_dtype(query, key, value)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    group_size = group_size if module.training else None
+    spec = AttentionSpec(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap,
+        group_size=group_size if module.training else None,
+        sliding_window=sliding_window,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+        cu_seqlens=cu_seq_lens_q,
+    )
     if sweep is not None:
-        out = sweep.attend(
-            query,
-            key,
-            value,
-            group_size=group_size,
-            sliding_window=sliding_window,
-            scaling=scaling,
-            softcap=softcap,
-            position_ids=position_ids,
-            attention_mask=attention_mask,
-            cu_seqlens=cu_seq_lens_q,
-        )
-        return out, None
+        return sweep.attend(query, key, value, spec), None
     if attention_mask is not None:
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]  # a static cache
     batch, num_heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
-    cached = num_keys > num_queries
-    if cached and group_size is not None:
-        raise ModelError(
-            f"{num_queries} queries on {num_keys} keys in training mode: shifted attention trains whole sequences; call"
-            " model.eval() before generating, and train with use_cache=False"
-        )
-    starts = document_starts(
-        batch,
-        num_keys,
-        position_ids=None if cached else position_ids,
-        attention_mask=attention_mask,
-        cu_seqlens=None if cached else cu_seq_lens_q,
-        device=query.device,
-    )
-    schedule = build_schedule(num_heads, starts, group_size=group_size, sliding_window=sliding_window)
-    out = _Attention.apply(query, key, value, schedule, num_keys - num_queries, scaling, softcap)
-    return out.transpose(1, 2), None
+    if num_keys > num_queries:  # a key/value cache holds earlier tokens
+        if spec.group_size is not None:
+            raise ModelError(
+                f"{num_queries} queries on {num_keys} keys in training mode: shifted attention trains whole sequences;"
+                " call model.eval() before generating, and train with use_cache=False"
+            )
+        spec = spec.one_document()
+    schedule = spec.schedule(batch, num_heads, num_keys, query.device)
+    return _Attention.apply(query, key, value, schedule, num_keys - num_queries, spec).transpose(1, 2), None
 
 
 class _Attention(torch.autograd.Function):
@@ -171,41 +147,20 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        schedule: Schedule,
-        start: int,
-        scaling: float,
-        softcap: float | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, schedule: Schedule, start: int, spec: AttentionSpec
     ) -> Tensor:
-        out, lse = tile_forward(q, k, v, schedule, start=start, scaling=scaling, softcap=softcap)
+        out, lse = tile_forward(QueryTile(q, k, v, schedule, start, spec.scaling, spec.softcap))
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.rest = (schedule, start, scaling, softcap)
+        ctx.rest = (schedule, start, spec.scaling, spec.softcap)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        schedule, start, scaling, softcap = ctx.rest
         grad_k, grad_v = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (k, v))
-        grad_q = tile_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            schedule,
-            start=start,
-            scaling=scaling,
-            softcap=softcap,
-            grad_k=grad_k,
-            grad_v=grad_v,
-        )
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None
+        grad_q = tile_backward(QueryTile(q, k, v, *ctx.rest), grad_out, out, lse, grad_k=grad_k, grad_v=grad_v)
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 
 def _refuse(

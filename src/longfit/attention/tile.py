@@ -9,8 +9,8 @@ from longfit.attention.visibility import Schedule
 
 
 @dataclass(frozen=True, eq=False)
-class Tile:
-    """The arguments of ``backends.tile_forward``, checked.
+class QueryTile:
+    """A tile of queries, the keys up to it and what they may see, checked.
 
     Attributes:
         q: ``[B, H, t, D]``, tokens ``[start, start + t)``; any float dtype, any strides.
@@ -75,7 +75,7 @@ class Tile:
         out = self.q.new_empty(batch, num_queries, num_heads, self.v.shape[-1]).transpose(1, 2)
         return out, self.q.new_empty(batch, num_heads, num_queries, dtype=self.sum_dtype)
 
-    def rows_contiguous(self) -> "Tile":
+    def rows_contiguous(self) -> "QueryTile":
         """The same tile, each of its rows in one piece of memory, as fast kernels read them."""
         q, k, v = (rows_contiguous(x) for x in (self.q, self.k, self.v))
         return replace(self, q=q, k=k, v=v)

@@ -18,7 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from longfit.attention.tile import Tile
+from longfit.attention.tile import QueryTile
 
 MAX_ELEMENTS = 2**31 - 1
 """Of a tensor that a kernel is given: some count them in 32 bits."""
@@ -67,7 +67,7 @@ class Share:
     sequences: list[Sequence]
 
 
-def shares(tile: Tile) -> Iterator[Share]:
+def shares(tile: QueryTile) -> Iterator[Share]:
     """Walk over all rows and heads of a tile; the keys of one share are at most ``MAX_ELEMENTS`` numbers."""
     repeats = tile.repeats
     max_kv_heads = max(1, MAX_ELEMENTS // (tile.k.shape[2] * tile.k.shape[3]))

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from longfit.attention.backends import tile_backward, tile_forward
+from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.planning.machines import Rates
 
@@ -92,11 +93,12 @@ def measure_attention(device: torch.device, dtype: torch.dtype) -> float:
     tokens, heads = (8192, 32) if device.type == "cuda" else (2048, 9)
     q, k, v, d_out = (torch.randn(1, heads, tokens, 64, device=device).to(dtype) for _ in range(4))  # [1, H, T, D]
     schedule = build_schedule(heads, document_starts(1, tokens, device=device))
+    tile = QueryTile(q, k, v, schedule, 0, 0.125)
     grad_k, grad_v = (torch.zeros(k.shape, device=device) for _ in range(2))
 
     def both() -> None:
-        out, lse = tile_forward(q, k, v, schedule, start=0, scaling=0.125)
-        tile_backward(d_out, q, k, v, out, lse, schedule, start=0, scaling=0.125, grad_k=grad_k, grad_v=grad_v)
+        out, lse = tile_forward(tile)
+        tile_backward(tile, d_out, out, lse, grad_k=grad_k, grad_v=grad_v)
 
     return 2.0 * 7 * heads * 64 * tokens**2 / 2 / _best(both, device)
 

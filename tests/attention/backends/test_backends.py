@@ -7,6 +7,7 @@ import torch
 from tests.attention.dense_attention import dense_mask, random_tensors
 
 from longfit.attention.backends import BACKENDS, choose_backend, reference, tile_backward, tile_forward, torch_cpu
+from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.errors import BackendError
 from longfit.numerics import shifted_attention as oracle
@@ -41,23 +42,18 @@ def by_tiles(qkv, grad_out, schedule, *, tile: int, backend: str | None = None, 
     grad_k, grad_v = (torch.zeros(x.shape, dtype=sum_dtype) for x in (k, v))
     spans = [(low, min(low + tile, tokens)) for low in range(0, tokens, tile)]
     for low, high in spans:
-        out[:, :, low:high], lse[:, :, low:high] = tile_forward(
-            q[:, :, low:high], k[:, :, :high], v[:, :, :high], schedule, start=low, backend=backend, **settings
-        )
+        here = QueryTile(q[:, :, low:high], k[:, :, :high], v[:, :, :high], schedule, low, **settings)
+        out[:, :, low:high], lse[:, :, low:high] = tile_forward(here, backend=backend)
     for low, high in reversed(spans):
+        here = QueryTile(q[:, :, low:high], k[:, :, :high], v[:, :, :high], schedule, low, **settings)
         grad_q[:, :, low:high] = tile_backward(
+            here,
             grad_out[:, :, low:high],
-            q[:, :, low:high],
-            k[:, :, :high],
-            v[:, :, :high],
             out[:, :, low:high],
             lse[:, :, low:high],
-            schedule,
-            start=low,
-            backend=backend,
             grad_k=grad_k[:, :, :high],
             grad_v=grad_v[:, :, :high],
-            **settings,
+            backend=backend,
         )
     return out, lse, grad_q, grad_k, grad_v
 
@@ -105,7 +101,7 @@ def test_low_precision(dtype: torch.dtype, backend: str) -> None:
     schedule = build_schedule(9, document_starts(2, 130), group_size=64)
     qkv, grad_out = random_tensors(9, 3, 130, dtype=dtype, dim=64)
     row = next(row for row in BACKENDS if row.name == backend)
-    reason = row.supports(*qkv, softcap=None)
+    reason = row.why_not(*qkv)
     if reason is not None:
         pytest.skip(f"{backend}: {reason}")
     exact_inputs = [x.detach().double().requires_grad_() for x in qkv]
@@ -132,10 +128,9 @@ def test_strange_strides_and_gradients() -> None:
     for backend in ("aten", "reference"):
         q, k, v = (x.detach() for x in qkv)
         sums = [torch.zeros_like(x) for x in (k, v)]
-        out, lse = tile_forward(q, k, v, schedule, start=0, scaling=1.0, backend=backend)
-        grad_q = tile_backward(
-            grad_out, q, k, v, out, lse, schedule, start=0, scaling=1.0, backend=backend, grad_k=sums[0], grad_v=sums[1]
-        )
+        tile = QueryTile(q, k, v, schedule, 0, 1.0)
+        out, lse = tile_forward(tile, backend=backend)
+        grad_q = tile_backward(tile, grad_out, out, lse, backend=backend, grad_k=sums[0], grad_v=sums[1])
         for got, want in zip((out, grad_q, *sums), expected, strict=True):
             torch.testing.assert_close(got, want, **FLOAT64)
 
@@ -145,11 +140,10 @@ def test_backward_adds_to_what_is_there_and_backends_share_the_log_sum_exp() -> 
     qkv, grad_out = random_tensors(4, 2, 65)
     q, k, v = (x.detach() for x in qkv)
     _, _, dk, dv = dense(qkv, grad_out, schedule, scaling=1.0)
-    out, lse = tile_forward(q, k, v, schedule, start=0, scaling=1.0, backend="aten")
+    tile = QueryTile(q, k, v, schedule, 0, 1.0)
+    out, lse = tile_forward(tile, backend="aten")
     grad_k, grad_v = torch.ones_like(k), torch.ones_like(v)
-    tile_backward(
-        grad_out, q, k, v, out, lse, schedule, start=0, scaling=1.0, backend="reference", grad_k=grad_k, grad_v=grad_v
-    )
+    tile_backward(tile, grad_out, out, lse, backend="reference", grad_k=grad_k, grad_v=grad_v)
     torch.testing.assert_close(grad_k, dk + 1, **FLOAT64)
     torch.testing.assert_close(grad_v, dv + 1, **FLOAT64)
 
@@ -161,11 +155,11 @@ def test_nothing_before_a_token_depends_on_it(kind: str, backend: str) -> None:
     schedule = build_schedule(6, document_starts(2, tokens), **SCHEDULES[kind])
     (q, k, v), _ = random_tensors(6, 2, tokens)
     q, k, v = q.detach(), k.detach(), v.detach()
-    clean, _ = tile_forward(q, k, v, schedule, start=0, scaling=1.0, backend=backend)
+    clean, _ = tile_forward(QueryTile(q, k, v, schedule, 0, 1.0), backend=backend)
     for t in (0, 7, 8, 64, 129):
         x, y, z = q.clone(), k.clone(), v.clone()
         x[:, :, t], y[:, :, t], z[:, :, t] = 1e3, 1e3, 1e3
-        out, _ = tile_forward(x, y, z, schedule, start=0, scaling=1.0, backend=backend)
+        out, _ = tile_forward(QueryTile(x, y, z, schedule, 0, 1.0), backend=backend)
         assert torch.equal(out[:, :, :t], clean[:, :, :t])
         assert (out[:, :, t] != clean[:, :, t]).all()
 
@@ -186,7 +180,7 @@ def test_pieces_cover_every_query_once_and_stay_small() -> None:
 def test_choosing_a_backend() -> None:
     (q, k, v), _ = random_tensors(4, 2, 8)
     assert choose_backend(q, k, v, softcap=3.0).name == "reference"
-    assert BACKENDS[-1].supports(q, k, v, softcap=3.0) is None
+    assert BACKENDS[-1].why_not(q, k, v, softcap=3.0) is None
     assert choose_backend(q, k, v, name="reference").name == "reference"
     with pytest.raises(BackendError, match="'aten': it has no soft cap"):
         choose_backend(q, k, v, softcap=3.0, name="aten")
@@ -195,9 +189,7 @@ def test_choosing_a_backend() -> None:
     with pytest.raises(BackendError, match=r"unknown; allowed are .*reference"):
         choose_backend(q, k, v, name="flash9")
     with pytest.raises(BackendError, match="no soft cap"):
-        tile_forward(
-            q, k, v, build_schedule(4, document_starts(2, 8)), start=0, scaling=1.0, softcap=1.0, backend="aten"
-        )
+        tile_forward(QueryTile(q, k, v, build_schedule(4, document_starts(2, 8)), 0, 1.0, 1.0), backend="aten")
 
 
 @pytest.mark.parametrize(
@@ -216,24 +208,13 @@ def test_shapes_that_do_not_fit(change, message: str) -> None:
     (q, k, v), _ = random_tensors(4, 2, 8)
     q, k, v, schedule, start = change(q, k, v, build_schedule(4, document_starts(2, 8)))
     with pytest.raises(ValueError, match=message):
-        tile_forward(q, k, v, schedule, start=start, scaling=1.0)
+        QueryTile(q, k, v, schedule, start, 1.0)
 
 
 def test_gradient_sums_must_be_wide() -> None:
     (q, k, v), grad_out = random_tensors(4, 2, 8, dtype=torch.bfloat16)
     schedule = build_schedule(4, document_starts(2, 8))
-    out, lse = tile_forward(q, k, v, schedule, start=0, scaling=1.0)
+    tile = QueryTile(q, k, v, schedule, 0, 1.0)
+    out, lse = tile_forward(tile)
     with pytest.raises(ValueError, match="float32"):
-        tile_backward(
-            grad_out,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            schedule,
-            start=0,
-            scaling=1.0,
-            grad_k=torch.zeros_like(k),
-            grad_v=torch.zeros_like(v),
-        )
+        tile_backward(tile, grad_out, out, lse, grad_k=torch.zeros_like(k), grad_v=torch.zeros_like(v))

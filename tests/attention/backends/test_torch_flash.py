@@ -12,9 +12,10 @@ import torch
 from tests.attention.flash_ops import StandIns
 from torch import Tensor
 
+from longfit.attention import backends
 from longfit.attention import varlen as sequences
 from longfit.attention.backends import reference, torch_efficient, torch_flash
-from longfit.attention.tile import Tile
+from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import Schedule, build_schedule, document_starts
 
 HEADS = [(9, 3), (1, 1)]
@@ -51,12 +52,12 @@ def by_tiles(module: ModuleType, tensors: list[Tensor], schedule: Schedule, *, t
     spans = [(low, min(low + tile, tokens)) for low in range(0, tokens, tile)]
     for low, high in spans:
         here = (slice(None), slice(None), slice(low, high))
-        out[here], lse[here] = module.forward(Tile(q[here], k[:, :, :high], v[:, :, :high], schedule, low, 0.5))
+        out[here], lse[here] = module.forward(QueryTile(q[here], k[:, :, :high], v[:, :, :high], schedule, low, 0.5))
     for low, high in reversed(spans):
         here = (slice(None), slice(None), slice(low, high))
         grad_q[here] = module.backward(
-            Tile(q[here], k[:, :, :high], v[:, :, :high], schedule, low, 0.5), grad_out[here], out[here], lse[here],
-            grad_k=grad_k[:, :, :high], grad_v=grad_v[:, :, :high],
+            QueryTile(q[here], k[:, :, :high], v[:, :, :high], schedule, low, 0.5), grad_out[here], out[here],
+            lse[here], grad_k=grad_k[:, :, :high], grad_v=grad_v[:, :, :high],
         )  # fmt: skip
     return [out, lse, grad_q, grad_k, grad_v]
 
@@ -103,7 +104,7 @@ def heads_of_calls(kind: str, tensors: list[Tensor], **documents: Tensor) -> lis
     starts = document_starts(q.shape[0], q.shape[2], **documents)
     schedule = build_schedule(q.shape[1], starts, **SCHEDULES[kind])
     with StandIns() as kernels:
-        torch_flash.forward(Tile(q, k, v, schedule, 0, 1.0))
+        torch_flash.forward(QueryTile(q, k, v, schedule, 0, 1.0))
     return kernels.num_heads
 
 
@@ -149,7 +150,8 @@ def test_what_is_refused_on_a_turing_card(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    answer = BACKENDS[name].supports(q, q, v or q, softcap=softcap)
+    row = next(row for row in backends.BACKENDS if row.name == name)
+    answer = row.why_not(q, q, v or q, softcap=softcap)
     assert answer is None if reason is None else reason in (answer or "")
 
 
@@ -164,12 +166,12 @@ def test_on_a_card_equal_to_the_reference(name: str, dtype: torch.dtype, kind: s
         for documents in DOCUMENTS.values():
             schedule = build_schedule(heads, document_starts(2, 130, **documents(130)), **SCHEDULES[kind])
             tensors = [x.cuda() for x in random_tensors(heads, kv_heads, 130, dtype, dim)]
-            reason = module.supports(*tensors[:3], softcap=None)
+            reason = module.supports(*tensors[:3])
             if reason is not None:
                 pytest.skip(reason)
             on_card = Schedule(schedule.first_key.cuda(), schedule.head_bounds, schedule.host)
             expected = by_tiles(reference, [x.double() for x in tensors], on_card, tile=130)
-            # As in test_tile_attention.py: at most 8 roundings of eps / 2 of the largest element in 16 bits; in float32
+            # As in test_backends.py: at most 8 roundings of eps / 2 of the largest element in 16 bits; in float32
             # the rounding of sums, of scores of size sqrt(dim) / 2 * 5 made of dim products.
             roundings = 8 if dtype.itemsize == 2 else 8 + 8 * 5 * (dim / 64) ** 0.5
             limit = roundings * torch.finfo(dtype).eps / 2

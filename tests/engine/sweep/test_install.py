@@ -334,13 +334,13 @@ def test_a_second_backward_and_a_changed_input_raise():
 def test_groups_and_windows_hold_few_keys(monkeypatch):
     """Shifted: at most a group and two tiles; sliding: a window and two tiles, rounded to tiles."""
     capacities = []
-    right = layer.TilePass.gradient_sums
+    right = layer.BackwardPass.gradient_sums
 
     def spy(self, seen, dtype):
         capacities.append(self.visible.capacity)
         return right(self, seen, dtype)
 
-    monkeypatch.setattr(layer.TilePass, "gradient_sums", spy)
+    monkeypatch.setattr(layer.BackwardPass, "gradient_sums", spy)
     for family, attention, most in (
         ("llama", ("exact", None), [400]),
         ("llama", ("shifted", 40), [40 + 2 * 10]),

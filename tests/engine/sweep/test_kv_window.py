@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longfit.engine.sweep.kv_window import Window
+from longfit.engine.sweep.kv_window import KeyValueWindow
 
 RANGES = {
     "grows": [(0, 3), (0, 7), (0, 12)],
@@ -18,7 +18,7 @@ RANGES = {
 def test_tokens_that_stay_in_the_range_stay_what_they_are(name: str, slack: int) -> None:
     key, value = torch.randn(2, 3, 12, 4), torch.randn(2, 3, 12, 5)
     capacity = max(high - low for low, high in RANGES[name]) + slack
-    window = Window(key, value, capacity=capacity, dtype=torch.float64)
+    window = KeyValueWindow(key, value, capacity=capacity, dtype=torch.float64)
     known: set[int] = set()
     for low, high in RANGES[name]:
         window.move(low, high)
@@ -34,7 +34,7 @@ def test_tokens_that_stay_in_the_range_stay_what_they_are(name: str, slack: int)
 
 
 def test_a_view_shows_the_range_and_nothing_outside() -> None:
-    window = Window(torch.empty(1, 1, 9, 2), torch.empty(1, 1, 9, 3), capacity=4)
+    window = KeyValueWindow(torch.empty(1, 1, 9, 2), torch.empty(1, 1, 9, 3), capacity=4)
     window.move(3, 7)
     key, value = window.tokens(3, 7)
     assert (key.shape, value.shape) == ((1, 1, 4, 2), (1, 1, 4, 3))

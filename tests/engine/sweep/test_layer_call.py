@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from longfit.engine.sweep.layer_call import layer_call
 from longfit.engine.sweep.shared_sequence import Stretch
-from longfit.engine.sweep.tile_pass import TilePass
+from longfit.engine.sweep.tile_pass import ForwardPass, SweptTile
 from longfit.errors import ModelError
 
 T = 7
@@ -22,16 +22,14 @@ class Layer(nn.Module):
         super().__init__()
         self.attends = attends
 
-    def forward(self, hidden: Tensor, *args: Any, sweep: TilePass, **keywords: Any) -> tuple[Tensor, str]:
+    def forward(self, hidden: Tensor, *args: Any, sweep: SweptTile, **keywords: Any) -> tuple[Tensor, str]:
         self.args, self.keywords = args, keywords
-        sweep.num_calls += self.attends
+        sweep.attended = self.attends
         return hidden + 1, "weights"
 
 
-def walk_at(index: int, tile: int = 3) -> TilePass:
-    tile_pass = TilePass(Stretch(0, T), tile, {})
-    tile_pass.begin("forward", index)
-    return tile_pass
+def tile_at(index: int, tile: int = 3) -> SweptTile:
+    return ForwardPass(Stretch(0, T), tile).tile(index)
 
 
 def call(layer: Layer, *args: Any, **keywords: Any) -> Any:
@@ -54,7 +52,7 @@ def test_a_tile_gets_its_tokens_and_the_whole_mask(index: int, start: int, end: 
     found = call(
         layer, hidden, by_token, attention_mask=mask, position_embeddings=rotary, inner={"p": [positions]}, s=steps, n=T
     )
-    out = found.tile(hidden[:, start:end], walk_at(index))
+    out = found.run(hidden[:, start:end], tile_at(index))
     assert torch.equal(out, hidden[:, start:end] + 1)  # the first of what the layer returns
     given = layer.keywords
     assert given["attention_mask"] is mask
@@ -68,18 +66,18 @@ def test_a_tile_gets_its_tokens_and_the_whole_mask(index: int, start: int, end: 
 
 def test_the_axis_of_tokens_is_the_second_where_two_would_do() -> None:
     layer, hidden, square = Layer(), torch.randn(1, T, 5), torch.arange(T * T).view(1, T, T)
-    call(layer, hidden, x=square).tile(hidden[:, :3], walk_at(0))
+    call(layer, hidden, x=square).run(hidden[:, :3], tile_at(0))
     assert torch.equal(layer.keywords["x"], square[:, :3])
     with pytest.raises(ModelError, match=r"shape \(1, 1, 7, 7\) for 7 tokens, which cannot be cut"):
-        call(layer, hidden, x=square[None]).tile(hidden[:, :3], walk_at(0))
-    call(layer, hidden, x=square[None]).tile(hidden, walk_at(0, tile=T))  # one tile needs no cut
+        call(layer, hidden, x=square[None]).run(hidden[:, :3], tile_at(0))
+    call(layer, hidden, x=square[None]).run(hidden, tile_at(0, tile=T))  # one tile needs no cut
     assert layer.keywords["x"].shape == (1, 1, T, T)
 
 
 def test_a_layer_that_did_not_attend_is_named() -> None:
     hidden = torch.randn(1, T, 5)
     with pytest.raises(ModelError, match="Layer did not attend through longfit's attention"):
-        call(Layer(attends=False), hidden).tile(hidden[:, :3], walk_at(0))
+        call(Layer(attends=False), hidden).run(hidden[:, :3], tile_at(0))
 
 
 def test_gradients_besides_the_hidden_states_are_seen_wherever_they_hide() -> None:

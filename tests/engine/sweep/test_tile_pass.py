@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from longfit.attention.spec import AttentionSpec
 from longfit.attention.visibility import Schedule, build_schedule, document_starts
 from longfit.engine.sweep.shared_sequence import Stretch, TileLeft
-from longfit.engine.sweep.tile_pass import TilePass, Visible
+from longfit.engine.sweep.tile_pass import BackwardPass, ForwardPass, SweptTile, Visible
 from longfit.errors import ModelError
 
 HEADS, KEY_HEADS, DIM = 6, 2, 4
@@ -41,12 +42,9 @@ def test_tiles_see_all_keys_of_their_schedule_and_load_each_once(
     assert set(loaded) == needed
 
 
-def attend(tile_pass: TilePass, qkv: list[Tensor], **options: Any) -> Tensor:
-    settings = dict.fromkeys(
-        ("group_size", "sliding_window", "softcap", "position_ids", "attention_mask", "cu_seqlens")
-    )
-    start, end = tile_pass.span
-    return tile_pass.attend(*(part[:, :, start:end] for part in qkv), **settings | {"scaling": 0.5} | options)
+def attend(tile: SweptTile, qkv: list[Tensor], **options: Any) -> Tensor:
+    start, end = tile.span
+    return tile.attend(*(part[:, :, start:end] for part in qkv), AttentionSpec(scaling=0.5, **options))
 
 
 def random_qkv(num_tokens: int) -> list[Tensor]:
@@ -55,7 +53,7 @@ def random_qkv(num_tokens: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("pattern", [{}, {"sliding_window": 3}, {"group_size": 4}], ids=["all", "w3", "g4"])
-def test_a_walk_there_and_back_is_attention_and_its_gradient(pattern: dict[str, int]) -> None:
+def test_forward_and_backward_are_attention_and_its_gradient(pattern: dict[str, int]) -> None:
     num_tokens, tile = 13, 3
     qkv, wanted = random_qkv(num_tokens), torch.randn(1, num_tokens, HEADS, DIM, dtype=torch.float64)
     first = make_schedule(num_tokens, **pattern).first_key.repeat_interleave(
@@ -68,33 +66,30 @@ def test_a_walk_there_and_back_is_attention_and_its_gradient(pattern: dict[str, 
     dense = (scores.softmax(-1) @ values).transpose(1, 2)
     expected = torch.autograd.grad(dense, qkv, wanted)
 
-    forward = TilePass(Stretch(0, num_tokens), tile, {})
+    stretch = Stretch(0, num_tokens)
+    forward = ForwardPass(stretch, tile)
     for index in range(5):
-        forward.begin("forward", index)
-        start, end = forward.span
+        start, end = forward.span(index)
+        out = attend(forward.tile(index), qkv, **pattern)
         # float64: a softmax over at most 13 scores and a sum of as many products, some tens of roundings of 1e-16
-        torch.testing.assert_close(attend(forward, qkv, **pattern), dense[:, start:end], rtol=1e-12, atol=1e-13)
-    back = TilePass(Stretch(0, num_tokens), tile, {}, visible=forward.visible)
+        torch.testing.assert_close(out, dense[:, start:end], rtol=1e-12, atol=1e-13)
+    assert forward.visible is not None
+    back = BackwardPass(stretch, tile, forward.visible)
     for index in reversed(range(5)):
-        for new in back.turn_to_gradients(index):
-            back.begin("keys", new)
+        for new in back.needed(index):
             with pytest.raises(TileLeft):
-                attend(back, qkv, **pattern)
-        back.begin("gradients", index)
-        start, end = back.span
-        found = torch.autograd.grad(attend(back, qkv, **pattern), qkv, wanted[:, start:end])
+                attend(back.keys_tile(new), qkv, **pattern)
+        start, end = forward.span(index)
+        found = torch.autograd.grad(attend(back.gradient_tile(index), qkv, **pattern), qkv, wanted[:, start:end])
         for part, whole in zip(found, expected, strict=True):  # of k, v too: finished, not partial
             torch.testing.assert_close(part[:, :, start:end], whole[:, :, start:end], rtol=1e-11, atol=1e-12)
 
 
 def test_layers_that_attend_twice_or_with_tokens_of_their_own_are_refused() -> None:
-    tile_pass, qkv = TilePass(Stretch(0, 6), 3, {}), random_qkv(6)
-    attend(tile_pass, qkv)
+    forward, qkv = ForwardPass(Stretch(0, 6), 3), random_qkv(6)
+    tile = forward.tile(0)
+    attend(tile, qkv)
     with pytest.raises(ModelError, match="attends more than once"):
-        attend(tile_pass, qkv)
-    tile_pass.begin("forward", 1)
+        attend(tile, qkv)
     with pytest.raises(ModelError, match="a tile of 3 tokens attends with 4 queries and 3 keys"):
-        tile_pass.attend(
-            qkv[0][:, :, :4], qkv[1][:, :, 3:], qkv[2][:, :, 3:], group_size=None, sliding_window=None, scaling=1.0,
-            softcap=None, position_ids=None, attention_mask=None, cu_seqlens=None,
-        )  # fmt: skip
+        forward.tile(1).attend(qkv[0][:, :, :4], qkv[1][:, :, 3:], qkv[2][:, :, 3:], AttentionSpec(scaling=1.0))

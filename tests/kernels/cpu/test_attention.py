@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longfit.attention.backends import tile_backward, tile_forward
+from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import Schedule, build_schedule, document_starts
 from longfit.kernels.cpu import attention as cpu_attention
 from longfit.kernels.cpu.attention import attention_backward, attention_forward
@@ -327,14 +328,12 @@ def test_the_engine_finds_it_and_agrees_with_the_reference(dtype: torch.dtype) -
         torch.nn.functional.pad(p.first_key, (p.start, 0)),  # of the whole sequence
         p.head_bounds,
     )
-    options = {"start": p.start, "scaling": p.scaling}
+    tile = QueryTile(p.q, p.k, p.v, schedule, p.start, p.scaling)
     results = {}
     for name in ("cpu", "reference", None):
-        out, lse = tile_forward(p.q, p.k, p.v, schedule, **options, backend=name)
+        out, lse = tile_forward(tile, backend=name)
         grads = [torch.zeros(p.k.shape) for _ in range(2)]
-        grad_q = tile_backward(
-            p.grad_out, p.q, p.k, p.v, out, lse, schedule, **options, grad_k=grads[0], grad_v=grads[1], backend=name
-        )
+        grad_q = tile_backward(tile, p.grad_out, out, lse, grad_k=grads[0], grad_v=grads[1], backend=name)
         results[name] = (out, lse, grad_q, *grads)
     for ours, reference, chosen in zip(*results.values(), strict=True):
         assert torch.equal(ours, chosen)

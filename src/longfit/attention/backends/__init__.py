@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from longfit.attention.backends import cpp, reference, torch_cpu, torch_efficient, torch_flash
-from longfit.attention.tile import Tile, describe
-from longfit.attention.visibility import Schedule
+from longfit.attention.tile import QueryTile, describe
 from longfit.errors import BackendError
 
 
@@ -24,15 +23,23 @@ class Backend:
 
     Attributes:
         name: what a caller forces it by.
-        supports: ``(q, k, v, softcap=...)`` -> None, or the reason why it cannot take the call.
+        supports: ``(q, k, v)`` -> None, or the reason why it cannot take tensors of this shape, dtype and device.
         forward: ``(tile)`` -> out and log-sum-exp, as ``tile_forward``.
         backward: ``(tile, grad_out, out, lse, grad_k=..., grad_v=...)`` -> grad_q, as ``tile_backward``.
+        softcap: whether it computes a soft cap on scores.
     """
 
     name: str
-    supports: Callable[..., str | None]
-    forward: Callable[[Tile], tuple[Tensor, Tensor]]
+    supports: Callable[[Tensor, Tensor, Tensor], str | None]
+    forward: Callable[[QueryTile], tuple[Tensor, Tensor]]
     backward: Callable[..., Tensor]
+    softcap: bool = False
+
+    def why_not(self, q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None = None) -> str | None:
+        """Say why it cannot take a call; None when it can."""
+        if softcap is not None and not self.softcap:
+            return "it has no soft cap"
+        return self.supports(q, k, v)
 
 
 BACKENDS = (
@@ -40,7 +47,7 @@ BACKENDS = (
     Backend("efficient", torch_efficient.supports, torch_efficient.forward, torch_efficient.backward),
     Backend("cpu", cpp.supports, cpp.forward, cpp.backward),
     Backend("aten", torch_cpu.supports, torch_cpu.forward, torch_cpu.backward),
-    Backend("reference", reference.supports, reference.forward, reference.backward),
+    Backend("reference", reference.supports, reference.forward, reference.backward, softcap=True),
 )
 """In the order of preference; the last takes everything."""
 
@@ -51,16 +58,16 @@ def choose_backend(
     """Take the first backend that supports a call, or the one named.
 
     Args:
-        q, k, v: as in ``tile_forward``; only shape, dtype and device are looked at.
-        softcap: as in ``tile_forward``.
+        q, k, v: as in ``QueryTile``; only shape, dtype and device are looked at.
+        softcap: as in ``QueryTile``.
         name: of a backend; None lets the table decide.
     Raises: BackendError: ``name`` is unknown, or that backend does not support the call.
     """
     if name is None:
-        return next(backend for backend in BACKENDS if backend.supports(q, k, v, softcap=softcap) is None)
+        return next(backend for backend in BACKENDS if backend.why_not(q, k, v, softcap=softcap) is None)
     for backend in BACKENDS:
         if backend.name == name:
-            reason = backend.supports(q, k, v, softcap=softcap)
+            reason = backend.why_not(q, k, v, softcap=softcap)
             if reason is not None:
                 raise BackendError(f"attention backend {name!r}: {reason}; let longfit choose, or force another")
             return backend
@@ -68,47 +75,25 @@ def choose_backend(
     raise BackendError(f"attention backend {name!r}: unknown; allowed are {known}")
 
 
-def tile_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    schedule: Schedule,
-    *,
-    start: int,
-    scaling: float,
-    softcap: float | None = None,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+def tile_forward(tile: QueryTile, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """Attend from a tile of queries to the keys its schedule shows.
 
     Args:
-        q: ``[B, H, t, D]``, tokens ``[start, start + t)``; any float dtype, any strides.
-        k, v: ``[B, K, n, D]``, tokens ``[0, n)`` with ``n >= start + t``; H a multiple of K.
-        schedule: of the whole sequence.
-        start: first token of the tile.
-        scaling: of the scores.
-        softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma-2); None is off.
+        tile: queries ``[B, H, t, D]``, keys and values ``[B, K, n, D]``.
         backend: forces one by name.
-    Returns: out ``[B, H, t, D]`` in the dtype of ``q``, stored as ``[B, t, H, D]``; natural log-sum-exp of the scores,
-        float32 (float64 for float64) ``[B, H, t]``.
-    Raises: ValueError: shapes, dtypes or devices do not fit each other. BackendError: as ``choose_backend``.
+    Returns: out ``[B, H, t, D]`` in the dtype of the queries, stored as ``[B, t, H, D]``; natural log-sum-exp of the
+        scores, float32 (float64 for float64) ``[B, H, t]``.
+    Raises: BackendError: as ``choose_backend``.
     """
-    tile = Tile(q, k, v, schedule, start, scaling, softcap)
-    return choose_backend(q, k, v, softcap=softcap, name=backend).forward(tile)
+    return choose_backend(tile.q, tile.k, tile.v, softcap=tile.softcap, name=backend).forward(tile)
 
 
 def tile_backward(
+    tile: QueryTile,
     grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     out: Tensor,
     lse: Tensor,
-    schedule: Schedule,
     *,
-    start: int,
-    scaling: float,
-    softcap: float | None = None,
     grad_k: Tensor,
     grad_v: Tensor,
     backend: str | None = None,
@@ -116,18 +101,19 @@ def tile_backward(
     """Differentiate ``tile_forward``.
 
     Args:
+        tile: that of the forward.
         grad_out: ``[B, H, t, D]``.
-        q, k, v, schedule, start, scaling, softcap, backend: those of the forward.
-        out, lse: what it returned, by whichever backend.
+        out, lse: what the forward returned, by whichever backend.
         grad_k, grad_v: float32 (float64 for float64) ``[B, K, n, D]``; the tile's share is **added in place**.
-    Returns: grad_q ``[B, H, t, D]`` in the dtype of ``q``.
-    Raises: ValueError: shapes, dtypes or devices do not fit each other. BackendError: as ``choose_backend``.
+        backend: forces one by name.
+    Returns: grad_q ``[B, H, t, D]`` in the dtype of the queries.
+    Raises: ValueError: ``grad_k`` or ``grad_v`` does not fit. BackendError: as ``choose_backend``.
     """
-    tile = Tile(q, k, v, schedule, start, scaling, softcap)
+    k, v = tile.k, tile.v
     if grad_k.shape != k.shape or grad_v.shape != v.shape or grad_k.dtype != lse.dtype or grad_v.dtype != lse.dtype:
         raise ValueError(
             f"grad_k {describe(grad_k)}, grad_v {describe(grad_v)}: must have the shapes of k {list(k.shape)} and"
             f" v {list(v.shape)} in {lse.dtype}"
         )
-    chosen = choose_backend(q, k, v, softcap=softcap, name=backend)
+    chosen = choose_backend(tile.q, k, v, softcap=tile.softcap, name=backend)
     return chosen.backward(tile, grad_out, out, lse, grad_k=grad_k, grad_v=grad_v)

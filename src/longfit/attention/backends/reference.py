@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longfit.attention.tile import Tile
+from longfit.attention.tile import QueryTile
 
 QUERY_BLOCK = 512
 """Queries whose scores exist at once."""
@@ -23,7 +23,7 @@ SCORE_ELEMENTS = 1 << 24
 """Scores that exist at once, over all rows and heads: 64 MiB in float32, and a few temporaries of that size."""
 
 
-def forward(tile: Tile) -> tuple[Tensor, Tensor]:
+def forward(tile: QueryTile) -> tuple[Tensor, Tensor]:
     """See ``backends.tile_forward``."""
     q, k, v = tile.q, tile.k, tile.v
     out, lse = tile.empty_results()  # [B, H, t, D], [B, H, t]
@@ -48,7 +48,7 @@ def forward(tile: Tile) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
+def backward(tile: QueryTile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
     """See ``backends.tile_backward``."""
     q, k, v = tile.q, tile.k, tile.v
     grad_q = torch.empty_like(q)
@@ -73,7 +73,7 @@ def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: 
     return grad_q
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str | None:
+def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Everything."""
     return None
 
@@ -82,12 +82,12 @@ def _blocks(low: int, high: int, size: int) -> Iterator[tuple[int, int]]:
     return ((block, min(block + size, high)) for block in range(low, high, size))
 
 
-def _rows(tile: Tile, x: Tensor) -> Tensor:
+def _rows(tile: QueryTile, x: Tensor) -> Tensor:
     """[B, H, Q, D] -> [B, K, R*Q, D]: the R query heads of one key/value head side by side, in the dtype of sums."""
     return x.reshape(x.shape[0], tile.k.shape[1], -1, x.shape[-1]).to(tile.sum_dtype)
 
 
-def _visible_range(tile: Tile, low: int, high: int) -> tuple[Tensor, Tensor]:
+def _visible_range(tile: QueryTile, low: int, high: int) -> tuple[Tensor, Tensor]:
     """First visible key [B, K, R*Q] and last visible key [R*Q] of each row of the tile's queries [low, high)."""
     first = tile.first_key()[:, :, low:high]  # [C, B, Q]
     heads = torch.tensor(tile.schedule.head_bounds).diff().to(first.device)
@@ -107,6 +107,6 @@ def _hidden(first: Tensor, last: Tensor, key_low: int, key_high: int) -> Tensor:
     return (keys < first[..., None]) | (keys > last[:, None])
 
 
-def _scores(tile: Tile, rows: Tensor, keys: Tensor) -> Tensor:
+def _scores(tile: QueryTile, rows: Tensor, keys: Tensor) -> Tensor:
     scores = (rows @ keys.to(rows.dtype).transpose(-1, -2)).mul_(tile.scaling)  # [B, K, R*Q, S]
     return scores if tile.softcap is None else scores.div_(tile.softcap).tanh_().mul_(tile.softcap)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longfit.attention.tile import Tile, rows_contiguous
+from longfit.attention.tile import QueryTile, rows_contiguous
 from longfit.attention.varlen import shared_heads
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -65,9 +65,8 @@ class Call(NamedTuple):
         return self.rows, self.kv_heads, slice(part.low, part.high)
 
 
-def forward(tile: Tile) -> tuple[Tensor, Tensor]:
+def forward(tile: QueryTile) -> tuple[Tensor, Tensor]:
     """See ``backends.tile_forward``."""
-    assert tile.softcap is None
     tile = tile.rows_contiguous()
     q, k, v = tile.q, tile.k, tile.v
     out, lse = tile.empty_results()  # [B, H, t, D], [B, H, t]
@@ -84,9 +83,8 @@ def forward(tile: Tile) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
+def backward(tile: QueryTile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
     """See ``backends.tile_backward``."""
-    assert tile.softcap is None
     tile = tile.rows_contiguous()
     q, k, v = tile.q, tile.k, tile.v
     grad_out, out = rows_contiguous(grad_out), rows_contiguous(out)
@@ -107,12 +105,10 @@ def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: 
     return grad_q
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str | None:
+def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Say why the kernel cannot take this call; None when it can."""
     if q.device.type != "cpu":
         return f"it runs on the CPU, the tensors are on {q.device.type}"
-    if softcap is not None:
-        return "it has no soft cap"
     if v.shape[-1] != q.shape[-1]:
         return f"values of {v.shape[-1]} dimensions must be as wide as queries, {q.shape[-1]}"
     return None
@@ -157,7 +153,7 @@ def _run(first: int, low: int, high: int) -> Piece:
     return Piece(low, high, (Part(first, low, "all"), square) if first < low else (square,))
 
 
-def _calls(tile: Tile) -> Iterator[Call]:
+def _calls(tile: QueryTile) -> Iterator[Call]:
     classes = zip(pairwise(tile.schedule.head_bounds), tile.first_key(), strict=True)
     for (low, high), first_key in classes:  # first_key [B, t]
         alike = bool((first_key == first_key[:1]).all())
@@ -168,7 +164,7 @@ def _calls(tile: Tile) -> Iterator[Call]:
                     yield Call(rows, heads, kv_heads, first_key[row], piece)
 
 
-def _mask(call: Call, part: Part, tile: Tile) -> Tensor | None:
+def _mask(call: Call, part: Part, tile: QueryTile) -> Tensor | None:
     """Additive mask [1, 1, Q, S]; the kernel reads it in the dtype of the queries."""
     if part.visible != "mask":
         return None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longfit.attention.backends import reference
 from longfit.attention.limits import KEY_BLOCK
-from longfit.attention.tile import Tile, rows_contiguous
+from longfit.attention.tile import QueryTile, rows_contiguous
 from longfit.attention.varlen import Sequence, Share, shares
 from longfit.attention.visibility import Schedule
 
@@ -28,9 +28,8 @@ LSE_MULTIPLE = 32
 """The kernel stores a row of log-sum-exps in a multiple of so many numbers and wants it back like that."""
 
 
-def forward(tile: Tile) -> tuple[Tensor, Tensor]:
+def forward(tile: QueryTile) -> tuple[Tensor, Tensor]:
     """See ``backends.tile_forward``."""
-    assert tile.softcap is None
     tile = tile.rows_contiguous()
     q, k, v = tile.q, tile.k, tile.v
     out, lse = tile.empty_results()  # [B, H, t, D], [B, H, t]
@@ -49,9 +48,8 @@ def forward(tile: Tile) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
+def backward(tile: QueryTile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
     """See ``backends.tile_backward``."""
-    assert tile.softcap is None
     tile = tile.rows_contiguous()
     q, k, v = tile.q, tile.k, tile.v
     grad_out, out = rows_contiguous(grad_out), rows_contiguous(out)
@@ -80,7 +78,7 @@ def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: 
     return grad_q.to(q.dtype)
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str | None:
+def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Say why the kernel cannot take this call; None when it can."""
     if q.device.type != "cuda":
         return f"it runs on CUDA, the tensors are on {q.device.type}"
@@ -90,15 +88,13 @@ def supports(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str |
         return f"it computes in 16 or 32 bits, the tensors are in {q.dtype}"
     if q.dtype == torch.bfloat16 and torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the card has no bfloat16"
-    if softcap is not None:
-        return "it has no soft cap"
     multiple = 16 // q.element_size()
     if q.shape[-1] % multiple or v.shape[-1] % multiple:
         return f"it takes heads of a multiple of {multiple} dimensions, these have {q.shape[-1]} and {v.shape[-1]}"
     return None
 
 
-def _pairs(tile: Tile) -> Iterator[tuple[Share, Sequence]]:
+def _pairs(tile: QueryTile) -> Iterator[tuple[Share, Sequence]]:
     for share in shares(tile):
         for sequence in share.sequences:
             yield share, sequence
@@ -126,7 +122,7 @@ def _key_blocks(sequence: Sequence) -> Iterator[tuple[int, int, int]]:
     yield sequence.low, sequence.high, CAUSAL
 
 
-def _alone(tile: Tile, share: Share, sequence: Sequence) -> Tile:
+def _alone(tile: QueryTile, share: Share, sequence: Sequence) -> QueryTile:
     """One sequence with a window as a tile of its own, numbered from its first key."""
     assert sequence.window is not None
     token = torch.arange(sequence.high - sequence.first, dtype=torch.int32)
@@ -134,7 +130,7 @@ def _alone(tile: Tile, share: Share, sequence: Sequence) -> Tile:
     num_heads = share.heads.stop - share.heads.start
     schedule = Schedule(first_key.to(tile.q.device, non_blocking=True), (0, num_heads), first_key)
     queries, keys = _places(share, sequence, tile.start)
-    return Tile(tile.q[queries], tile.k[keys], tile.v[keys], schedule, sequence.low - sequence.first, tile.scaling)
+    return QueryTile(tile.q[queries], tile.k[keys], tile.v[keys], schedule, sequence.low - sequence.first, tile.scaling)
 
 
 def _filled_up(lse: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longfit.attention.limits import KEY_BLOCK
-from longfit.attention.tile import Tile, rows_contiguous
+from longfit.attention.tile import QueryTile, rows_contiguous
 from longfit.attention.varlen import Sequence, Share, shares
 
 _flash = torch.ops.aten._flash_attention_forward.default
@@ -54,9 +54,8 @@ class _Call:
         }
 
 
-def forward(tile: Tile) -> tuple[Tensor, Tensor]:
+def forward(tile: QueryTile) -> tuple[Tensor, Tensor]:
     """See ``backends.tile_forward``."""
-    assert tile.softcap is None
     tile = tile.rows_contiguous()
     q, k, v = tile.q, tile.k, tile.v
     out, lse = tile.empty_results()  # [B, H, t, D], [B, H, t]
@@ -72,9 +71,8 @@ def forward(tile: Tile) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
+def backward(tile: QueryTile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: Tensor, grad_v: Tensor) -> Tensor:
     """See ``backends.tile_backward``."""
-    assert tile.softcap is None
     tile = tile.rows_contiguous()
     q, k, v = tile.q, tile.k, tile.v
     grad_out, out = rows_contiguous(grad_out), rows_contiguous(out)
@@ -95,14 +93,12 @@ def backward(tile: Tile, grad_out: Tensor, out: Tensor, lse: Tensor, *, grad_k: 
     return grad_q.to(q.dtype)
 
 
-def supports(q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None) -> str | None:
+def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Say why the kernel cannot take this call; None when it can."""
     if q.device.type != "cuda":
         return f"it runs on CUDA, the tensors are on {q.device.type}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in 16 bits, the tensors are in {q.dtype}"
-    if softcap is not None:
-        return "it has no soft cap"
     head_dim = q.shape[-1]
     if v.shape[-1] != head_dim:
         return f"values of {v.shape[-1]} dimensions must be as wide as queries, {head_dim}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from longfit.engine import host_memory
 
 
-class Window:
+class KeyValueWindow:
     """Two contiguous ``[B, K, capacity, D]`` tensors, of which the tokens ``[low, high)`` are valid."""
 
     def __init__(self, key: Tensor, value: Tensor, *, capacity: int, dtype: torch.dtype | None = None) -> None:

@@ -42,7 +42,7 @@ from longfit.engine.sweep.shared_sequence import (
     num_tiles,
     whole,
 )
-from longfit.engine.sweep.tile_pass import TilePass, Visible
+from longfit.engine.sweep.tile_pass import BackwardPass, ForwardPass, LeavingTile, Visible
 from longfit.kernels.workspace import weights_held
 
 
@@ -100,19 +100,18 @@ class _Work:
         """Tiles of all stretches."""
         return sum(num_tiles(stretch, self.tile) for stretch in self.stretches)
 
-    def passes(
-        self, saved: SavedAttention | None = None, visible: Sequence[Visible | None] | None = None
-    ) -> list[TilePass]:
+    def forward_passes(self, saved: SavedAttention | None) -> list[ForwardPass]:
         """Begin a pass over each stretch."""
-        known = visible or [None] * len(self.stretches)
-        return [
-            TilePass(stretch, self.tile, self.call.keywords, saved=saved, visible=seen)
-            for stretch, seen in zip(self.stretches, known, strict=True)
-        ]
+        positions = self.call.position_ids
+        return [ForwardPass(stretch, self.tile, positions, saved=saved) for stretch in self.stretches]
 
-    def indices(self, tile_pass: TilePass) -> range:
-        """The tiles of a pass."""
-        return range(num_tiles(tile_pass.stretch, self.tile))
+    def backward_passes(self, saved: SavedAttention | None, visible: Sequence[Visible]) -> list[BackwardPass]:
+        """Begin a pass over each stretch, with what its forward pass found."""
+        positions = self.call.position_ids
+        return [
+            BackwardPass(stretch, self.tile, seen, positions, saved=saved)
+            for stretch, seen in zip(self.stretches, visible, strict=True)
+        ]
 
 
 class _SweptLayer(Receiver, torch.autograd.Function):
@@ -169,30 +168,30 @@ class _Backward:
         self._random: list[RandomState | None] = ctx.random
         self._needs_hidden: bool = ctx.needs_input_grad[0]
         self._donated = is_donated(ctx, grad_out)
-        self._passes = self._work.passes(ctx.saved_attention, ctx.visible)
+        self._passes = self._work.backward_passes(ctx.saved_attention, ctx.visible)
 
     def run(self) -> None:
         transport = None
         if self._work.sequence is not None:
             transport = _see_halos(self._work, self._passes, self._leave_without_grad)
-        for tile_pass in reversed(self._passes):
-            for index in reversed(self._work.indices(tile_pass)):
-                self._differentiate(tile_pass, index)
+        for tiles in reversed(self._passes):
+            for index in reversed(range(tiles.num_tiles)):
+                self._differentiate(tiles, index)
         if transport is not None:
             self._receive(transport)
 
-    def _differentiate(self, tile_pass: TilePass, index: int) -> None:
-        first = tile_pass.stretch.first_tile
-        for earlier in tile_pass.turn_to_gradients(index):
-            self._saved_input.prefetch(first + earlier + 1)
-            hidden = self._restore("keys", tile_pass, earlier)
+    def _differentiate(self, tiles: BackwardPass, index: int) -> None:
+        for earlier in tiles.needed(index):
+            self._saved_input.prefetch(tiles.number(earlier + 1))
+            hidden = self._restore(tiles.number(earlier))
             with torch.no_grad():
-                _leave(self._work.call, hidden, tile_pass)
-        self._saved_input.prefetch(max(first + index - 1, 0))
-        hidden = self._restore("gradients", tile_pass, index).requires_grad_(self._needs_hidden)
-        start, end = tile_pass.span
+                _leave(self._work.call, hidden, tiles.keys_tile(earlier))
+        self._saved_input.prefetch(max(tiles.number(index - 1), 0))
+        hidden = self._restore(tiles.number(index)).requires_grad_(self._needs_hidden)
+        tile = tiles.gradient_tile(index)
+        start, end = tile.span
         with torch.enable_grad():
-            out = self._work.call.tile(hidden, tile_pass)
+            out = self._work.call.run(hidden, tile)
         inputs = [hidden, *self._wanted] if self._needs_hidden else self._wanted
         grads = torch.autograd.grad(out, inputs, self._grad_out[:, start:end], allow_unused=True)
         del out
@@ -205,12 +204,12 @@ class _Backward:
 
     def _receive(self, transport: KeyTransport) -> None:
         """Take the gradients of own keys from the processes that have seen them on to the layer's input."""
-        received = transport.scatter([tile_pass.halo_gradients() for tile_pass in self._passes])
+        received = transport.scatter([tiles.halo_gradients() for tiles in self._passes])
         for number, index, *grad in late_tiles(transport, self._work.stretches, self._work.tile, received):
-            tile_pass = self._passes[number]
-            hidden = self._restore("leave", tile_pass, index).requires_grad_(self._needs_hidden)
+            tiles = self._passes[number]
+            hidden = self._restore(tiles.number(index)).requires_grad_(self._needs_hidden)
             with torch.enable_grad():
-                left = _leave(self._work.call, hidden, tile_pass)
+                left = _leave(self._work.call, hidden, tiles.leaving_tile(index))
             ends = [(out, d) for out, d in zip((left.key, left.value), grad, strict=True) if out.requires_grad]
             if not ends:
                 continue
@@ -218,21 +217,20 @@ class _Backward:
             grads = torch.autograd.grad([e[0] for e in ends], inputs, [e[1] for e in ends], allow_unused=True)
             if self._needs_hidden:
                 assert self.grad_hidden is not None, "the layer's tiles come first"
-                start, end = tile_pass.span
+                start, end = tiles.span(index)
                 self.grad_hidden[:, start:end] += grads[0]
                 grads = grads[1:]
             self.sums.add(grads)
 
     def _leave_without_grad(self, number: int, index: int) -> TileLeft:
-        hidden = self._restore("leave", self._passes[number], index)
+        tiles = self._passes[number]
         with torch.no_grad():
-            return _leave(self._work.call, hidden, self._passes[number])
+            return _leave(self._work.call, self._restore(tiles.number(index)), tiles.leaving_tile(index))
 
-    def _restore(self, mode: str, tile_pass: TilePass, index: int) -> Tensor:
-        """A tile's input again, with the pass and the random state turned to it."""
-        tile_pass.begin(mode, index)
-        hidden = self._saved_input.get(tile_pass.number).detach()
-        state = self._random[tile_pass.number]
+    def _restore(self, number: int) -> Tensor:
+        """A tile's input again, and the random state that it was computed in."""
+        hidden = self._saved_input.get(number).detach()
+        state = self._random[number]
         if state is not None:
             state.restore(hidden.device)
         return hidden
@@ -245,57 +243,60 @@ def _forward(
     saved_attention: SavedAttention | None,
     *,
     may_overwrite: bool,
-) -> tuple[Tensor, list[Visible | None], list[RandomState | None]]:
+) -> tuple[Tensor, list[Visible], list[RandomState | None]]:
     """All tiles first to last; without the two ``saved_*`` for no backward. May write the output over ``hidden``."""
-    passes = work.passes(saved_attention)
+    passes = work.forward_passes(saved_attention)
     planned: dict[int, RandomState] = {}  # random states that tiles must begin with, as their keys have begun with it
     if work.sequence is not None:
 
         def leave(number: int, index: int) -> TileLeft:
-            passes[number].begin("leave", index)
-            start, end = passes[number].span
-            planned[passes[number].number] = RandomState.fresh(hidden.device)
-            return _leave(work.call, hidden[:, start:end], passes[number])
+            tiles = passes[number]
+            start, end = tiles.span(index)
+            planned[tiles.number(index)] = RandomState.fresh(hidden.device)
+            return _leave(work.call, hidden[:, start:end], tiles.leaving_tile(index))
 
         _see_halos(work, passes, leave)
     random: list[RandomState | None] = []
     result: Tensor | None = None
-    for tile_pass in passes:
-        for index in work.indices(tile_pass):
-            tile_pass.begin("forward", index)
-            start, end = tile_pass.span
+    for tiles in passes:
+        for index in range(tiles.num_tiles):
+            tile, number = tiles.tile(index), tiles.number(index)
+            start, end = tile.span
             part = hidden[:, start:end]
-            if tile_pass.number in planned:
-                planned[tile_pass.number].restore(hidden.device)
+            if number in planned:
+                planned[number].restore(hidden.device)
             before = RandomState.now(hidden.device)
             if saved_input is not None:
-                saved_input.put(tile_pass.number, part)
-            out = work.call.tile(part, tile_pass)
+                saved_input.put(number, part)
+            out = work.call.run(part, tile)
             random.append(None if before.same(RandomState.now(hidden.device)) else before)
             if result is None:
                 same = out.dtype == hidden.dtype and out.shape == part.shape and hidden.is_contiguous()
                 fits = may_overwrite and same
                 result = hidden if fits else host_memory.empty(out, (*hidden.shape[:2], *out.shape[2:]))
             if saved_input is not None:
-                saved_input.settle(tile_pass.number)
+                saved_input.settle(number)
             result[:, start:end] = out
-    assert result is not None, "a layer of no tokens"
-    return result, [tile_pass.visible for tile_pass in passes], random
+    visible = [tiles.visible for tiles in passes if tiles.visible is not None]
+    assert result is not None and len(visible) == len(passes), "a layer of no tokens"  # noqa: PT018
+    return result, visible, random
 
 
-def _see_halos(work: _Work, passes: list[TilePass], leave: Callable[[int, int], TileLeft]) -> KeyTransport:
+def _see_halos(
+    work: _Work, passes: Sequence[ForwardPass | BackwardPass], leave: Callable[[int, int], TileLeft]
+) -> KeyTransport:
     """Let each stretch see the keys before it that other stretches have."""
     assert work.sequence is not None
     transport, halos = gather_halos(work.sequence, work.tile, leave)
-    for number, (tile_pass, halo) in enumerate(zip(passes, halos, strict=True)):
-        tile_pass.see(transport.schedule(number), *halo)
+    for number, (tiles, halo) in enumerate(zip(passes, halos, strict=True)):
+        tiles.see(transport.schedule(number), *halo)
     return transport
 
 
-def _leave(call: LayerCall, hidden: Tensor, tile_pass: TilePass) -> TileLeft:
+def _leave(call: LayerCall, hidden: Tensor, tile: LeavingTile) -> TileLeft:
     """Run a layer up to a tile's keys and values."""
     try:
-        call.tile(hidden, tile_pass)
+        call.run(hidden, tile)
     except TileLeft as left:
         return left
     raise AssertionError("a layer went on after its keys and values were known")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from longfit.engine.sweep.tile_pass import TilePass
+from longfit.engine.sweep.tile_pass import SweptTile
 from longfit.errors import ModelError
 
 WHOLE = ("attention_mask", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -33,13 +33,22 @@ class LayerCall:
         """Whether an argument besides the hidden states needs a gradient, which the sweep would lose."""
         return _carries_gradient((self.args, self.keywords))
 
-    def tile(self, hidden: Tensor, tile_pass: TilePass) -> Tensor:
-        """Run the layer on hidden states [B, t, D]; returns [B, t, D]."""
-        start, end = tile_pass.span
+    @property
+    def position_ids(self) -> Tensor | None:
+        """Positions ``[B or 1, T]`` of the whole sequence; None if the layer is not given any."""
+        positions: Tensor | None = self.keywords.get("position_ids")
+        return positions
+
+    def run(self, hidden: Tensor, tile: SweptTile) -> Tensor:
+        """Run the layer on the hidden states of a tile, ``[B, t, D]`` -> ``[B, t, D]``.
+
+        Raises: ModelError: it did not attend through longfit's attention, or is given what cannot be cut into tiles.
+        """
+        start, end = tile.span
         cut = partial(_cut, start=start, end=end, num_tokens=self.num_tokens)
         keywords = {name: value if name in WHOLE else cut(value) for name, value in self.keywords.items()}
-        out = self.function(self.layer, hidden, *map(cut, self.args), **keywords, sweep=tile_pass)
-        if tile_pass.num_calls == 0:
+        out = self.function(self.layer, hidden, *map(cut, self.args), **keywords, sweep=tile)
+        if not tile.attended:
             raise ModelError(
                 f"{type(self.layer).__name__} did not attend through longfit's attention: the attention implementation"
                 " was changed after enable_sweep; call enable_sweep(model) again"

@@ -15,24 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from longfit.attention.backends import tile_forward
-from longfit.attention.visibility import build_schedule, document_starts
+from longfit.attention.spec import AttentionSpec
+from longfit.attention.tile import QueryTile
 from longfit.engine.model_state import preserve_modes
 from longfit.engine.sweep.layer_call import LayerCall, layer_call
 from longfit.engine.sweep.recompute_state import preserve_random_state
 
 
 class _Probe:
-    """Stands in for a tile_pass: attends plainly and counts."""
+    """Stands in for a tile of a pass: attends plainly and counts."""
 
     def __init__(self) -> None:
         self.num_calls = 0
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
         self.num_calls += 1
-        starts = document_starts(query.shape[0], query.shape[2], device=query.device)
-        schedule = build_schedule(query.shape[1], starts)
-        scaling, softcap = options["scaling"], options["softcap"]
-        return tile_forward(query, key, value, schedule, start=0, scaling=scaling, softcap=softcap)[0].transpose(1, 2)
+        batch, num_heads, num_tokens, _ = query.shape
+        plain = AttentionSpec(scaling=spec.scaling, softcap=spec.softcap)
+        schedule = plain.schedule(batch, num_heads, num_tokens, query.device)
+        tile = QueryTile(query, key, value, schedule, 0, spec.scaling, spec.softcap)
+        return tile_forward(tile)[0].transpose(1, 2)
 
 
 def probe_layers(

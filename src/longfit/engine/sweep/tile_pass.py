@@ -1,10 +1,13 @@
-"""The pass over the tiles of one layer: what travels down to the attention function as ``sweep=``.
+"""The two passes over the tiles of one layer. A pass gives, for each tile, what travels down as ``sweep=``.
 
-    forward     tiles first to last: store the tile's K, V; attend over all keys it sees
-    keys        store the tile's K, V and leave the layer: nothing after them is wanted
-    leave       leave the layer with the tile's K, V, which the caller wants (``shared_sequence.py``)
-    gradients   tiles last to first: attend with a graph; its backward adds to dK, dV of all keys the tile sees, and
-                hands the tile's own k, v their finished dK, dV
+    ForwardPass     tiles first to last
+        ForwardTile     stores the tile's K, V; attends over all keys it sees
+    BackwardPass    tiles last to first
+        KeysTile        stores the tile's K, V and leaves the layer: nothing after them is wanted
+        GradientTile    attends with a graph; its backward adds to dK, dV of all keys the tile sees, and hands the
+                        tile's own k, v their finished dK, dV
+    either
+        LeavingTile     leaves the layer with the tile's K, V, which the caller wants (``shared_sequence.py``)
 
 Why finished: by causality only the queries of this tile and of later ones touch the keys of this tile, and the later
 ones have been differentiated before. So one backward per tile closes its graph, and no graph outlives its tile.
@@ -18,10 +21,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from longfit.attention.backends import tile_backward, tile_forward
-from longfit.attention.visibility import Schedule, build_schedule, document_starts
-from longfit.engine.sweep.kv_window import Window
+from longfit.attention.spec import AttentionSpec
+from longfit.attention.tile import QueryTile
+from longfit.attention.visibility import Schedule
+from longfit.engine.sweep.kv_window import KeyValueWindow
 from longfit.engine.sweep.saved_attention import SavedAttention
-from longfit.engine.sweep.shared_sequence import Asked, Stretch, TileLeft
+from longfit.engine.sweep.shared_sequence import Asked, Stretch, TileLeft, num_tiles
 from longfit.errors import ModelError
 
 
@@ -53,6 +58,10 @@ class Visible:
         """Tokens of the widest range that a tile sees, its own included."""
         return max(self.span(index)[1] - low for index, low in enumerate(self.lows))
 
+    def keys_of(self, index: int) -> tuple[int, int]:
+        """First key that a tile sees, and the one after its last."""
+        return self.lows[index], self.span(index)[1]
+
     def span(self, index: int) -> tuple[int, int]:
         """First token of a tile, and the one after its last."""
         return self.halo + index * self.tile, min(self.halo + (index + 1) * self.tile, self.num_tokens)
@@ -67,207 +76,302 @@ class Visible:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The keys ``[low, end)`` that a tile sees, and the arguments of tile attention, counted from ``low``."""
+class _SeenKeys:
+    """The keys ``[low, end)`` that a tile sees, and what of the schedule concerns them, counted from ``low``."""
 
     low: int
     end: int
     key: Tensor  # [B, K, end - low, D]
     value: Tensor
     schedule: Schedule
-    options: dict[str, Any]  # start, scaling, softcap
+    start: int  # the tile's first token, counted from low
+    spec: AttentionSpec
+
+    def tile(self, query: Tensor) -> QueryTile:
+        """These keys and the tile's queries ``[B, H, t, D]``."""
+        spec = self.spec
+        return QueryTile(query, self.key, self.value, self.schedule, self.start, spec.scaling, spec.softcap)
 
 
-class TilePass:
-    """State of one pass: the mode, the tile at hand, the windows of K, V and of their gradients."""
+class _Pass:
+    """What the passes share: which keys are visible, and the window of those that are stored.
+
+    Attributes:
+        stretch: the tokens to go over.
+        visible: which keys each tile needs; None until the first tile of a forward pass has attended.
+    """
+
+    def __init__(self, stretch: Stretch, tile: int, position_ids: Tensor | None, visible: Visible | None) -> None:
+        self.stretch, self.tile_size, self.visible = stretch, tile, visible
+        self._position_ids = position_ids  # of the whole sequence: a tile is given its own
+        self._schedule: Schedule | None = None
+        self._stored: KeyValueWindow | None = None
+        self._halo: tuple[Tensor, Tensor] | None = None
+        self._halo_missing = 0  # tokens of the halo that are not in the window yet: those before this number
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles of the stretch."""
+        return num_tiles(self.stretch, self.tile_size)
+
+    def number(self, index: int) -> int:
+        """The number of a tile among those of all stretches."""
+        return self.stretch.first_tile + index
+
+    def span(self, index: int) -> tuple[int, int]:
+        """First token of a tile, and the one after its last, among the tokens of this process."""
+        start = self.stretch.start + index * self.tile_size
+        return start, min(start + self.tile_size, self.stretch.start + self.stretch.num_tokens)
+
+    def see(self, schedule: Schedule, key: Tensor, value: Tensor) -> None:
+        """Begin with a halo: its keys and values ``[B, K, n, D]``, and what the tokens see, numbered from its first."""
+        self._schedule, self._halo, self._halo_missing = schedule, (key, value), key.shape[2]
+        self.visible = self.visible or Visible.of(schedule, self.tile_size, halo=key.shape[2])
+
+    def leaving_tile(self, index: int) -> "LeavingTile":
+        """Turn to a tile whose keys and values the caller wants."""
+        return LeavingTile(self, index)
+
+    def schedule(self, query: Tensor, spec: AttentionSpec) -> Schedule:
+        """What every token sees, made at the first call unless a halo has brought it."""
+        if self._halo is not None and spec.attention_mask is not None:
+            raise ModelError("a padding mask and a window shared by processes do not go together: pad with labels -100")
+        if self._schedule is None:
+            whole = spec.with_positions(None if spec.position_ids is None else self._position_ids)
+            batch, num_heads = query.shape[:2]
+            self._schedule = whole.schedule(batch, num_heads, self.stretch.num_tokens, query.device)
+        return self._schedule
+
+    def _put(self, index: int, key: Tensor, value: Tensor) -> None:
+        """Put the keys and values of a tile in the window, which has been moved there."""
+        assert self._stored is not None and self.visible is not None  # noqa: PT018
+        for place, tile in zip(self._stored.tokens(*self.visible.span(index)), (key, value), strict=True):
+            place.copy_(tile.detach())
+
+    def _move(self, low: int, high: int) -> None:
+        """Turn the window of keys to a range, and put in what newly belongs to it of the halo."""
+        assert self._stored is not None
+        self._stored.move(low, high)
+        if self._halo is not None and low < self._halo_missing:
+            new = slice(low, min(self._halo_missing, high))
+            for place, halo in zip(self._stored.tokens(new.start, new.stop), self._halo, strict=True):
+                place.copy_(halo[:, :, new])
+            self._halo_missing = low
+
+    def _seen(self, index: int, schedule: Schedule, spec: AttentionSpec) -> _SeenKeys:
+        """The keys that a tile sees, all of which are stored."""
+        assert self.visible is not None and self._stored is not None  # noqa: PT018
+        (low, end), start = self.visible.keys_of(index), self.visible.span(index)[0]
+        if low:
+            schedule = schedule.since(low, end)
+        return _SeenKeys(low, end, *self._stored.tokens(low, end), schedule, start - low, spec)
+
+
+class ForwardPass(_Pass):
+    """All tiles first to last."""
+
+    def __init__(
+        self, stretch: Stretch, tile: int, position_ids: Tensor | None = None, *, saved: SavedAttention | None = None
+    ) -> None:
+        """Begin.
+
+        Args:
+            stretch, tile: the tokens to go over, and tokens per tile.
+            position_ids: ``[B or 1, T]`` of the whole sequence, as the layer is given them; None without.
+            saved: where attention is left for backward; None saves nothing.
+        """
+        super().__init__(stretch, tile, position_ids, None)
+        self._saved = saved
+
+    def tile(self, index: int) -> "ForwardTile":
+        """Turn to a tile."""
+        return ForwardTile(self, index)
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        """Store a tile's k, v ``[B, K, t, D]`` and attend from its q ``[B, H, t, D]``; returns ``[B, H, t, D]``."""
+        schedule = self.schedule(query, spec)
+        self.visible = self.visible or Visible.of(schedule, self.tile_size)
+        if self._stored is None:
+            self._stored = KeyValueWindow(key, value, capacity=self.visible.capacity)
+        self._move(*self.visible.keys_of(index))
+        self._put(index, key, value)
+        out, lse = tile_forward(self._seen(index, schedule, spec).tile(query))
+        if self._saved is not None:
+            self._saved.put(self.number(index), out, lse)
+        return out
+
+
+class BackwardPass(_Pass):
+    """All tiles last to first, each differentiated once; the keys it needs are stored before."""
 
     def __init__(
         self,
         stretch: Stretch,
         tile: int,
-        whole: dict[str, Any],
+        visible: Visible,
+        position_ids: Tensor | None = None,
         *,
         saved: SavedAttention | None = None,
-        visible: Visible | None = None,
     ) -> None:
-        """Begin a pass.
+        """Begin.
 
         Args:
-            stretch, tile: the tokens to go over, and tokens per tile.
-            whole: the layer's keyword arguments before they were cut into tiles.
-            saved: where forward leaves attention for backward; None saves nothing.
-            visible: what the forward pass found; None for that pass itself.
+            stretch, tile, position_ids: those of the forward pass.
+            visible: what it found.
+            saved: where it left attention; None computes it again.
         """
-        self.stretch, self.tile, self.visible, self.saved_attention = stretch, tile, visible, saved
-        self.mode, self.index, self.num_calls = "forward", 0, 0
-        self._whole = whole
-        self._schedule: Schedule | None = None
-        self._stored: Window | None = None
-        self._sums: Window | None = None
-        self._halo: tuple[Tensor, Tensor] | None = None
-        self._halo_missing = 0  # tokens of the halo that are not in the window yet: those before this number
+        super().__init__(stretch, tile, position_ids, visible)
+        self._visible = visible
+        self._saved = saved
+        self._sums: KeyValueWindow | None = None
 
-    @property
-    def span(self) -> tuple[int, int]:
-        """First token of the tile at hand, and the one after its last, among the tokens of this process."""
-        start = self.stretch.start + self.index * self.tile
-        return start, min(start + self.tile, self.stretch.start + self.stretch.num_tokens)
-
-    @property
-    def number(self) -> int:
-        """The number of the tile at hand among those of all stretches."""
-        return self.stretch.first_tile + self.index
-
-    def begin(self, mode: str, index: int) -> None:
-        """Turn to a tile: "forward", "keys", "leave" or "gradients"."""
-        self.mode, self.index, self.num_calls = mode, index, 0
-
-    def see(self, schedule: Schedule, key: Tensor, value: Tensor) -> None:
-        """Begin with a halo: its keys and values ``[B, K, n, D]``, and what the tokens see, numbered from its first."""
-        self._schedule, self._halo, self._halo_missing = schedule, (key, value), key.shape[2]
-        self.visible = self.visible or Visible.of(schedule, self.tile, halo=key.shape[2])
-
-    def halo_gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients of the halo's keys and values, when all tiles are differentiated: ``[B, K, n, D]``."""
-        assert self._halo is not None and self.visible is not None  # noqa: PT018
-        key, value = (torch.zeros_like(x) for x in self._halo)
-        if self._sums is not None:  # else nothing before attention trains
-            seen_from = self.visible.lows[0]
-            for total, part in zip((key, value), self._sums.tokens(seen_from, self.visible.halo), strict=True):
-                total[:, :, seen_from:] = part
-        return key, value
-
-    def turn_to_gradients(self, index: int) -> range:
-        """Make room for the keys that tile ``index`` sees; returns the tiles whose keys must be stored first."""
-        assert self.visible is not None, "the forward pass has seen no attention"
+    def needed(self, index: int) -> range:
+        """Make way for the keys that a tile sees; returns the tiles whose keys must be stored before its turn."""
         if self._stored is not None:
-            self._move(self._stored, self.visible.lows[index], self.visible.span(index)[1])
-        return self.visible.new_tiles(index)
+            self._move(*self._visible.keys_of(index))
+        return self._visible.new_tiles(index)
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        group_size: int | None,
-        sliding_window: int | None,
-        scaling: float,
-        softcap: float | None,
-        position_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> Tensor:
-        """Do what the mode asks with a tile's q [B, H, t, D], k and v [B, K, t, D]; returns [B, t, H, D]."""
-        self._check(query, key)
-        if self.mode == "leave":
-            raise TileLeft(key, value, Asked(query.shape[1], key.shape[1], group_size, sliding_window))
-        if self._schedule is None:
-            starts = document_starts(
-                query.shape[0],
-                self.stretch.num_tokens,
-                position_ids=None if position_ids is None else self._whole["position_ids"],
-                attention_mask=attention_mask,
-                cu_seqlens=cu_seqlens,
-                device=query.device,
-            )
-            heads = query.shape[1]
-            self._schedule = build_schedule(heads, starts, group_size=group_size, sliding_window=sliding_window)
-        if self._halo is not None and attention_mask is not None:
-            raise ModelError("a padding mask and a window shared by processes do not go together: pad with labels -100")
-        self._store(key.detach(), value.detach(), self._schedule)
-        if self.mode == "keys":
-            raise TileLeft(key, value, Asked(query.shape[1], key.shape[1], group_size, sliding_window))
-        seen = self._seen(self._schedule, {"scaling": scaling, "softcap": softcap})
-        if self.mode == "forward":
-            out, lse = tile_forward(query, seen.key, seen.value, seen.schedule, **seen.options)
-            if self.saved_attention is not None:
-                self.saved_attention.put(self.number, out, lse)
-        else:
-            out = _TileAttention.apply(query, key, value, self, seen)
-        return out.transpose(1, 2)
+    def keys_tile(self, index: int) -> "KeysTile":
+        """Turn to a tile whose keys are to be stored."""
+        return KeysTile(self, index)
 
-    def gradient_sums(self, seen: Seen, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Running dK, dV of the keys that a tile sees, each [B, K, n, D]; newly seen keys begin at zero."""
-        assert self.visible is not None
+    def gradient_tile(self, index: int) -> "GradientTile":
+        """Turn to a tile that is to be differentiated."""
+        return GradientTile(self, index)
+
+    def store(self, index: int, key: Tensor, value: Tensor) -> None:
+        """Store a tile's k, v ``[B, K, t, D]`` in the window, which begins at the end of the sequence."""
+        if self._stored is None:
+            self._stored = KeyValueWindow(key, value, capacity=self._visible.capacity)
+            self._move(self._visible.lows[-1], self._visible.num_tokens)
+        self._put(index, key, value)
+
+    def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        """Attend with a graph from a tile's q, whose k, v are stored too; returns ``[B, H, t, D]``."""
+        schedule = self.schedule(query, spec)
+        self.store(index, key, value)
+        out: Tensor = _TileAttention.apply(query, key, value, self, index, self._seen(index, schedule, spec))
+        return out
+
+    def saved(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Attention of a tile as forward left it, once; None if it must be computed again."""
+        return None if self._saved is None else self._saved.take(self.number(index))
+
+    def gradient_sums(self, seen: _SeenKeys, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Running dK, dV of the keys that a tile sees, each ``[B, K, n, D]``; newly seen keys begin at zero."""
         if self._sums is None:
-            self._sums = Window(seen.key, seen.value, capacity=self.visible.capacity, dtype=dtype)
-            self._sums.low = self._sums.high = self.visible.num_tokens
+            self._sums = KeyValueWindow(seen.key, seen.value, capacity=self._visible.capacity, dtype=dtype)
+            self._sums.low = self._sums.high = self._visible.num_tokens
         known = self._sums.low
         self._sums.move(seen.low, seen.end)
         for new in self._sums.tokens(seen.low, max(seen.low, min(known, seen.end))):
             new.zero_()
         return self._sums.tokens(seen.low, seen.end)
 
-    def _check(self, query: Tensor, key: Tensor) -> None:
-        self.num_calls += 1
+    def halo_gradients(self) -> tuple[Tensor, Tensor]:
+        """Gradients of the halo's keys and values, when all tiles are differentiated: ``[B, K, n, D]``."""
+        assert self._halo is not None
+        key, value = (torch.zeros_like(x) for x in self._halo)
+        if self._sums is not None:  # else nothing before attention trains
+            seen_from = self._visible.lows[0]
+            for total, part in zip((key, value), self._sums.tokens(seen_from, self._visible.halo), strict=True):
+                total[:, :, seen_from:] = part
+        return key, value
+
+
+class SweptTile:
+    """A layer's turn at one tile: what its attention is called with as ``sweep=``.
+
+    Attributes:
+        index: of the tile in its stretch.
+        span: first token of the tile, and the one after its last, among the tokens of this process.
+        attended: whether the layer has called attention.
+    """
+
+    def __init__(self, tiles: _Pass, index: int) -> None:
+        self.index, self.span, self.attended = index, tiles.span(index), False
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        """Do what this tile is for with q ``[B, H, t, D]``, k and v ``[B, K, t, D]``; returns ``[B, t, H, D]``.
+
+        Raises: ModelError: the layer attends more than once, or with other tokens than the tile's. TileLeft: the keys
+            and values were all that was wanted.
+        """
         start, end = self.span
-        if self.num_calls > 1:
+        if self.attended:
             raise ModelError("a swept layer attends more than once; call disable_sweep(model) to train it plainly")
+        self.attended = True
         if query.shape[2] != end - start or key.shape[2] != end - start:
             raise ModelError(
                 f"a tile of {end - start} tokens attends with {query.shape[2]} queries and {key.shape[2]} keys: the"
                 " layer adds tokens of its own, or a key/value cache is on; train with use_cache=False"
             )
+        return self._attend(query, key, value, spec).transpose(1, 2)
 
-    def _store(self, key: Tensor, value: Tensor, schedule: Schedule) -> None:
-        self.visible = self.visible or Visible.of(schedule, self.tile)
-        if self._stored is None:
-            self._stored = Window(key, value, capacity=self.visible.capacity)
-            if self.mode != "forward":
-                self._move(self._stored, self.visible.lows[-1], self.visible.num_tokens)
-        start, end = self.visible.span(self.index)
-        if self.mode == "forward":
-            self._move(self._stored, self.visible.lows[self.index], end)
-        for place, tile in zip(self._stored.tokens(start, end), (key, value), strict=True):
-            place.copy_(tile)
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        raise NotImplementedError
 
-    def _move(self, stored: Window, low: int, high: int) -> None:
-        """Turn the window of keys to a range, and put in what newly belongs to it of the halo."""
-        stored.move(low, high)
-        if self._halo is not None and low < self._halo_missing:
-            new = slice(low, min(self._halo_missing, high))
-            for place, halo in zip(stored.tokens(new.start, new.stop), self._halo, strict=True):
-                place.copy_(halo[:, :, new])
-            self._halo_missing = low
 
-    def _seen(self, schedule: Schedule, options: dict[str, Any]) -> Seen:
-        assert self.visible is not None and self._stored is not None  # noqa: PT018
-        low, (start, end) = self.visible.lows[self.index], self.visible.span(self.index)
-        if low:
-            schedule = schedule.since(low, end)
-        return Seen(low, end, *self._stored.tokens(low, end), schedule, {"start": start - low, **options})
+class ForwardTile(SweptTile):
+    """A tile of the forward pass."""
+
+    def __init__(self, forward: ForwardPass, index: int) -> None:
+        super().__init__(forward, index)
+        self._pass = forward
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        return self._pass.attend(self.index, query, key, value, spec)
+
+
+class GradientTile(SweptTile):
+    """A tile of the backward pass that is differentiated."""
+
+    def __init__(self, backward: BackwardPass, index: int) -> None:
+        super().__init__(backward, index)
+        self._pass = backward
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        return self._pass.attend(self.index, query, key, value, spec)
+
+
+class LeavingTile(SweptTile):
+    """A tile of which only the keys and values are wanted."""
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        raise TileLeft(key, value, Asked(query.shape[1], key.shape[1], spec.group_size, spec.sliding_window))
+
+
+class KeysTile(LeavingTile):
+    """A tile of the backward pass whose keys a later one needs."""
+
+    def __init__(self, backward: BackwardPass, index: int) -> None:
+        super().__init__(backward, index)
+        self._pass = backward
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        self._pass.store(self.index, key, value)
+        return super()._attend(query, key, value, spec)
 
 
 class _TileAttention(torch.autograd.Function):
-    """Attention of a tile whose keys and values wait in the pass's windows; k, v only receive their gradient here."""
+    """Attention of a tile whose keys and values lie in the pass's window; k, v only receive their gradient here."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tile_pass: TilePass, seen: Seen) -> Tensor:
-        saved = None if tile_pass.saved_attention is None else tile_pass.saved_attention.take(tile_pass.number)
-        out, lse = saved or tile_forward(query, seen.key, seen.value, seen.schedule, **seen.options)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, backward: BackwardPass, index: int, seen: _SeenKeys
+    ) -> Tensor:
+        out, lse = backward.saved(index) or tile_forward(seen.tile(query))
         ctx.save_for_backward(query, out, lse)
-        ctx.tile_pass, ctx.seen, ctx.dtypes = tile_pass, seen, (key.dtype, value.dtype)
+        ctx.backward_pass, ctx.seen, ctx.dtypes = backward, seen, (key.dtype, value.dtype)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, out, lse = ctx.saved_tensors
-        seen: Seen = ctx.seen
-        sums = ctx.tile_pass.gradient_sums(seen, lse.dtype)
-        grad_query = tile_backward(
-            grad_out,
-            query,
-            seen.key,
-            seen.value,
-            out,
-            lse,
-            seen.schedule,
-            **seen.options,
-            grad_k=sums[0],
-            grad_v=sums[1],
-        )
-        own = slice(seen.options["start"], None)
+        seen: _SeenKeys = ctx.seen
+        sums = ctx.backward_pass.gradient_sums(seen, lse.dtype)
+        grad_query = tile_backward(seen.tile(query), grad_out, out, lse, grad_k=sums[0], grad_v=sums[1])
+        own = slice(seen.start, None)
         finished = (total[:, :, own].to(dtype, copy=True) for total, dtype in zip(sums, ctx.dtypes, strict=True))
-        return grad_query, *finished, None, None
+        return grad_query, *finished, None, None, None
