@@ -1,9 +1,9 @@
 """The QLoRA layer: ``Y = X dq(W) + scaling (X A) B`` as one autograd function (QLoRA, section 3, equation 5).
 
 It is a PEFT LoRA layer for ``Linear4bit`` and ``Linear8bit``: PEFT creates, saves and loads it, adapter files stay
-plain PEFT files. What it adds is economy. PEFT clones the base output, casts the input to fp32 for the adapter and back, and keeps
-both; here the adapter runs in the compute dtype, its result is added in place, and the backward keeps only X and X A.
-The adapter's own weights and their gradients stay fp32.
+plain PEFT files. What it adds is economy. PEFT clones the base output, casts the input to fp32 for the adapter and
+back, and keeps both; here the adapter runs in the compute dtype, its result is added in place, and the backward keeps
+only X and X A. The adapter's own weights and their gradients stay fp32.
 
 Whatever in PEFT reads the weight (starts, DoRA, merging) is shown a dense twin that holds dq(W); what it rewrites there
 is never packed again. A start that takes a low-rank part out of the base (PiSSA, OLoRA) leaves the packed base as it
