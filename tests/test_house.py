@@ -33,7 +33,7 @@ FLOORS = {
     "planning": 5,
     "training": 6,
     "evaluation": 7,
-    "export": 8,
+    "exporting": 8,
     "demo": 8,
     "cli": 9,
     "board": 9,

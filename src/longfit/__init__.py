@@ -28,8 +28,9 @@ _HOME = {
     "Linear4bit": "longfit.layers.linear4bit",
     "plan": "longfit.planning.plan",
     "train": "longfit.training.loop",
-    "merge": "longfit.export.merge",
     "open_run": "longfit.training.prepare",
+    "merge": "longfit.exporting.merge",
+    "export": "longfit.exporting.export",
     "RunConfig": "longfit.config",
     "perplexity": "longfit.evaluation.perplexity",
     "passkey": "longfit.evaluation.passkey",
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
     from longfit.errors import LongfitError
     from longfit.evaluation.passkey import passkey
     from longfit.evaluation.perplexity import perplexity
-    from longfit.export.merge import merge
+    from longfit.exporting.export import export
+    from longfit.exporting.merge import merge
     from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit, use_backend
     from longfit.layers.linear4bit import Linear4bit
     from longfit.model.adapters import add_adapters

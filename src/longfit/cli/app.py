@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from longfit.cli import chat, data, demo, doctor, evaluate, merge, plan, runs, train
+from longfit.cli import chat, data, demo, doctor, evaluate, export, merge, plan, runs, train
 from longfit.cli.output import print_error, print_note
 from longfit.errors import BackendError, ConfigError, LongfitError
 from longfit.kernels.cpu.threads import limit_threads
@@ -34,6 +34,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("merge")(merge.merge)
+app.command("export")(export.export)
 app.command("data")(data.data)
 app.command("runs")(runs.runs)
 app.command("doctor")(doctor.doctor)

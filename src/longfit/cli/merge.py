@@ -34,7 +34,7 @@ def merge(
     """Merge a run's adapter into its base: plain safetensors for transformers, vLLM and the like."""
     count = read_tokens("--tokens", tokens)
 
-    from longfit.export.merge import merge as merge_run
+    from longfit.exporting.merge import merge as merge_run
 
     with show_progress(quiet=as_json) as on_event:
         result = merge_run(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from longfit.export.trained import Trained
+from longfit.exporting.trained import Trained
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "config.json")
 

@@ -28,19 +28,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longfit.errors import ExportError
 from longfit.evaluation.drift import Drift, Reference, measure_drift, read_reference
-from longfit.export.adapter_weights import AdapterWeights, is_finite
-from longfit.export.base_weights import (
+from longfit.exporting.adapter_weights import AdapterWeights, is_finite
+from longfit.exporting.base_weights import (
     BaseWeights,
     FolderWeights,
     QuantizedWeights,
     open_base,
     quantized_weights,
 )
-from longfit.export.held_out import HeldOut, held_out_windows
-from longfit.export.model_folder import write_model_files
-from longfit.export.result_folder import require_new, result_folder
-from longfit.export.shards import MAX_SHARD_BYTES, Planned, write_shards
-from longfit.export.trained import Trained, open_trained
+from longfit.exporting.held_out import HeldOut, held_out_windows
+from longfit.exporting.model_folder import write_model_files
+from longfit.exporting.result_folder import require_new, result_folder
+from longfit.exporting.shards import MAX_SHARD_BYTES, Planned, write_shards
+from longfit.exporting.trained import Trained, open_trained
 from longfit.model.load import load
 from longfit.training.metrics import Event, OnEvent, ignore
 from longfit.words import format_bytes
@@ -132,7 +132,7 @@ def merge(
         found = HeldOut("", (), False)
         drift: tuple[Drift, ...] = ()
         if measure:
-            device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            device = choose_device(device)
             notify(Event("phase", "measuring the drift"))
             found = held_out_windows(trained, text, tokens)
             computed_in = drift_dtype(plan, device)
@@ -168,8 +168,10 @@ class MergePlan:
         config: of the merged model: the positions trained at, no quantisation.
         tensors: in the order of the model.
         aliases: a written tensor that takes its values from the base's tensor of another name: a head that is untied.
+        quantized: weights that were in 4 bits while the adapter trained, of those whose originals are there.
+        quantizable: weights that ``load`` would put into 4 bits.
         tied: in words.
-        originals: why there is no 16-bit original; empty if there is one.
+        no_original: why there is no 16-bit original; empty if there is one.
     """
 
     trained: Trained
@@ -180,6 +182,7 @@ class MergePlan:
     tensors: tuple[Planned, ...]
     aliases: dict[str, str]
     quantized: frozenset[str]
+    quantizable: frozenset[str]
     tied: str
     no_original: str
 
@@ -206,7 +209,7 @@ class MergePlan:
         no_original = ""
         if isinstance(base, FolderWeights) and base.is_quantized:
             no_original = "the base is a 4-bit checkpoint: there are no 16-bit originals"
-        quantized = quantized_weights(skeleton) if trained.quant != "none" and not no_original else set()
+        quantizable = frozenset(quantized_weights(skeleton))
         return cls(
             trained=trained,
             adapter=adapter,
@@ -215,7 +218,8 @@ class MergePlan:
             dtype=dtype,
             tensors=tuple(Planned(name, shapes[name], dtype) for name in written),
             aliases=aliases,
-            quantized=frozenset(quantized),
+            quantized=quantizable if trained.quant != "none" and not no_original else frozenset(),
+            quantizable=quantizable,
             tied=_say_tied(tied_to, untied),
             no_original=no_original,
         )
@@ -223,6 +227,16 @@ class MergePlan:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for tensor in self.tensors)
+
+    def kind_of(self, onto: str) -> str:
+        """The base to merge onto where nothing is measured: by itself the one that the adapter was trained beside.
+
+        Raises: ExportError: there is no such base.
+        """
+        if onto not in ONTO:
+            raise ExportError(f"onto {onto!r}: must be one of {', '.join(ONTO)}")
+        possible, _ = _candidates(self, onto, measure=True)
+        return onto if onto in possible else possible[-1]
 
     def weights(self, kind: str) -> BaseWeights:
         """The base that the adapter is added to."""
@@ -365,6 +379,11 @@ def measure_folder(name: str, folder: Path, reference: Reference, device: torch.
     """Measure a model in a folder (or a ``.gguf`` file) as anybody would load it."""
     model, _ = load(folder, quant="none", dtype=dtype, device=device)
     return measure_drift(name, model, reference)
+
+
+def choose_device(device: torch.device | None) -> torch.device:
+    """Where to measure: as asked for, else on a card if there is one."""
+    return device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def drift_dtype(plan: MergePlan, device: torch.device) -> torch.dtype:

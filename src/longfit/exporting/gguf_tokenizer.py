@@ -1,0 +1,203 @@
+"""A tokenizer as GGUF metadata, so that llama.cpp makes the same tokens of the same text.
+
+Two kinds exist among the families that can be exported. Byte-level BPE ("gpt2"): tokens, merges, and the name of the
+rule that splits a text before it is merged. That rule is not in the file, llama.cpp knows it by name only, and an
+unknown or wrong name gives other tokens without a word. So the name follows from the tokenizer's own rule, compared
+whole; one that has no known name is refused. SentencePiece BPE ("llama"): tokens and scores, the better
+score merges first.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFValueType, Keys, TokenType
+
+from longfit.errors import ExportError
+from longfit.exporting.chat_format import ChatFormat, chat_format
+from longfit.exporting.gguf_families import BOOL, F32, STRING, U32, Family, Field
+
+ARRAY, I32 = GGUFValueType.ARRAY, GGUFValueType.INT32
+
+_WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+"
+_REST = " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+_REST_SLASH = _REST.replace("[\\r\\n]*", "[\\r\\n/]*", 1)
+_CASED = (
+    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+"
+    "|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*"
+)
+
+
+@dataclass(frozen=True)
+class SplitRule:
+    """What a byte-level tokenizer does to a text before it merges: regular expressions, digits, the GPT-2 rule."""
+
+    patterns: tuple[str, ...] = ()
+    single_digits: bool = False
+    gpt2: bool = False
+    ignore_merges: bool = False
+
+
+PRE_NAMES = {
+    SplitRule(gpt2=True): "gpt-2",
+    SplitRule(single_digits=True, gpt2=True): "smollm",
+    SplitRule((f"{_WORDS}|\\p{{N}}{{1,3}}|{_REST}",), ignore_merges=True): "llama-bpe",
+    SplitRule((f"{_WORDS}|\\p{{N}}|{_REST}",)): "qwen2",
+    SplitRule((f"{_CASED}|\\p{{N}}|{_REST_SLASH}",), ignore_merges=True): "tekken",
+}
+"""llama.cpp's names for rules, each the rule of a published tokenizer (Meta-Llama-3, Qwen2, SmolLM, Mistral-Nemo)."""
+
+
+def tokenizer_metadata(tokenizer: Any, vocab_size: int) -> dict[str, Field]:
+    """All ``tokenizer.*`` fields.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        vocab_size: rows of the embedding; rows without a token become unused ones.
+    Raises: ExportError: a kind of tokenizer that llama.cpp does not have, or more tokens than rows.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = backend["model"]
+    if model["type"] != "BPE":
+        raise ExportError(f"tokenizer: a {model['type']} tokenizer; GGUF is written for BPE ones")
+    if len(tokenizer) > vocab_size:
+        raise ExportError(f"tokenizer: {len(tokenizer):,} tokens, the embedding has {vocab_size:,} rows")
+    tokens, kinds = _tokens(backend, vocab_size)
+    if _is_byte_level(backend):
+        fields = _byte_level(backend)
+    else:
+        fields = _sentencepiece(backend, tokens, kinds)
+    fields[Keys.Tokenizer.LIST] = Field(tokens, ARRAY, STRING)
+    fields[Keys.Tokenizer.TOKEN_TYPE] = Field([int(kind) for kind in kinds], ARRAY, I32)
+    return fields | special_metadata(tokenizer)
+
+
+def require_rule(family: Family, fields: dict[str, Field]) -> None:
+    """Raise ExportError for an architecture whose texts llama.cpp splits by one rule, whatever the file says."""
+    pre = fields[Keys.Tokenizer.PRE].value
+    if family.architecture == "qwen2" and pre != "qwen2":
+        raise ExportError(
+            f"tokenizer: it splits texts by the rule {pre!r}, but llama.cpp splits those of all qwen2 models by 'qwen2'"
+        )
+
+
+def special_metadata(tokenizer: Any) -> dict[str, Field]:
+    """Special tokens, whether a text begins and ends with them, the chat template and the token that ends a turn."""
+    keys = {
+        Keys.Tokenizer.BOS_ID: tokenizer.bos_token_id,
+        Keys.Tokenizer.EOS_ID: tokenizer.eos_token_id,
+        Keys.Tokenizer.UNK_ID: tokenizer.unk_token_id,
+        Keys.Tokenizer.PAD_ID: tokenizer.pad_token_id,
+    }
+    fields = {key: Field(int(token), U32) for key, token in keys.items() if token is not None}
+    made = tokenizer("a").input_ids
+    fields[Keys.Tokenizer.ADD_BOS] = Field(bool(made and made[0] == tokenizer.bos_token_id), BOOL)
+    fields[Keys.Tokenizer.ADD_EOS] = Field(bool(made and made[-1] == tokenizer.eos_token_id), BOOL)
+    if isinstance(tokenizer.chat_template, str):
+        fields[Keys.Tokenizer.CHAT_TEMPLATE] = Field(tokenizer.chat_template, STRING)
+        turn_end = end_of_turn(tokenizer, chat_format(tokenizer))
+        if turn_end is not None and turn_end != tokenizer.eos_token_id:
+            fields[Keys.Tokenizer.EOT_ID] = Field(turn_end, U32)
+    return fields
+
+
+def end_of_turn(tokenizer: Any, found: ChatFormat | None) -> int | None:
+    """The token that the template puts behind an answer, if it is a single special one."""
+    if found is None or not found.assistant[1].strip():
+        return None
+    ids = tokenizer(found.assistant[1], add_special_tokens=False).input_ids
+    return int(ids[0]) if ids and ids[0] in tokenizer.all_special_ids + list(tokenizer.added_tokens_decoder) else None
+
+
+def _tokens(backend: dict[str, Any], vocab_size: int) -> tuple[list[str], list[TokenType]]:
+    tokens = [f"[PAD{index}]" for index in range(vocab_size)]
+    kinds = [TokenType.UNUSED] * vocab_size
+    for token, index in backend["model"]["vocab"].items():
+        tokens[index], kinds[index] = token, TokenType.NORMAL
+    for added in backend["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    return tokens, kinds
+
+
+# ------------------------------------------------------------------------------------------------ byte-level BPE
+def _steps(part: dict[str, Any] | None, plural: str) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    return list(part[plural]) if part["type"] == "Sequence" else [part]
+
+
+def _is_byte_level(backend: dict[str, Any]) -> bool:
+    return any(step["type"] == "ByteLevel" for step in _steps(backend["pre_tokenizer"], "pretokenizers"))
+
+
+def _byte_level(backend: dict[str, Any]) -> dict[str, Field]:
+    return {
+        Keys.Tokenizer.MODEL: Field("gpt2", STRING),
+        Keys.Tokenizer.PRE: Field(pre_name(backend), STRING),
+        Keys.Tokenizer.MERGES: Field([_merge_text(merge) for merge in backend["model"]["merges"]], ARRAY, STRING),
+    }
+
+
+def _merge_text(merge: str | list[str]) -> str:
+    return merge if isinstance(merge, str) else " ".join(merge)
+
+
+def pre_name(backend: dict[str, Any]) -> str:
+    """llama.cpp's name for the rule of a byte-level tokenizer.
+
+    Raises: ExportError: it has none that is known here.
+    """
+    patterns, digits, gpt2 = [], False, False
+    unknown = [step["type"] for step in _steps(backend["normalizer"], "normalizers") if step["type"] != "NFC"]
+    for step in _steps(backend["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+            patterns.append(step["pattern"].get("Regex", ""))
+        elif step["type"] == "Digits" and step["individual_digits"]:
+            digits = True
+        elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+            gpt2 = gpt2 or bool(step["use_regex"])
+        else:
+            unknown.append(step["type"])
+    rule = SplitRule(tuple(patterns), digits, gpt2, bool(backend["model"].get("ignore_merges")))
+    if unknown or rule not in PRE_NAMES:
+        raise ExportError(
+            f"tokenizer: it splits texts by {', '.join(unknown) or rule}, for which longfit knows no name of "
+            "llama.cpp's; merge the model with longfit merge and use llama.cpp's own converter"
+        )
+    return PRE_NAMES[rule]
+
+
+# ------------------------------------------------------------------------------------------------ SentencePiece BPE
+def _sentencepiece(backend: dict[str, Any], tokens: list[str], kinds: list[TokenType]) -> dict[str, Field]:
+    """Tokens with scores; ``kinds`` learns which are bytes and which is unknown."""
+    model = backend["model"]
+    if not model.get("byte_fallback"):
+        raise ExportError(
+            "tokenizer: BPE that is neither byte-level nor falls back to bytes; llama.cpp has no such kind"
+        )
+    rank: dict[str, int] = {}
+    for index, merge in enumerate(model["merges"]):
+        rank.setdefault(_merge_text(merge).replace(" ", ""), index)
+    scores = [-float(rank.get(token, len(rank))) for token in tokens]
+    for index, token in enumerate(tokens):
+        if kinds[index] == TokenType.NORMAL and len(token) == 6 and token.startswith("<0x"):
+            kinds[index] = TokenType.BYTE
+        elif token == model.get("unk_token"):
+            kinds[index] = TokenType.UNKNOWN
+    return {
+        Keys.Tokenizer.MODEL: Field("llama", STRING),
+        Keys.Tokenizer.PRE: Field("default", STRING),
+        Keys.Tokenizer.SCORES: Field(scores, ARRAY, F32),
+        Keys.Tokenizer.ADD_PREFIX: Field(_adds_space(backend), BOOL),
+    }
+
+
+def _adds_space(backend: dict[str, Any]) -> bool:
+    """Whether a text is read as if a space stood before it."""
+    for step in _steps(backend["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Metaspace":
+            return step.get("prepend_scheme", "always") != "never"
+    return any(step["type"] == "Prepend" for step in _steps(backend["normalizer"], "normalizers"))
