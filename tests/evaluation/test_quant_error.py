@@ -48,7 +48,10 @@ def test_bits_count_everything_that_is_stored() -> None:
     assert bits[DataType("nf4", double_quant=True)] == 4 + 8 / 64 + 32 / 16384 + 32 / 16384  # and the offset
     assert bits[DataType("int8")] == 8.5
     assert bits[DataType("quantile")] == 4.5 + 16 * 32 / 16384
-    assert len(bits) == 10
+    assert bits[DataType("int8_rows")] == 8 + 32 / 64
+    assert bits[DataType("mxfp4")] == 4.25
+    assert bits[DataType("nvfp4")] == 4.5 + 32 / 16384
+    assert len(bits) == 5 * 2 + 3
 
 
 def test_the_order_of_errors_on_normal_weights() -> None:
@@ -56,6 +59,7 @@ def test_the_order_of_errors_on_normal_weights() -> None:
     error = {str(kind): float((round_to(weight, kind)[0] - weight).square().mean()) for kind in data_types()}
     assert error["INT8, blocks of 64"] < error["NF4, blocks of 64"] < error["FP4, blocks of 64"]
     assert error["NF4, blocks of 64"] < error["INT4, blocks of 64"]
+    assert error["INT8, one constant a row"] < error["NF4, blocks of 64"] < error["NVFP4"] < error["MXFP4"]
     double = error["NF4, blocks of 64, double quantisation"]
     assert error["NF4, blocks of 64"] < double < 1.01 * error["NF4, blocks of 64"]  # it costs next to nothing
 
@@ -111,10 +115,12 @@ def test_weights_come_back_when_the_measurement_fails() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ConfigError, match="allowed are int8, int4, fp4, nf4, quantile"):
+    with pytest.raises(ConfigError, match="allowed are int8, int8_rows, int4, fp4, mxfp4, nvfp4"):
         DataType("nf5")
     with pytest.raises(ConfigError, match="block_size: got 0"):
         DataType("nf4", 0)
+    with pytest.raises(ConfigError, match="mxfp4: its scales are part of it"):
+        DataType("mxfp4", double_quant=True)
     model = tiny_model("llama", dtype=torch.float32)
     mlp = model.model.layers[0].mlp
     mlp.up_proj = Linear4bit.from_linear(mlp.up_proj)

@@ -55,7 +55,8 @@ def evaluate(
         bool, typer.Option("--no-passkey", help="Leave it out of the report.", rich_help_panel=PASSKEY)
     ] = False,
     types: Annotated[
-        str | None, typer.Option(help="Of int8,int4,fp4,nf4,quantile.", rich_help_panel=DATA_TYPES)
+        str | None,
+        typer.Option(help="Of int8,int8_rows,int4,fp4,mxfp4,nvfp4,nf4,quantile.", rich_help_panel=DATA_TYPES),
     ] = None,
     block_sizes: Annotated[str, typer.Option(help="As 32,64,128.", rich_help_panel=DATA_TYPES)] = "64",
     effort: Annotated[float, typer.Option(help="Of the report: 4 reads four times as much.")] = 1.0,

@@ -2,7 +2,7 @@
 
 Each linear layer of a 16-bit model that ``longfit.load`` would quantise is quantised and de-quantised in place, the
 model is measured, and the weights come back. So every data type is compared on equal terms, also those that longfit
-has no packed storage for: 8-bit integers, and levels estimated from each weight's own quantiles.
+has no packed storage for: MXFP4, NVFP4, 8-bit integers in blocks, and levels from each weight's own quantiles.
 
 Bits count everything that must be stored: codes, block constants (in 32 bits, or in 8 and their own constants with
 double quantisation), and the 16 levels where they belong to one tensor alone. A smaller error of the weights does not
@@ -27,9 +27,13 @@ from longfit.numerics.absmax import check_block_size, dequantize_int8, quantize_
 from longfit.numerics.blockwise import dequantize_blockwise, quantize_blockwise
 from longfit.numerics.codebooks import QUANT_TYPES, codebook
 from longfit.numerics.double_quant import dequantize_absmax, quantize_absmax
+from longfit.numerics.microscaling import dequantize_mxfp4, dequantize_nvfp4, quantize_mxfp4, quantize_nvfp4
 from longfit.numerics.quantile import quantile_codebook, quantile_edges
+from longfit.numerics.vectorwise import dequantize_vectors, quantize_vectors
 
-NAMES = ("int8", "int4", "fp4", "nf4", "quantile")
+NAMES = ("int8", "int8_rows", "int4", "fp4", "mxfp4", "nvfp4", "nf4", "quantile")
+OWN_SCALES = ("int8_rows", "mxfp4", "nvfp4")
+"""Types whose constants are part of them: no block size to choose, and no double quantisation."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,11 @@ class DataType:
     """How a weight is stored.
 
     Attributes:
-        name: one of ``NAMES``; ``"quantile"`` is 16 levels estimated from each weight (QLoRA, equation 4).
-        block_size: weights per absmax.
-        double_quant: block constants in 8 bits.
-    Raises: ConfigError: unknown name, or a block size below 1.
+        name: one of ``NAMES``; ``"quantile"`` is 16 levels estimated from each weight (QLoRA, equation 4),
+            ``"int8_rows"`` what ``quant: int8`` stores.
+        block_size: weights per absmax; not of ``OWN_SCALES``.
+        double_quant: block constants in 8 bits; not of ``OWN_SCALES``.
+    Raises: ConfigError: unknown name, a block size below 1, or double quantisation of a type with scales of its own.
     """
 
     name: str
@@ -50,23 +55,28 @@ class DataType:
     def __post_init__(self) -> None:
         if self.name not in NAMES:
             raise ConfigError(f"data type {self.name!r}: unknown; allowed are {', '.join(NAMES)}")
+        if self.name in OWN_SCALES and self.double_quant:
+            raise ConfigError(f"data type {self.name}: its scales are part of it; drop double_quant")
         try:
             check_block_size(self.block_size)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
     def __str__(self) -> str:
+        if self.name in OWN_SCALES:
+            return {"int8_rows": "INT8, one constant a row"}.get(self.name, self.name.upper())
         return f"{self.name.upper()}, blocks of {self.block_size}" + (", double quantisation" * self.double_quant)
 
 
 def data_types(*, names: Sequence[str] = NAMES, block_sizes: Sequence[int] = (64,)) -> tuple[DataType, ...]:
-    """Every name and block size, without and with double quantisation."""
-    return tuple(
-        DataType(name, block_size, double_quant)
+    """Every name and block size, without and with double quantisation; types with scales of their own once."""
+    found = (
+        DataType(name) if name in OWN_SCALES else DataType(name, block_size, double_quant)
         for name in names
         for block_size in block_sizes
         for double_quant in (False, True)
     )
+    return tuple(dict.fromkeys(found))
 
 
 @dataclass(frozen=True)
@@ -222,6 +232,8 @@ def round_to(weight: Tensor, data_type: DataType) -> tuple[Tensor, int]:
         data_type: what to store it as.
     Returns: the weight as it would be computed with, in its own dtype and shape; the bytes it would be stored in.
     """
+    if data_type.name in OWN_SCALES:
+        return _round_with_own_scales(weight, data_type.name)
     block_size, own_levels = data_type.block_size, 0
     if data_type.name == "int8":
         codes, absmax = quantize_int8(weight, block_size=block_size)
@@ -240,6 +252,19 @@ def round_to(weight: Tensor, data_type: DataType) -> tuple[Tensor, int]:
     else:
         rounded = dequantize_blockwise(codes, absmax, levels, block_size=block_size, dtype=weight.dtype)
     return rounded.view(weight.shape), code_bytes + constant_bytes + own_levels
+
+
+def _round_with_own_scales(weight: Tensor, name: str) -> tuple[Tensor, int]:
+    if name == "int8_rows":
+        codes, absmax = quantize_vectors(weight)
+        return dequantize_vectors(codes, absmax, dtype=weight.dtype), codes.nbytes + absmax.nbytes
+    code_bytes = (weight.numel() + 1) // 2
+    if name == "mxfp4":
+        codes, scales = quantize_mxfp4(weight)
+        return dequantize_mxfp4(codes, scales, dtype=weight.dtype).view(weight.shape), code_bytes + scales.nbytes
+    codes, scales, tensor_scale = quantize_nvfp4(weight)
+    rounded = dequantize_nvfp4(codes, scales, tensor_scale, dtype=weight.dtype)
+    return rounded.view(weight.shape), code_bytes + scales.nbytes + tensor_scale.nbytes
 
 
 def _levels(weight: Tensor, data_type: DataType) -> Tensor:
