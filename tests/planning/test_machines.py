@@ -32,7 +32,7 @@ def test_cards_by_name() -> None:
 
 def test_a_plan_expects_the_kernels_that_will_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused_kernels_here() == (cpu_elementwise.supported() is None)
-    monkeypatch.setenv("LONGFIT_ISA", "scalar")
+    monkeypatch.setenv("LONGFIT_LIBRARY", "none.so")
     assert not fused_kernels_here()
 
 

@@ -201,7 +201,13 @@ def test_kernels_of_a_cpu_keep_no_float32_copies() -> None:
     assert tiles[0] - tiles[1] == 2 * 4 * 576 + 2 * 1536  # the copies of two norms, and silu's output
     logits = [per_token_bytes.loss_bytes(shape, s, gradient=True) for s in (plain, settings)]
     assert logits[0] - logits[1] == 341 * 49_152 * 4
-    for refused in ({"dtype": "float32"}, {"device": "cuda"}):
+    wide = [per_token_bytes.tile_bytes(shape, s.changed({"dtype": "float32"}), tokens=1).mlp for s in (plain, settings)]
+    assert wide[0] - wide[1] == 4 * 1536  # in float32 the norms make no copies anyway
+    logits = [
+        per_token_bytes.loss_bytes(shape, s.changed({"dtype": "float32"}), gradient=True) for s in (plain, settings)
+    ]
+    assert logits[0] == logits[1]  # nor does the loss
+    for refused in ({"dtype": "float16"}, {"device": "cuda"}):
         changed = settings.changed(refused)
         assert memory_plan(shape, changed) == memory_plan(shape, changed.changed({"fused_kernels": False}))
     trained = [

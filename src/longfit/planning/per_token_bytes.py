@@ -123,7 +123,7 @@ def loss_bytes(shape: ModelShape, settings: PlanSettings, *, gradient: bool) -> 
     elif shape.softcap:
         per_word = 8 + narrow  # probabilities, the cap's slope, the narrow copy that meets the matrix
     else:
-        per_word = narrow if settings.fuses else 4 + narrow
+        per_word = e if settings.fuses else 4 + narrow
     # beside the logits the last norm: what it is given and makes, in both directions, and float32 copies of that
     return tokens * (words * per_word + shape.hidden_size * (4 * e + 6 * 4))
 

@@ -115,7 +115,7 @@ class PlanSettings:
     @property
     def fuses(self) -> bool:
         """Whether those kernels take the run's numbers (``kernels/cpu/elementwise.py``)."""
-        return self.fused_kernels and self.device == "cpu" and self.dtype == "bfloat16"
+        return self.fused_kernels and self.device == "cpu" and self.dtype in ("bfloat16", "float32")
 
     @property
     def element_bytes(self) -> int:

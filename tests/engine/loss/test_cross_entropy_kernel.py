@@ -9,6 +9,8 @@ from longfit.kernels.cpu import elementwise as cpu_elementwise
 UNSUPPORTED = cpu_elementwise.supported()
 pytestmark = pytest.mark.skipif(UNSUPPORTED is not None, reason=f"C++ elementwise kernels: {UNSUPPORTED}")
 
+# In bf16 the same values are rounded at the same places; in float32 exponentials may have twice torch's roundings.
+NOISE = {torch.bfloat16: 1.1, torch.float32: 2**0.5}
 TOKENS, WORDS, WIDTH = 37, 211, 24
 
 
@@ -24,22 +26,23 @@ def loss_and_gradients(dtype, **options):
     return [x.detach().double() for x in (loss, hidden.grad, weight.grad)]
 
 
-def test_it_is_as_near_to_float64_as_torch(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_it_is_as_near_to_float64_as_torch(monkeypatch, dtype):
     calls = []
     kernel = cpu_elementwise.cross_entropy_
     monkeypatch.setattr(cpu_elementwise, "cross_entropy_", lambda *a, **k: (calls.append(1), kernel(*a, **k))[1])
-    got = loss_and_gradients(torch.bfloat16)
+    got = loss_and_gradients(dtype)
     assert len(calls) == 2  # 29 trained tokens
     monkeypatch.setattr(cpu_elementwise, "supported", lambda: "not now")
-    plain = loss_and_gradients(torch.bfloat16)
+    plain = loss_and_gradients(dtype)
     assert len(calls) == 2
     for ours, torchs, truth in zip(got, plain, loss_and_gradients(torch.float64), strict=True):
         # The same roundings of logits and gradients; where one falls otherwise, another draw of the same noise.
-        assert (ours - truth).norm() <= 1.1 * (torchs - truth).norm()
+        assert (ours - truth).norm() <= NOISE[dtype] * (torchs - truth).norm()
 
 
 @pytest.mark.parametrize("options", [{"softcap": 5.0}, {"scale": 0.5}, {"vocab_tile": 100}])
 def test_other_logits_stay_with_torch(monkeypatch, options):
     monkeypatch.setattr(cpu_elementwise, "cross_entropy_", None)
     loss_and_gradients(torch.bfloat16, **options)
-    loss_and_gradients(torch.float32)
+    loss_and_gradients(torch.float64)

@@ -19,10 +19,18 @@ UNSUPPORTED = cpu_elementwise.supported()
 runs_here = pytest.mark.skipif(UNSUPPORTED is not None, reason=f"C++ elementwise kernels: {UNSUPPORTED}")
 
 
+BOTH = (torch.bfloat16, torch.float32)
+NOISE = {torch.bfloat16: 1.1, torch.float32: 2**0.5}
+"""How much further from float64 than torch. In bf16 the same values are rounded at the same places. In float32 every
+sum and exponential has roundings of its own, and of those the kernels have at most twice as many."""
+
+
 def kinds(family):
     layer = base_model(tiny_model(family, dtype=torch.bfloat16)).model.layers[0]
     names = {module: name for name, module in layer.named_modules()}
-    return {names[fused.module]: type(fused) for fused in find_fused(layer)}
+    found = find_fused(layer)
+    assert all(fused.dtypes == BOTH for fused in found)
+    return {names[fused.module]: type(fused) for fused in found}
 
 
 @runs_here
@@ -71,20 +79,23 @@ class Mlp(nn.Module):
 @pytest.mark.parametrize(
     ("combine", "recognised"),
     [
-        (lambda _, gate, up: F.silu(gate) * up, True),
-        (lambda _, gate, up: up * F.silu(gate), True),
-        (lambda _, gate, up: F.silu(up) * gate, False),
-        (lambda _, gate, up: F.silu(gate.clamp(max=7.0)) * up, False),
-        (lambda _, gate, up: F.silu(gate * 1.702) * up, False),
-        (lambda _, gate, up: (F.silu(gate.float()) * up.float()).to(gate.dtype), False),  # rounds once, not twice
-        (lambda self, gate, up: F.dropout(F.silu(gate) * up, 0.1, training=self.training), False),
-        (lambda self, gate, up: self.down_proj(F.silu(gate) * up)[..., :1].expand_as(up), False),
+        (lambda _, gate, up: F.silu(gate) * up, BOTH),
+        (lambda _, gate, up: up * F.silu(gate), BOTH),
+        (lambda _, gate, up: F.silu(up) * gate, ()),
+        (lambda _, gate, up: F.silu(gate.clamp(max=7.0)) * up, ()),
+        (lambda _, gate, up: F.silu(gate * 1.702) * up, ()),
+        (lambda _, gate, up: F.silu(gate) * up * (1 + 2e-6), BOTH[:1]),  # more than roundings explain; none in bf16
+        (lambda _, gate, up: F.silu(gate).bfloat16().to(gate.dtype) * up, BOTH[:1]),
+        (lambda _, gate, up: (F.silu(gate.float()) * up.float()).to(gate.dtype), BOTH[1:]),  # rounds once, not twice
+        (lambda self, gate, up: F.dropout(F.silu(gate) * up, 0.1, training=self.training), ()),
+        (lambda self, gate, up: self.down_proj(F.silu(gate) * up)[..., :1].expand_as(up), ()),
     ],
 )
 def test_an_mlp_is_recognised_by_what_it_computes(combine, recognised):
     mlp = Mlp(combine)
     before = {name: dict(vars(module)) for name, module in mlp.named_modules()}
-    assert (as_gated_mlp(mlp) is not None) == recognised
+    fused = as_gated_mlp(mlp)
+    assert (() if fused is None else fused.dtypes) == recognised
     assert {name: dict(vars(module)) for name, module in mlp.named_modules()} == before
 
 
@@ -157,13 +168,14 @@ def distance(got, truth):
 
 
 @runs_here
-def test_gradients_are_as_near_to_float64_as_without(monkeypatch):
+@pytest.mark.parametrize("dtype", BOTH)
+def test_gradients_are_as_near_to_float64_as_without(monkeypatch, dtype):
     calls = []
     for name in ("rms_norm_backward", "swiglu_backward"):
         kernel = getattr(cpu_elementwise, name)
         monkeypatch.setattr(cpu_elementwise, name, lambda *a, n=name, k=kernel, **b: (calls.append(n), k(*a, **b))[1])
     ids = torch.randint(3, VOCABULARY, (2, 61), generator=torch.Generator().manual_seed(1))
-    model = tiny_model("qwen3", dtype=torch.bfloat16)
+    model = tiny_model("qwen3", dtype=dtype)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
     enable_sweep(model, tile=16)
     sweeper = sweeper_of(model)
@@ -178,14 +190,15 @@ def test_gradients_are_as_near_to_float64_as_without(monkeypatch):
     # Layer 1: four tiles, each with five modules; in layer 0 nothing before the projections needs a gradient.
     assert (calls.count("swiglu_backward"), calls.count("rms_norm_backward")) == (8, 28)
     # The same values are rounded at the same places; where one falls otherwise, it is another draw of the same noise.
-    assert distance(fused, truth) <= 1.1 * distance(plain, truth)
+    assert distance(fused, truth) <= NOISE[dtype] * distance(plain, truth)
 
 
 @runs_here
+@pytest.mark.parametrize("dtype", BOTH)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_norms_that_train_are_as_near_to_float64_as_without(family):
+def test_norms_that_train_are_as_near_to_float64_as_without(family, dtype):
     ids = torch.randint(3, VOCABULARY, (2, 61), generator=torch.Generator().manual_seed(1))
-    model = tiny_model(family, dtype=torch.bfloat16).train()
+    model = tiny_model(family, dtype=dtype).train()
     names = {name for name, p in model.named_parameters() if "norm" in name and ".layers." in name}
     for name, p in model.named_parameters():
         p.requires_grad_(name in names)
@@ -197,4 +210,4 @@ def test_norms_that_train_are_as_near_to_float64_as_without(family):
     assert fused.keys() == plain.keys() == truth.keys() == names
     assert any(not torch.equal(fused[n], plain[n]) for n in names)  # other sums: both paths ran
     # torch rounds each product of the weight's gradient to bf16 before it adds them, the kernels do not.
-    assert distance(fused, truth) <= 1.1 * distance(plain, truth)
+    assert distance(fused, truth) <= NOISE[dtype] * distance(plain, truth)

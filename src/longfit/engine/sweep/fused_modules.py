@@ -1,14 +1,16 @@
 """Norms and gated products of a layer in one pass over the elements, for as long as the layer is swept.
 
-A root-mean-square norm written in torch makes float32 copies of its input, silu and its product keep two tensors of the
-intermediate size and make two more in backward. In bf16 on a processor that can, longfit has kernels that read and
-write every element once (``kernels/cpu/elementwise.py``).
+A root-mean-square norm written in torch makes copies of its input, silu and its product keep two tensors of the
+intermediate size and make two more in backward. On a CPU longfit has kernels that read and write every element once
+(``kernels/cpu/elementwise.py``).
 
-Which modules compute such a function is asked of the modules, not of a list of families: a norm must give, bit for bit,
-what the formula gives, for random weights and rows of every size; of an MLP the inner projections are made to give
-chosen tensors, and what reaches the outer one must be, bit for bit, ``silu(gate) * up``. Gemma's norm, which adds one
-to its weight, or an MLP with another activation, a clamp, a dropout or parameters beside its projections keep their own
-forward.
+Which modules compute such a function is asked of the modules, not of a list of families, and of each dtype for itself:
+a norm must give what the formula gives, for random weights and rows of every size; of an MLP the inner projections are
+made to give chosen tensors, and what reaches the outer one must be ``silu(gate) * up``. In bf16 that is bit for bit, in
+the order of roundings of the kernels. In float32 the last bits are the order of a sum and the quality of an
+exponential, and both the module and the kernel must lie within the bound of such roundings from the exact value.
+Gemma's norm, which adds one to its weight, or an MLP with another activation, a clamp, a dropout or parameters beside
+its projections keep their own forward.
 
 Nothing is installed in a model. The forward of a module is set aside while its layer is swept, and only there; inputs
 that the kernels do not take (another dtype, say) are computed by torch as the module would.
@@ -61,34 +63,38 @@ class _SwiGlu(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------ the modules
 @dataclass(frozen=True)
 class Norm:
-    """A module that is a root-mean-square norm with a weight."""
+    """A module that is a root-mean-square norm with a weight, in some dtypes."""
 
     module: nn.Module
     eps: float
+    dtypes: tuple[torch.dtype, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        if not cpu_elementwise.takes(x, weight):
+        if x.dtype not in self.dtypes or not cpu_elementwise.takes(x, weight):
             return type(self.module).forward(self.module, x)
         return _RmsNorm.apply(x, weight, self.eps)
 
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """A module that computes ``down(silu(gate(x)) * up(x))``."""
+    """A module that computes ``down(silu(gate(x)) * up(x))``, in some dtypes."""
 
     module: nn.Module
+    dtypes: tuple[torch.dtype, ...]
 
     def forward(self, x: Tensor) -> Tensor:
         inner: Any = self.module
         gate, up = inner.gate_proj(x), inner.up_proj(x)
-        if not cpu_elementwise.takes(gate, up) or gate.shape != up.shape:
+        if gate.dtype not in self.dtypes or not cpu_elementwise.takes(gate, up) or gate.shape != up.shape:
             return inner.down_proj(F.silu(gate) * up)
         return inner.down_proj(_SwiGlu.apply(gate, up))
 
 
 Fused = Norm | GatedMlp
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PROBED = (torch.bfloat16, torch.float32)
+"""What a model trains in on a CPU; in other dtypes every module keeps its own forward."""
 
 
 def find_fused(layer: nn.Module) -> tuple[Fused, ...]:
@@ -130,24 +136,30 @@ def _is_watched(module: nn.Module) -> bool:
 
 # ------------------------------------------------------------------------------------------------ who computes what
 def as_norm(module: nn.Module) -> Norm | None:
-    """The module as a norm, if it gives ``w * bf16(x / rms(x))`` bit for bit."""
+    """The module as a norm, in the dtypes in which it gives ``w * (x / rms(x))``, the quotient rounded."""
     eps = vars(module).get("variance_epsilon", vars(module).get("eps"))
     names = [name for name, _ in (*module.named_parameters(), *module.named_buffers(), *module.named_children())]
     if names != ["weight"] or not isinstance(eps, float) or not _takes_one_tensor(module) or _is_watched(module):
         return None
-    weight: Any = module.weight
-    if weight.dim() != 1:
+    if module.weight.dim() != 1:  # type: ignore[union-attr, operator]
         return None
-    given, x = _chosen(len(weight), 1), _chosen(len(weight), 2)
-    expected = given[0] * (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
-    for _ in _modes(module):
-        if not _equal(torch.func.functional_call(module, {"weight": given[0]}, (x,)), expected):
-            return None
-    return Norm(module, eps)
+    dtypes = tuple(dtype for dtype in PROBED if _is_norm(module, eps, dtype))
+    return Norm(module, eps, dtypes) if dtypes else None
+
+
+def _is_norm(module: nn.Module, eps: float, dtype: torch.dtype) -> bool:
+    size = len(module.weight)  # type: ignore[arg-type]
+    weight, x = _chosen(size, 1, dtype)[0], _chosen(size, 2, dtype)
+    wide = x.float() if dtype == torch.bfloat16 else x.double()
+    quotient = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    expected = weight * quotient.to(dtype) if dtype == torch.bfloat16 else weight.double() * quotient
+    # A sum of D squares errs by at most D roundings, its root by half; root, quotient, weight and eps by 6 more.
+    answers = (torch.func.functional_call(module, {"weight": weight}, (x,)) for _ in _modes(module))
+    return all(_agree(answer, expected, dtype, roundings=size / 2 + 6) for answer in answers)
 
 
 def as_gated_mlp(module: nn.Module) -> GatedMlp | None:
-    """The module as a gated MLP, if what reaches its outer projection is ``silu(gate) * up`` bit for bit."""
+    """The module as a gated MLP, in the dtypes in which ``silu(gate) * up`` reaches its outer projection."""
     children = dict(module.named_children())
     if not set(PROJECTIONS) <= children.keys() or not _takes_one_tensor(module):
         return None
@@ -159,18 +171,28 @@ def as_gated_mlp(module: nn.Module) -> GatedMlp | None:
     outer, inner = (vars(children[name]).get("in_features") for name in ("gate_proj", "down_proj"))
     if not isinstance(outer, int) or not isinstance(inner, int):
         return None
-    x, gate, up, out = (_chosen(size, seed)[None] for seed, size in enumerate((outer, inner, inner, outer), 1))
-    expected = F.silu(gate) * up
+    dtypes = tuple(dtype for dtype in PROBED if _is_gated_mlp(module, children, outer, inner, dtype))
+    return GatedMlp(module, dtypes) if dtypes else None
+
+
+def _is_gated_mlp(
+    module: nn.Module, children: dict[str, nn.Module], outer: int, inner: int, dtype: torch.dtype
+) -> bool:
+    x, gate, up, out = (_chosen(size, seed, dtype)[None] for seed, size in enumerate((outer, inner, inner, outer), 1))
+    expected = F.silu(gate) * up if dtype == torch.bfloat16 else F.silu(gate.double()) * up.double()
     for _ in _modes(module):
         given: dict[str, list[Tensor]] = {"gate_proj": [], "up_proj": [], "down_proj": []}
         with _answers(children, given, {"gate_proj": gate, "up_proj": up, "down_proj": out}):
             result = type(module).forward(module, x)
         inputs = [*given["gate_proj"], *given["up_proj"]]
         if len(inputs) != 2 or any(tensor is not x for tensor in inputs) or result is not out:
-            return None
-        if len(given["down_proj"]) != 1 or not _equal(given["down_proj"][0], expected):
-            return None
-    return GatedMlp(module)
+            return False
+        # An exponential is good to a few units in the last place; a sum, a quotient and a product round once each. From
+        # -88.7 on 1 + exp(-gate) is infinite, and what is left of silu there, 3e-37, is lost.
+        options = {"roundings": 8, "lost": 3e-37 * float(up.abs().max())}
+        if len(given["down_proj"]) != 1 or not _agree(given["down_proj"][0], expected, dtype, **options):
+            return False
+    return True
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:
@@ -178,15 +200,21 @@ def _takes_one_tensor(module: nn.Module) -> bool:
     return "forward" not in vars(module) and len(inspect.signature(module.forward).parameters) == 1
 
 
-def _chosen(size: int, seed: int) -> Tensor:
-    """Rows of every magnitude between 1e-3 and 1e3, bf16 ``[16, size]``."""
+def _chosen(size: int, seed: int, dtype: torch.dtype) -> Tensor:
+    """Rows of every magnitude between 1e-3 and 1e3, ``[16, size]``."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(16, size, generator=generator) * torch.logspace(-3, 3, 16)[:, None]
-    return values.to(torch.bfloat16)
+    return values.to(dtype)
 
 
-def _equal(tensor: Any, expected: Tensor) -> bool:
-    return isinstance(tensor, Tensor) and tensor.dtype == expected.dtype and torch.equal(tensor, expected)
+def _agree(answer: Any, expected: Tensor, dtype: torch.dtype, *, roundings: float, lost: float = 0.0) -> bool:
+    """Whether these are the bits, or in float32 the exact values but for some roundings and what is lost."""
+    if not isinstance(answer, Tensor) or answer.dtype != dtype or answer.shape != expected.shape:
+        return False
+    if dtype == torch.bfloat16:
+        return torch.equal(answer, expected)
+    bound = roundings * 2.0**-24 * expected.abs() + lost
+    return bool(((answer - expected).abs() <= bound).all())
 
 
 def _modes(module: nn.Module) -> Iterator[None]:

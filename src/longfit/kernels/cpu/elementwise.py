@@ -1,9 +1,9 @@
-"""Root-mean-square norm, gated product and cross-entropy in C++, each with its gradient, over bf16.
+"""Root-mean-square norm, gated product and cross-entropy in C++, each with its gradient, over float32, bf16 and fp16.
 
-Written as torch operations these cost more than their share: the norm makes float32 copies of its input, the gated
-product keeps two tensors of the intermediate size and makes two more in backward, the cross-entropy copies the logits
-to float32 and passes over them nine times. Here an element is worked on in registers between its load and its store
-(``csrc/*_avx512bf16.cpp``). What the torch operations round to bf16 on the way is rounded here too.
+Written as torch operations these cost more than their share: the norm makes copies of its input, the gated product
+keeps two tensors of the intermediate size and makes two more in backward, the cross-entropy passes over the logits nine
+times. Here an element is worked on in registers between its load and its store (``csrc/elementwise/*.cpp``), in float32
+arithmetic on every instruction set. What the torch operations round to 16 bits on the way is rounded here too.
 
 The kernels know nothing of modules: ``engine/sweep/fused_modules.py`` finds out which modules compute such a function.
 """
@@ -13,9 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from longfit.kernels.cpu.library import library, unavailable
-
-ISA = "avx512_bf16"
+from longfit.kernels.cpu.library import DTYPES, library, unavailable
 
 SUMMED_ROWS = 64
 """Rows whose share in the gradient of a norm's weight is added up in turn: the same ones for any number of threads."""
@@ -23,30 +21,30 @@ SUMMED_ROWS = 64
 
 def supported() -> str | None:
     """Say why this machine cannot run the kernels; None when it can."""
-    reason = unavailable()
-    if reason is None and library().isa != ISA:
-        reason = f"it needs a processor with AVX-512 BF16, the instruction set in use is {library().isa}"
-    return reason
+    return unavailable()
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether these are what the kernels read: plain bf16 tensors on the CPU, not those of a trace."""
-    return all(type(t.data) is Tensor and t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
+    """Whether these are what the kernels read: plain tensors of one dtype on the CPU, not those of a trace."""
+    dtype = tensors[0].dtype
+    return dtype in DTYPES and all(
+        type(t.data) is Tensor and t.dtype == dtype and t.device.type == "cpu" for t in tensors
+    )
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """Compute ``w * (x / sqrt(mean(x^2) + eps))`` of each row, the quotient rounded to bf16.
+    """Compute ``w * (x / sqrt(mean(x^2) + eps))`` of each row, the quotient rounded to the dtype of x.
 
     Args:
-        x: bf16 ``[..., D]``.
-        weight: bf16 ``[D]``.
+        x: float32, bf16 or fp16 ``[..., D]``.
+        weight: ``[D]`` in the same dtype.
         eps: added to the mean square.
-    Returns: the norm, bf16 ``[..., D]``; what each row was multiplied by, fp32 ``[N]``.
+    Returns: the norm, ``[..., D]`` in the dtype of ``x``; what each row was multiplied by, fp32 ``[N]``.
     Raises: ValueError: shapes or dtypes are others. BackendError: the library is missing.
     """
     _check(x, x)
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
-        raise ValueError(f"weight {_describe(weight)}: must be {list(x.shape[-1:])} in torch.bfloat16")
+        raise ValueError(f"weight {_describe(weight)}: must be {list(x.shape[-1:])} in {x.dtype}")
     x, weight = x.contiguous(), weight.contiguous()
     out, inverse_rms = torch.empty_like(x), x.new_empty(x[..., 0].numel(), dtype=torch.float32)
     library().kernel("rms_norm_forward")(
@@ -57,6 +55,7 @@ def rms_norm_forward(x: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, 
         x.shape[-1],
         out.data_ptr(),
         inverse_rms.data_ptr(),
+        DTYPES[x.dtype],
         torch.get_num_threads(),
     )
     return out, inverse_rms
@@ -68,11 +67,11 @@ def rms_norm_backward(
     """Return the gradients of `rms_norm_forward` with respect to ``x`` and, if it trains, ``weight``.
 
     Args:
-        grad_out: bf16 ``[..., D]``.
+        grad_out: ``[..., D]`` in the dtype of ``x``.
         x, weight: those of the forward.
         inverse_rms: what it returned.
         trains: whether the gradient of ``weight`` is wanted.
-    Returns: bf16 like ``x``; fp32 ``[D]``, whose products and sums are never rounded to bf16, or None.
+    Returns: one like ``x``; fp32 ``[D]``, whose products and sums are never rounded to 16 bits, or None.
     """
     _check(grad_out, x)
     grad_out, x, weight = grad_out.contiguous(), x.contiguous(), weight.contiguous()
@@ -88,13 +87,14 @@ def rms_norm_backward(
         grad_x.data_ptr(),
         None if sums is None else sums.data_ptr(),
         SUMMED_ROWS,
+        DTYPES[x.dtype],
         torch.get_num_threads(),
     )
     return grad_x, None if sums is None else sums.sum(0)
 
 
 def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """Compute ``silu(gate) * up``, both bf16 in one shape; silu is rounded to bf16 before the product.
+    """Compute ``silu(gate) * up``, both in one shape and dtype; silu is rounded to that before the product.
 
     Raises: ValueError: shapes or dtypes are others. BackendError: the library is missing.
     """
@@ -102,7 +102,7 @@ def swiglu_forward(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
     library().kernel("swiglu_forward")(
-        gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), torch.get_num_threads()
+        gate.data_ptr(), up.data_ptr(), gate.numel(), out.data_ptr(), DTYPES[gate.dtype], torch.get_num_threads()
     )
     return out
 
@@ -120,6 +120,7 @@ def swiglu_backward(grad_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor,
         gate.numel(),
         grad_gate.data_ptr(),
         grad_up.data_ptr(),
+        DTYPES[gate.dtype],
         torch.get_num_threads(),
     )
     return grad_gate, grad_up
@@ -129,7 +130,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, factor: float) -> Tensor:
     """Write the gradient of ``factor * sum(cross-entropy)`` over the logits, and return the cross-entropies.
 
     Args:
-        logits: bf16 ``[N, V]``, dense; becomes ``(softmax - onehot(label)) * factor``.
+        logits: float32, bf16 or fp16 ``[N, V]``, dense; becomes ``(softmax - onehot(label)) * factor``.
         labels: int64 ``[N]``, from 0 to V - 1.
         factor: of the gradient alone.
     Returns: fp32 ``[N]``.
@@ -152,14 +153,16 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, factor: float) -> Tensor:
         factor,
         *logits.shape,
         losses.data_ptr(),
+        DTYPES[logits.dtype],
         torch.get_num_threads(),
     )
     return losses
 
 
 def _check(x: Tensor, like: Tensor) -> None:
-    if x.shape != like.shape or any(t.dtype != torch.bfloat16 or t.device.type != "cpu" for t in (x, like)):
-        raise ValueError(f"{_describe(x)} and {_describe(like)}: must be one shape in torch.bfloat16 on the CPU")
+    if x.shape != like.shape or not takes(x, like):
+        allowed = ", ".join(map(str, DTYPES))
+        raise ValueError(f"{_describe(x)} and {_describe(like)}: must be one shape in one of {allowed} on the CPU")
 
 
 def _describe(x: Tensor) -> str:

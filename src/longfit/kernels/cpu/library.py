@@ -23,7 +23,7 @@ from torch import Tensor
 from longfit.errors import BackendError
 from longfit.kernels.sizes import TILE_BYTES
 
-ABI = 6  # LONGFIT_ABI of csrc/longfit.h
+ABI = 7  # LONGFIT_ABI of csrc/longfit.h
 
 # Results from this size on are new memory from the system, not from the allocator's cache.
 HUGE_BYTES = 4 << 20
@@ -69,11 +69,11 @@ _SIGNATURES: dict[str, list[Any]] = {
     "attention_backward": [c_void_p] * 10,
     "attention_forward_f32": [c_void_p, c_int, *[c_void_p] * 5],
     "attention_backward_f32": [c_void_p, c_int, *[c_void_p] * 9],
-    "rms_norm_forward": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int],
-    "rms_norm_backward": [*[c_void_p] * 4, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int],
-    "swiglu_forward": [c_void_p, c_void_p, c_int64, c_void_p, c_int],
-    "cross_entropy": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int],
-    "swiglu_backward": [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int],
+    "rms_norm_forward": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_void_p, c_int, c_int],
+    "rms_norm_backward": [*[c_void_p] * 4, c_int64, c_int64, c_void_p, c_void_p, c_int64, c_int, c_int],
+    "swiglu_forward": [c_void_p, c_void_p, c_int64, c_void_p, c_int, c_int],
+    "swiglu_backward": [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int],
+    "cross_entropy": [c_void_p, c_void_p, c_float, c_int64, c_int64, c_void_p, c_int, c_int],
 }  # fmt: skip
 
 

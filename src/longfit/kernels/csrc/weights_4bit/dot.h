@@ -1,65 +1,20 @@
 // Dot products of four rows of W with one row of x, in float32, for the few-row matmul.
 #pragma once
 
-#include "../common/floats.h"
-
-#if defined(LONGFIT_AVX2)
-#include <immintrin.h>
-#endif
+#include "../common/vec.h"
 
 namespace {
 
-#if defined(LONGFIT_AVX512)
-constexpr int kLanes = 16;
-#else
-constexpr int kLanes = 8;
-#endif
-typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t WordLanes __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t HalfLanes __attribute__((vector_size(2 * kLanes)));
-
-inline Lanes load_lanes(const float* x) { Lanes v; memcpy(&v, x, sizeof v); return v; }
-inline Lanes load_lanes(const bf16* x) {
-    HalfLanes half;
-    memcpy(&half, x, sizeof half);
-    return (Lanes)(__builtin_convertvector(half, WordLanes) << 16);
-}
-inline Lanes load_lanes(const fp16* x) {
-#if defined(LONGFIT_AVX512)
-    return (Lanes)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-#elif defined(LONGFIT_AVX2)
-    return (Lanes)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-#else
-    Lanes v;
-    for (int i = 0; i < kLanes; ++i) v[i] = widen(x[i]);
-    return v;
-#endif
-}
-inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
-#if defined(LONGFIT_AVX512)
-    return (Lanes)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(LONGFIT_AVX2)
-    return (Lanes)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return a * b + c;
-#endif
-}
-inline float sum_of(Lanes v) {
-    float sum = 0;
-    for (int i = 0; i < kLanes; ++i) sum += v[i];
-    return sum;
-}
-
 // sums[j] += sum over k < count of w[j * stride + k] * x[k], for four rows j.
 template <class T> inline void dot4(const T* w, int64_t stride, const T* x, int64_t count, float* sums) {
-    Lanes s0 = {}, s1 = {}, s2 = {}, s3 = {};
+    Vec s0 = broadcast(0.f), s1 = s0, s2 = s0, s3 = s0;
     int64_t k = 0;
     for (; k + kLanes <= count; k += kLanes) {
-        const Lanes v = load_lanes(x + k);
-        s0 = multiply_add(load_lanes(w + k), v, s0);
-        s1 = multiply_add(load_lanes(w + stride + k), v, s1);
-        s2 = multiply_add(load_lanes(w + 2 * stride + k), v, s2);
-        s3 = multiply_add(load_lanes(w + 3 * stride + k), v, s3);
+        const Vec v = load(x + k);
+        s0 = fma(load(w + k), v, s0);
+        s1 = fma(load(w + stride + k), v, s1);
+        s2 = fma(load(w + 2 * stride + k), v, s2);
+        s3 = fma(load(w + 3 * stride + k), v, s3);
     }
     sums[0] += sum_of(s0), sums[1] += sum_of(s1), sums[2] += sum_of(s2), sums[3] += sum_of(s3);
     for (; k < count; ++k)
