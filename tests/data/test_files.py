@@ -17,7 +17,7 @@ def write(root: Path, *names: str) -> Path:
 
 
 def test_folders_come_in_the_order_of_their_parts_whatever_the_file_system_says(tmp_path: Path) -> None:
-    write(tmp_path, "a.txt", "a/z.jsonl", "a-b/y.CSV", "a/b/x.html", "B.tar", "a/.git/config.txt", "a/state.json")
+    write(tmp_path, "a.txt", "a/z.jsonl", "a-b/y.CSV", "a/b/x.html", "B.bin", "a/.git/config.txt", "a/state.json")
     found, skipped = find_files(tmp_path)
     assert [(file.name, file.kind) for file in found] == [
         ("a/b/x.html", "html"),
@@ -27,7 +27,7 @@ def test_folders_come_in_the_order_of_their_parts_whatever_the_file_system_says(
     ]
     assert found[0].path == tmp_path / "a" / "b" / "x.html"
     assert skipped == [
-        ("B.tar", "of unknown kind .tar"),
+        ("B.bin", "of unknown kind .bin"),
         ("a/.git/", "hidden folder"),
         ("a/state.json", "metadata of a saved data set"),
     ]
@@ -35,8 +35,8 @@ def test_folders_come_in_the_order_of_their_parts_whatever_the_file_system_says(
 
 
 def test_a_file_named_directly_is_read_whatever_its_extension(tmp_path: Path) -> None:
-    write(tmp_path, "notes", "log.7z")
-    for name in ("notes", "log.7z"):
+    write(tmp_path, "notes", "log.old")
+    for name in ("notes", "log.old"):
         assert find_files(tmp_path / name) == ([FoundFile(tmp_path / name, name, "text")], [])
 
 
@@ -49,15 +49,12 @@ def test_members_of_an_archive_are_found_and_encrypted_ones_are_not(tmp_path: Pa
     content[content.rindex(b"locked.txt") - 38] |= 1  # flag bits of the last entry of the central directory
     path.write_bytes(content)
     found, skipped = find_files(path)
-    assert found == [
-        FoundFile(path, "b.zip!/one.md", "text", "one.md"),
-        FoundFile(path, "b.zip!/two.txt", "text", "two.txt"),
-    ]
+    assert found == [FoundFile(path, "b.zip", "archive", (("one.md", "text"), ("two.txt", "text")))]
     assert skipped == [
         ("b.zip!/deep/inner.zip", "archive inside an archive"),
         ("b.zip!/locked.txt", "encrypted"),
     ]
-    assert find_files(path, ["*.md"])[0] == found[1:]
+    assert find_files(path, ["*.md"])[0][0].members == (("two.txt", "text"),)
 
 
 def test_wrong_paths_say_what_is_there_instead(tmp_path: Path) -> None:
@@ -75,8 +72,8 @@ def test_wrong_paths_say_what_is_there_instead(tmp_path: Path) -> None:
 def test_paths_without_anything_to_read_say_so(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the folder is empty"):
         find_files(tmp_path)
-    write(tmp_path, "a.pdf", "b.bin")
-    with pytest.raises(DataError, match=r"nothing readable among 2 files.*convert first, for example: pdftotext"):
+    write(tmp_path, "a.odt", "b.bin")
+    with pytest.raises(DataError, match=r"nothing readable among 2 files.*convert first, for example: pandoc"):
         find_files(tmp_path)
-    with pytest.raises(DataError, match=r"\.pdf is not read; convert it first, for example: pdftotext"):
-        find_files(tmp_path / "a.pdf")
+    with pytest.raises(DataError, match=r"\.odt is not read; convert it first, for example: pandoc"):
+        find_files(tmp_path / "a.odt")

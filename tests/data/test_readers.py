@@ -8,6 +8,7 @@ from typing import BinaryIO
 import pytest
 
 from longfit.data import readers
+from longfit.data.html import html_text, read_html
 from longfit.errors import ConfigError, DataError
 
 
@@ -37,7 +38,66 @@ def test_html_gives_what_a_reader_sees() -> None:
         b"<html><head><title>T</title><style>p {}</style><script>if (a < b) x()</script></head><body><h1>Head</h1>\n"
         b"<p>Some <b>bold</b>\n  words &amp; <i>more</i>.</p><pre>a\n  b</pre><p>end<br>line</p></body></html>"
     )
-    assert readers.read_html(io.BytesIO(page)) == "T\n\nHead\n\nSome bold words & more.\n\na\n  b\n\nend\nline"
+    assert read_html(io.BytesIO(page)) == "T\n\nHead\n\nSome bold words & more.\n\na\n  b\n\nend\nline"
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<table><tr><th>Name<th>Age<tr><td>Lan</td> <td>31</td></tr></table>", "Name\tAge\nLan\t31"),
+        ("<ul><li>x<li>y</ul>z", "x\ny\n\nz"),
+        ("a<p hidden>h<b>b</b>h<p>c<div style='color: red; display:none'>d<p>e</p></div>f", "a\n\nc\nf"),
+        ("<ul><li hidden>h<li>x</ul><p hidden>h</div>y", "x\n\ny"),
+        ("a<noscript>n</noscript><svg/>b<svg><text>t</text></svg>c<template><p>t</p></template>d", "abcd"),
+        ("<select><option>o<option>p</select><textarea>t</textarea>", "o\n\np\n\nt"),
+        ("<p>text<script>var a = 1; if (a<b) {}", "text"),
+    ],
+)
+def test_cells_and_items_are_apart_and_what_is_hidden_is_gone(page: str, text: str) -> None:
+    assert [line for line in html_text(page).split("\n") if line] == [line for line in text.split("\n") if line]
+
+
+def test_a_page_is_read_in_the_encoding_that_it_declares() -> None:
+    page = "<head><meta charset='iso-8859-1'></head>caf\u00e9 \u20ac".encode("cp1252")
+    assert read_html(io.BytesIO(page)) == "café €"
+    with pytest.raises(DataError, match="not utf-8"):
+        read_html(io.BytesIO(page.replace(b"iso-8859-1", b"utf-8")))
+
+
+def test_bad_rows_are_told_one_by_one_and_the_others_go_on() -> None:
+    def told(rows: object) -> list[str]:
+        return [f"{number} {row}" for number, row in rows]  # type: ignore[attr-defined]
+
+    found = told(readers.read_jsonl(io.BytesIO(b'{"a": }\n[1]\n{"a": 1, "a": 2}\n{"a": 3}\n')))
+    assert found[0].startswith("1 bad JSON at line 1 column 7")
+    assert found[1].startswith("2 line 2: list where an object was expected")
+    assert found[2].startswith("3 line 3: the key 'a' is there twice")
+    assert found[3] == "4 {'a': 3}"
+    found = told(readers.read_csv(io.BytesIO(b"a,b\n1,2\n3\n4,5\n")))
+    assert found[1].startswith("3 line 3: 1 fields, but the header has 2 (a, b)")
+    assert found[2] == "4 {'a': '4', 'b': '5'}"
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_a_table_is_read_with_the_separator_that_its_header_has(delimiter: str) -> None:
+    data = f"text{delimiter}id\n'a{delimiter}1\n".encode()
+    assert list(readers.read_csv(io.BytesIO(data))) == [(2, {"text": "'a", "id": "1"})]
+
+
+def test_one_object_is_a_row_or_holds_the_rows() -> None:
+    assert list(readers.read_json(io.BytesIO(b'{"text": "a"}'))) == [(1, {"text": "a"})]
+    wrapped = b'{"version": 1, "data": [{"text": "a"}, {"text": "b"}]}'
+    assert list(readers.read_json(io.BytesIO(wrapped))) == [(1, {"text": "a"}), (2, {"text": "b"})]
+
+
+def test_nulls_that_a_tables_schema_adds_are_not_read() -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"calls": [{"city": "Hue"}], "text": None}, {"calls": [{"zone": "UTC"}], "text": "t"}]
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    assert list(readers.read_parquet(file)) == [(1, rows[0]), (2, rows[1])]
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
@@ -63,8 +123,6 @@ def test_json_without_rows_is_no_rows() -> None:
 @pytest.mark.parametrize(
     ("read", "data", "message"),
     [
-        (readers.read_jsonl, b'{"a": 1}\n{"a": }\n', "bad JSON at line 2 column 7"),
-        (readers.read_jsonl, b"[1]\n", "line 1: list where an object was expected"),
         (readers.read_jsonl, b'{"a": 1}\n{"a": "\xe9"}\n', "not UTF-8 at byte offset 16;"),
         (readers.read_jsonl, b'{"a": 1}\n\x00\x00', "NUL byte, so binary, at byte offset 9;"),
         (readers.read_json, b'[{"a": 1}\n {"a": 2}]', "bad JSON at line 2 column 2: expecting ',' or ']'"),
@@ -72,8 +130,11 @@ def test_json_without_rows_is_no_rows() -> None:
         (readers.read_json, b'[{"a": 1}', "bad JSON at line 1 column 10"),
         (readers.read_json, b'[{"a": 1}] x', "bad JSON at line 1 column 12: text after the end"),
         (readers.read_json, b'[{"a": 1},\n 7]', "line 2: int where an object"),
-        (readers.read_json, b'{"version": 1}', "a single JSON object, not rows"),
-        (readers.read_csv, b"a,b\n1,2\n3\n", r"line 3: 1 fields, but the header has 2 \(a, b\)"),
+        (readers.read_json, b'{"train": [{"a": 1}], "test": [{"a": 2}]}', "several sets of rows, train, test"),
+        (readers.read_json, b'[{"a": 1, "a": 2}]', "line 1: the key 'a' is there twice in one object"),
+        (readers.read_json, b'[{"a": ' + b"[" * 99_999, "line 1: lists or objects are nested too deeply"),
+        (readers.read_json, b'[{"a": ' + b"9" * 9_999 + b"}]", "line 1: a number has too many digits"),
+        (readers.read_csv, b"a,b,a\n1,2,3\n", "line 1: the column 'a' is there 2 times; rename one"),
         (readers.read_csv, b'a\n"x"y\n', "bad CSV at line 2"),
         (readers.read_parquet, b"PAR0 is not", "not a readable Parquet file"),
         (readers.read_arrow, b"\xff\xff\xff\xff\x10\x00\x00\x00 is not", "not a readable Arrow stream"),

@@ -97,7 +97,13 @@ def test_all_damaged_files_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_documents(tmp_path)
     lines = str(caught.value).splitlines()
-    assert [line.split(":")[0] for line in lines] == ["a.txt", "b.txt", "c.jsonl", "c.jsonl", "e.csv", "f.jsonl"]
+    assert [line.split(":")[0] for line in lines] == [
+        *("a.txt", "b.txt", "c.jsonl", "c.jsonl", "e.csv", "f.jsonl"),
+        "6 of 8 rows or files cannot be used; correct them, or leave them out with data.bad_rows=skip",
+    ]
+    skipped = read_documents(tmp_path, bad_rows="skip")
+    assert [document.text for document in skipped] == ["x", "fine"]
+    assert [problem.split(":")[0] for problem in skipped.report.bad_rows] == [line.split(":")[0] for line in lines[:-1]]
     assert "NUL byte at offset 2" in lines[0]
     assert "byte offset 3" in lines[1]
     assert "line 1: column 'text' holds int" in lines[2]
@@ -105,7 +111,7 @@ def test_all_damaged_files_are_named_at_once(tmp_path: Path) -> None:
     assert "columns 'id', 'n' are not recognised; known: messages | conversations" in lines[4]
     assert "half a character, '\\ud83d'" in lines[5]
     write(tmp_path, **{f"bad{i}_DOT_txt": b"\x00" for i in range(20)})
-    with pytest.raises(DataError, match=r"\.\.\. and 15 more files"):
+    with pytest.raises(DataError, match=r"\.\.\. and 16 more problems"):
         read_documents(tmp_path)
 
 

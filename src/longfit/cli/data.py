@@ -1,4 +1,4 @@
-"""``longfit data DATA --model MODEL --context 32k``: what would be trained on, token by token."""
+"""``longfit data DATA --model MODEL --context 32k [section.key=value]``: what would be trained on, token by token."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -9,11 +9,15 @@ from longfit.cli.output import print_json, print_lines, show_progress
 
 
 def data(
-    path: Annotated[str, typer.Argument(metavar="DATA", help="A file, a table, a .zip, or a folder of them.")],
+    path: Annotated[str, typer.Argument(metavar="DATA", help="A file, a table, an archive, or a folder of them.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="As in train.", show_default=False)
+    ] = None,
+    *,
     model: Annotated[str, typer.Option(help="Whose tokenizer counts: a folder, hub id or .gguf.")],
     context: Annotated[str | None, typer.Option(help="Tokens in a window; default: the model's own.")] = None,
     long_chat: Annotated[str | None, typer.Option(help="error, split, truncate_left, truncate_right, drop.")] = None,
-    chat_template: Annotated[str | None, typer.Option(help="chatml or Jinja text.")] = None,
+    chat_template: Annotated[str | None, typer.Option(help="chatml, a file, or Jinja text.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Show a window's beginning, trained text marked.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON.")] = False,
 ) -> None:
@@ -27,7 +31,8 @@ def data(
         "--long-chat": ("data.long_chat", long_chat),
         "--chat-template": ("data.chat_template", chat_template),
     }
-    config = load_config(flags={flag: (key, value) for flag, (key, value) in options.items() if value is not None})
+    flags = {flag: (key, value) for flag, (key, value) in options.items() if value is not None}
+    config = load_config(overrides=settings or [], flags=flags)
 
     from longfit.training.prepare import count_tokens
 
@@ -40,4 +45,5 @@ def data(
     if sample:
         print_lines("", "sample ([[...]] is trained):")
         print_lines("".join(f"[[{span.text}]]" if span.trained else span.text for span in ledger.sample))
-    print_lines("next:", f"  longfit train {model} {path}" + (f" --context {context}" if context else ""))
+    given = " ".join([*(settings or []), *([f"--context {context}"] if context else [])])
+    print_lines("next:", f"  longfit train {model} {path} {given}".rstrip())

@@ -42,6 +42,7 @@ FOREIGN_NAMES = {
     "sequence_len": "context.context",
     "target_modules": "adapter.targets",
     "torch_dtype": "model.dtype",
+    "train_turns": "data.train_on",
 }
 
 # What longfit called its settings before.

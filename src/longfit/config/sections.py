@@ -7,11 +7,13 @@ Defaults follow QLoRA (NF4 with double quantisation, adapters on all linear laye
 
 import re
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+COLUMN_NAMES = ("text", "messages", "prompt", "answer", "context", "system", "tools")  # what data.columns may name
 TOKEN_UNITS = {"": 1, "k": 1024, "m": 1024**2}
 BYTE_UNITS = {
     **{"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
@@ -137,14 +139,25 @@ class DataSection(Section):
     """Text or chats to train on: a file, a table (.jsonl .json .csv .parquet), a .zip, or a folder of them."""
     text_column: str | None = None
     """Column of tables that holds plain text; unset: recognised by its name."""
+    columns: dict[str, str] = {}
+    """Which columns hold what, such as {prompt: ask, answer: say}; names: text, messages, prompt, answer, context,
+    system, tools."""
     encoding: str | None = None
     """Encoding of text files; unset: UTF-8, or what a byte order mark says."""
+    normalise: Literal["none", "nfc"] = "none"
+    """nfc composes decomposed Unicode (NFD), which costs more tokens; none leaves the text as it is."""
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """Rows and files that cannot be used stop the run, or are skipped and listed in the ledger."""
     exclude: list[str] = []
     """File name patterns to leave out, such as ["*.log"]."""
     chat_template: str | None = None
-    """Template for chats: chatml or Jinja text; unset: the tokenizer's own."""
-    train_turns: Literal["all", "last"] = "all"
-    """Assistant turns of a chat that are trained on."""
+    """Template for chats: chatml, a file, or Jinja text; unset: the tokenizer's own. Saved with the adapter."""
+    template_drops: Literal["error", "allow"] = "error"
+    """What becomes of chats of which the template drops something: an error, or trained without it, and counted."""
+    train_on: Literal["all", "last", "marked"] = "all"
+    """Answers of a chat that are trained on: all but those their row says no to, the last, or those it says yes to."""
+    date: str | None = None
+    """Day that a template prints, as 2026-01-31; unset: the day the run begins."""
     long_chat: Literal["error", "split", "truncate_left", "truncate_right", "drop"] = "error"
     """What becomes of chats longer than the context; long texts are always split, and nothing of them is lost."""
     validation: str | None = None
@@ -153,6 +166,23 @@ class DataSection(Section):
     """Share of the documents held out for validation, chosen by train.seed."""
     validation_windows: int = Field(default=16, ge=1)
     """At most this many windows are evaluated each time."""
+
+    @model_validator(mode="after")
+    def _columns_are_known(self) -> "DataSection":
+        if unknown := [name for name in self.columns if name not in COLUMN_NAMES]:
+            text = "columns: unknown name {name}; allowed are {allowed}"
+            raise _contradiction(text, name=unknown[0], allowed=", ".join(COLUMN_NAMES))
+        if self.columns and self.text_column is not None:
+            raise _contradiction("columns and text_column exclude each other; drop one")
+        return self
+
+    @field_validator("date")
+    @classmethod
+    def _date_is_a_day(cls, value: str | None) -> str | None:
+        try:
+            return value if value is None else datetime.strptime(value, "%Y-%m-%d").strftime("%Y-%m-%d")
+        except ValueError:
+            raise PydanticCustomError("date", "must be a day such as 2026-01-31") from None
 
     @model_validator(mode="after")
     def _one_kind_of_validation(self) -> "DataSection":

@@ -37,18 +37,19 @@ class Given:
 
 
 def read_override(text: str) -> Given:
-    """Read ``section.key=value``; brackets make a list, ``null`` unsets, anything else is converted by its field."""
+    """Read ``section.key=value``; ``[...]`` is a list, ``{...}`` a map, ``null`` unsets, a field converts the rest."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"{text!r}: an override is written section.key=value, such as train.learning_rate=2e-4")
     value: object = raw
     if raw == "null":
         value = None
-    elif raw.startswith("["):
+    elif raw.startswith(("[", "{")) and not raw.startswith(("{{", "{%", "{#")):  # Jinja text is a text
         try:
             value = yaml.safe_load(raw)
         except yaml.YAMLError as error:
-            raise ConfigError(f"{text!r}: not a list; write {key}=[first, second]") from error
+            form = "a list; write {}=[first, second]" if raw[0] == "[" else "a map; write {}={{name: value}}"
+            raise ConfigError(f"{text!r}: not {form.format(key)}") from error
     return Given(key.strip(), value, "override")
 
 

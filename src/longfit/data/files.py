@@ -6,11 +6,11 @@ What this is not: it opens no file but the list of an archive, and does not know
 import difflib
 import fnmatch
 import os
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from longfit.data.containers import archive_kind, inner_name, list_members
 from longfit.errors import DataError
 
 TEXT_SUFFIXES = frozenset(
@@ -30,15 +30,29 @@ KIND_OF_SUFFIX = {
     ".tsv": "tsv",
     ".parquet": "parquet",
     ".arrow": "arrow",
-    ".zip": "zip",
+    ".pdf": "pdf",
+    ".docx": "docx",
+    ".pptx": "pptx",
+    ".epub": "epub",
+    ".ipynb": "ipynb",
 }
-CONVERT_FIRST = {
-    ".pdf": "pdftotext -layout FILE.pdf FILE.txt",
-    ".docx": "pandoc FILE.docx -o FILE.txt",
-    ".odt": "pandoc FILE.odt -o FILE.txt",
-    ".epub": "pandoc FILE.epub -o FILE.txt",
-    ".gz": "gunzip FILE.gz",
-    ".tar": "tar -xf FILE.tar",
+CONVERT_FIRST = {  # formats whose bytes are markup or machine code around the text: never trained on as they are
+    **{suffix: f"pandoc FILE{suffix} -o FILE.txt" for suffix in (".odt", ".rtf", ".fb2", ".docbook")},
+    **{
+        suffix: f"libreoffice --headless --convert-to txt FILE{suffix}"
+        for suffix in (".doc", ".ppt", ".odp", ".pages", ".wpd")
+    },
+    **{suffix: f"libreoffice --headless --convert-to csv FILE{suffix}" for suffix in (".xls", ".xlsx", ".ods")},
+    **{suffix: f"ebook-convert FILE{suffix} FILE.txt" for suffix in (".mobi", ".azw", ".azw3", ".lit")},
+    **{suffix: f"pandoc FILE{suffix} -o FILE.txt" for suffix in (".mht", ".mhtml", ".eml")},
+    ".svg": "inkscape FILE.svg --export-type=pdf",
+    ".ps": "ps2ascii FILE.ps FILE.txt",
+    ".eps": "ps2ascii FILE.eps FILE.txt",
+    ".djvu": "djvutxt FILE.djvu FILE.txt",
+    ".7z": "7z x FILE.7z",
+    ".rar": "unrar x FILE.rar",
+    ".lz4": "unlz4 FILE.lz4",
+    ".br": "brotli -d FILE.br",
 }
 SAVED_SET_METADATA = frozenset(
     {"dataset_info.json", "dataset_dict.json", "state.json"}
@@ -46,12 +60,12 @@ SAVED_SET_METADATA = frozenset(
 
 
 class FoundFile(NamedTuple):
-    """One file to read, on disk or in a zip archive."""
+    """One file to read, or one archive with the members of it that are read."""
 
-    path: Path  # of the file or of the archive
+    path: Path
     name: str  # relative to what the user named, as printed
-    kind: str  # a value of KIND_OF_SUFFIX
-    member: str | None = None  # of the archive
+    kind: str  # a value of KIND_OF_SUFFIX, or "archive"
+    members: tuple[tuple[str, str], ...] = ()  # of an archive: each name, and its kind
 
 
 Skipped = tuple[str, str]  # file, why it is not read
@@ -75,11 +89,17 @@ def find_files(path: Path, exclude: Sequence[str] = ()) -> tuple[list[FoundFile]
 
 
 def _single_file(path: Path, exclude: Sequence[str]) -> tuple[list[FoundFile], list[Skipped]]:
+    if archive_kind(path.name):
+        return _walk_archive(path, path.name, exclude)
     suffix = path.suffix.lower()
     if suffix in CONVERT_FIRST:
         raise DataError(f"{path}: {suffix} is not read; convert it first, for example: {CONVERT_FIRST[suffix]}")
-    kind = KIND_OF_SUFFIX.get(suffix, "text")
-    return _walk_archive(path, path.name, exclude) if kind == "zip" else ([FoundFile(path, path.name, kind)], [])
+    return [FoundFile(path, path.name, kind_of(path.name) or "text")], []
+
+
+def kind_of(name: str) -> str | None:
+    """What a file is read as, from its name without the ending of its compression; None where that is unknown."""
+    return KIND_OF_SUFFIX.get(Path(inner_name(name)).suffix.lower())
 
 
 def _walk_folder(root: Path, exclude: Sequence[str]) -> tuple[list[FoundFile], list[Skipped]]:
@@ -101,34 +121,27 @@ def _walk_folder(root: Path, exclude: Sequence[str]) -> tuple[list[FoundFile], l
                 reason = "broken link or special file"
             if reason is not None:
                 skipped.append((relative, reason))
-            elif (kind := KIND_OF_SUFFIX[file.suffix.lower()]) == "zip":
+            elif archive_kind(name):
                 inside, skipped_inside = _walk_archive(file, relative, exclude)
                 found += inside
                 skipped += skipped_inside
             else:
-                found.append(FoundFile(file, relative, kind))
+                found.append(FoundFile(file, relative, kind_of(name) or "text"))
     return sorted(found, key=lambda item: item.name.split("/")), sorted(skipped)
 
 
 def _walk_archive(path: Path, shown: str, exclude: Sequence[str]) -> tuple[list[FoundFile], list[Skipped]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-            members = sorted((entry.filename, entry.flag_bits & 1) for entry in entries)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path}: not a readable zip archive: {error}") from None
-    found: list[FoundFile] = []
+    members: list[tuple[str, str]] = []
     skipped: list[Skipped] = []
-    for member, encrypted in members:
-        reason = _why_skip(member, exclude) or ("encrypted" if encrypted else None)
-        kind = KIND_OF_SUFFIX.get(Path(member).suffix.lower(), "")
-        if reason is None and kind == "zip":
+    for member in list_members(path):
+        reason = _why_skip(member.name, exclude) or ("encrypted" if member.is_encrypted else None)
+        if reason is None and archive_kind(member.name):
             reason = "archive inside an archive"
         if reason is None:
-            found.append(FoundFile(path, f"{shown}!/{member}", kind, member))
+            members.append((member.name, kind_of(member.name) or "text"))
         else:
-            skipped.append((f"{shown}!/{member}", reason))
-    return found, skipped
+            skipped.append((f"{shown}!/{member.name}", reason))
+    return ([FoundFile(path, shown, "archive", tuple(members))] if members else []), sorted(skipped)
 
 
 def _why_skip(relative: str, exclude: Sequence[str]) -> str | None:
@@ -141,9 +154,9 @@ def _why_skip(relative: str, exclude: Sequence[str]) -> str | None:
         return "excluded"
     if parts[-1] in SAVED_SET_METADATA:
         return "metadata of a saved data set"
-    if suffix not in KIND_OF_SUFFIX:
-        return f"of unknown kind {suffix}" if suffix else "without extension"
-    return None
+    if archive_kind(relative) or kind_of(relative):
+        return None
+    return f"of unknown kind {suffix}" if suffix else "without extension"
 
 
 def _missing(path: Path) -> str:
@@ -157,7 +170,7 @@ def _missing(path: Path) -> str:
     close = difflib.get_close_matches(missing.name, [entry.name for entry in existing.iterdir()], n=3, cutoff=0.5)
     if close:
         return f"{message}; did you mean {' or '.join(str(existing / name) for name in close)}?"
-    return f"{message}; give a text file, a table (.jsonl .json .csv .parquet), a .zip or a folder of them"
+    return f"{message}; give a text file, a table (.jsonl .json .csv .parquet), an archive or a folder of them"
 
 
 def _nothing_readable(path: Path, skipped: Sequence[Skipped]) -> str:
@@ -166,6 +179,6 @@ def _nothing_readable(path: Path, skipped: Sequence[Skipped]) -> str:
         return f"{path}: the {kind} is empty; put text files or tables (.jsonl .json .csv .parquet) into it"
     examples = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
     convert = {CONVERT_FIRST[suffix] for name, _ in skipped if (suffix := Path(name).suffix.lower()) in CONVERT_FIRST}
-    readable = "readable: text, source code, .html, .jsonl, .json, .csv, .parquet, .zip"
+    readable = "readable: text, source code, .html, .pdf, .docx, .epub, .jsonl, .json, .csv, .parquet, archives of them"
     advice = f"convert first, for example: {min(convert)}" if convert else readable
     return f"{path}: nothing readable among {len(skipped):,} files of the {kind} ({examples}); {advice}"

@@ -12,7 +12,7 @@ counted from the packed pieces themselves, not from what the packing meant to do
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from longfit.data.packing import IGNORED, PackedDataset, document_lengths
 from longfit.data.sources import SourceReport
+from longfit.data.tokenizing import TokenizedSet, note_lines, unread_lines
 from longfit.errors import DataError
 
 if TYPE_CHECKING:
@@ -73,7 +74,13 @@ class Ledger:
     # windows
     num_windows: int
     slack_tokens: int  # places of the windows that no document fills, padded or not
+    # what rows say and nothing reads: counts by column, and by key of a message
+    unread_columns: dict[str, int] = field(default_factory=dict)
+    unread_keys: dict[str, int] = field(default_factory=dict)
+    num_bad_rows: int = 0  # left out, as data.bad_rows allowed
+    num_decomposed_words: int = 0
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # how the data were read, where that is a choice
     sample: tuple[Span, ...] = ()
 
     def __post_init__(self) -> None:
@@ -150,7 +157,18 @@ class Ledger:
         }
         sample = sample_spans(packed, tokenizer) if tokenizer is not None else ()
         lines = (report.warnings() if report else []) + _warnings(numbers)
-        return cls(**numbers, warnings=tuple(lines), sample=sample)
+        notes = report.notes() if report else []
+        if report is not None:
+            numbers["unread_columns"] = dict(report.unread)
+            numbers["num_bad_rows"] = len(report.bad_rows)
+            numbers["num_decomposed_words"] = report.num_decomposed
+        if isinstance(documents, TokenizedSet):
+            found = documents.notes
+            numbers["unread_keys"] = dict(found.unread)
+            numbers["num_bad_rows"] = numbers.get("num_bad_rows", 0) + len(documents.skipped)
+            lines += unread_lines(found, documents.skipped)
+            notes += note_lines(found)
+        return cls(**numbers, warnings=tuple(lines), notes=tuple(notes), sample=sample)
 
     def to_json(self) -> str:
         """Write the ledger as the text of ``ledger.json``."""
@@ -170,7 +188,7 @@ class Ledger:
         if not isinstance(values, dict) or set(values) != names:
             wrong = sorted(set(values) ^ names) if isinstance(values, dict) else type(values).__name__
             raise DataError(f"ledger: missing or unknown keys: {wrong}; was it written by another version?")
-        values["warnings"] = tuple(values["warnings"])
+        values["warnings"], values["notes"] = tuple(values["warnings"]), tuple(values["notes"])
         values["sample"] = tuple(Span(**span) for span in values["sample"])
         return cls(**values)
 
@@ -205,6 +223,7 @@ class Ledger:
             else f", {self.num_longer_than_native:,} beyond the native {self.native_context:,}"
         )
         lines.append(f"{self.num_longer_than_context:,} documents are longer than the context{native}")
+        lines += [f"note: {line}" for line in self.notes]
         return lines + [f"warning: {line}" for line in self.warnings]
 
 

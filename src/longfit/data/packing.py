@@ -1,4 +1,4 @@
-"""Documents become tokens, and tokens become windows of at most `context` tokens that a model is trained on.
+"""Tokens become windows of at most `context` tokens that a model is trained on.
 
 A *piece* is a run of one document's tokens; a *window* is a row of pieces. Position ids restart at 0 in every piece,
 which is how attention tells pieces apart (no piece sees another), and the first token of a piece is never a target,
@@ -11,147 +11,19 @@ pads. And the windows are descriptions: token ids stay where the tokenizer put t
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longfit.data.formats import TRAIN_TURNS, chat_template, encode_chat
-from longfit.data.sources import Document, listing
+from longfit.data.tokenizing import TokenizedDocument
 from longfit.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # label of a token that is not a target: what torch's cross_entropy ignores
 LONG_CHAT = ("error", "split", "truncate_left", "truncate_right", "drop")
-TOKENIZE_CHARS = (
-    4 << 20
-)  # texts are tokenised together up to this size: enough for every core, little beside the result
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TokenizedDocument:
-    """One document as tokens.
-
-    Plain text has no `trained` mask (every token is a target) and gets an end token when packed; a chat has both its
-    mask and, from its template, its end tokens.
-    """
-
-    name: str
-    input_ids: np.ndarray  # int32 [N]
-    trained: np.ndarray | None = None  # bool [N]
-    num_special: int = 0  # special tokens that were spelled out in the text itself
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether only some of the tokens are targets."""
-        return self.trained is not None
-
-
-def tokenize_documents(
-    documents: Iterable[Document],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    template: str | None = None,
-    train_turns: str = "all",
-    on_document: Callable[[int], None] | None = None,
-) -> list[TokenizedDocument]:
-    """Turn documents into tokens, 4 bytes each, reading one batch of texts at a time.
-
-    Text is given to the tokenizer as it is, so a model whose tokenizer begins texts with BOS gets it once per document.
-
-    Args:
-        documents: texts or chats.
-        template: for chats: None for the tokenizer's own, "chatml", or Jinja text.
-        train_turns: for chats: train on "all" assistant turns or only the "last".
-        on_document: called with the number of documents done, for progress.
-    Returns: one entry per document, in order.
-    Raises:
-        DataError: chats the template refuses or nothing of which is trained (all of them, by place); no answer in the
-            whole set ends with the tokenizer's EOS, so that the model would never learn to stop.
-        ConfigError: chats without a template.
-    """
-    if train_turns not in TRAIN_TURNS:
-        raise ConfigError(f"train_turns {train_turns!r}: allowed are {', '.join(TRAIN_TURNS)}")
-    tokenized: list[TokenizedDocument] = []
-    problems: list[str] = []
-    chosen: str | None = None
-    for batch in _batches(documents):
-        if batch[0].messages is None:
-            tokenized += _tokenize_texts(batch, tokenizer)
-        else:
-            chosen = chosen or chat_template(tokenizer, template)
-            try:
-                tokenized.append(_tokenize_chat(batch[0], tokenizer, template=chosen, train_turns=train_turns))
-            except DataError as error:
-                problems.append(f"{batch[0].name}: {error}")
-        if on_document is not None:
-            on_document(len(tokenized) + len(problems))
-    if problems:
-        raise DataError(listing(problems, "rows"))
-    _check_answers_stop(tokenized, tokenizer)
-    return tokenized
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Yield texts together, up to a size, and chats alone, in order."""
-    batch: list[Document] = []
-    num_chars = 0
-    for document in documents:
-        if batch and (document.is_chat or num_chars >= TOKENIZE_CHARS):
-            yield batch
-            batch, num_chars = [], 0
-        if document.is_chat:
-            yield [document]
-        else:
-            batch.append(document)
-            num_chars += document.num_chars()
-    if batch:
-        yield batch
-
-
-def _tokenize_texts(batch: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> list[TokenizedDocument]:
-    special = set(tokenizer.all_special_ids)
-    if tokenizer.unk_token_id != tokenizer.eos_token_id:
-        special.discard(tokenizer.unk_token_id)  # stands for characters the vocabulary lacks; nobody spelled it out
-    special_ids = np.asarray(sorted(special), dtype=np.int32)
-    encoded = tokenizer([document.text for document in batch], verbose=False)["input_ids"]
-    arrays = [np.asarray(ids, dtype=np.int32) for ids in encoded]
-    counts = [
-        int(np.isin(ids[1:-1], special_ids).sum()) for ids in arrays
-    ]  # the ends may be the tokenizer's BOS and EOS
-    return [
-        TokenizedDocument(document.name, ids, num_special=count)
-        for document, ids, count in zip(batch, arrays, counts, strict=True)
-    ]
-
-
-def _tokenize_chat(
-    document: Document, tokenizer: "PreTrainedTokenizerBase", *, template: str, train_turns: str
-) -> TokenizedDocument:
-    messages = document.messages or ()
-    chat = encode_chat(messages, tokenizer, template=template, train_turns=train_turns)
-    spelled = sum(message["content"].count(token) for message in messages for token in tokenizer.all_special_tokens)
-    return TokenizedDocument(document.name, chat.input_ids, chat.trained, num_special=spelled)
-
-
-def _check_answers_stop(tokenized: Sequence[TokenizedDocument], tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Refuse a set of chats in which the end token is never a target: a model trained on it never stops."""
-    chats = [document for document in tokenized if document.trained is not None]
-    eos = tokenizer.eos_token_id
-    if not chats or any((chat.input_ids[chat.trained] == eos).any() for chat in chats):
-        return
-    ending = tokenizer.decode(chats[0].input_ids[chats[0].trained][-4:].tolist())
-    raise DataError(
-        f"no answer ends with the end token {tokenizer.eos_token!r}, so the model would never learn to stop "
-        f"(answers end with {ending!r}); set tokenizer.eos_token to the token that ends a turn, "
-        "or set chat_template='chatml'"
-    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -290,7 +162,7 @@ def pack(
     if context < 2:
         raise ConfigError(f"context {context}: must be at least 2 tokens, one to read and one to predict")
     if long_chat not in LONG_CHAT:
-        raise ConfigError(f"long_chat {long_chat!r}: allowed are {', '.join(LONG_CHAT)}")
+        raise ConfigError(f"data.long_chat {long_chat!r}: allowed are {', '.join(LONG_CHAT)}")
     lengths = document_lengths(tokenized, eos_token_id=eos_token_id)
     _check_lengths(tokenized, lengths, context=context, split=split, long_chat=long_chat)
     runs: list[tuple[int, int, int]] = []
@@ -335,7 +207,7 @@ def _check_lengths(
         longest = int(long[lengths[long].argmax()])
         total, excess = int(lengths[long].sum()), int((lengths[long] - context).sum())
         choice = (
-            f"choose long_chat: split (nothing lost, but later parts do not see earlier ones), truncate_left or "
+            f"choose data.long_chat: split (nothing lost, but later parts do not see earlier ones), truncate_left or "
             f"truncate_right (cuts {excess:,} tokens; truncate_right cuts the ends of answers), "
             f"or drop (loses {total:,} tokens)"
             if chats

@@ -9,14 +9,16 @@ import codecs
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from html.parser import HTMLParser
+from itertools import chain
 from typing import Any, BinaryIO
 
 from longfit.errors import ConfigError, DataError
 
 Row = dict[str, Any]
-NumberedRow = tuple[int, Row]  # the line (row number in binary formats) it begins on, from 1; the row
+# The line (row number in binary formats) a row begins on, from 1; the row, or what is wrong with that one row.
+NumberedRow = tuple[int, Row | DataError]
 
 # Longest first: the UTF-32 mark begins with the bytes of the UTF-16 one.
 BYTE_ORDER_MARKS = (
@@ -27,6 +29,8 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 PARQUET_BATCH_ROWS = 64  # rows held at once: long documents are megabytes each
+WRAPPERS = ("data", "rows", "train", "validation", "test", "examples", "instances", "records", "items")
+DELIMITERS = (",", ";", "\t", "|")
 CSV_FIELD_CHARS = 2**31 - 1  # the csv module refuses fields above 131,072 characters unless told; a book is longer
 
 
@@ -44,20 +48,20 @@ def decode_text(data: bytes, *, encoding: str | None = None) -> str:
     chosen = encoding or next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
     if chosen in ("utf-8", "utf-8-sig") and (nul := data.find(0)) >= 0:
         raise DataError(
-            f"binary, not text: NUL byte at offset {nul:,}; leave the file out with exclude, "
-            "or name its encoding if it is text (for example encoding='utf-16-le')"
+            f"binary, not text: NUL byte at offset {nul:,}; leave the file out with data.exclude, "
+            "or name its encoding if it is text (such as data.encoding=utf-16-le)"
         )
     try:
         return data.decode(chosen)
     except LookupError:
         raise ConfigError(
-            f"encoding {encoding!r}: Python knows no such encoding; try utf-8, latin-1, cp1252 or utf-16"
+            f"data.encoding {encoding!r}: Python knows no such encoding; try utf-8, latin-1, cp1252 or utf-16"
         ) from None
     except UnicodeDecodeError as error:
         byte = f" (0x{data[error.start]:02x})" if error.start < len(data) else ""
         raise DataError(
             f"not {chosen} at byte offset {error.start:,}{byte}; save it as UTF-8 (iconv -f latin1 -t utf-8 OLD > "
-            "NEW), name its encoding (for example encoding='latin-1'), or leave it out with exclude"
+            "NEW), name its encoding (such as data.encoding=latin-1), or leave it out with data.exclude"
         ) from None
 
 
@@ -66,82 +70,37 @@ def read_text(stream: BinaryIO, *, encoding: str | None = None) -> str:
     return decode_text(stream.read(), encoding=encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_html(stream: BinaryIO, *, encoding: str | None = None) -> str:
-    """Read the visible text of a web page: no tags, scripts, styles; blocks on lines of their own, `<pre>` as is."""
-    extractor = _VisibleText()
-    extractor.feed(read_text(stream, encoding=encoding))
-    extractor.close()
-    return extractor.text()
-
-
-class _VisibleText(HTMLParser):
-    """Collect what a reader of the page would see."""
-
-    HIDDEN = frozenset({"script", "style", "template", "svg"})
-    BLOCKS = frozenset(
-        """address article aside blockquote br dd div dl dt figure footer form h1 h2 h3 h4 h5 h6 header hr li main nav
-        ol p pre section table title tr ul""".split()  # noqa: SIM905 (thirty lines otherwise)
-    )
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self._pieces: list[str] = []
-        self._hidden = 0
-        self._preformatted = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._hidden += tag in self.HIDDEN
-        self._preformatted += tag == "pre"
-        if tag in self.BLOCKS:
-            self._pieces.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden = max(0, self._hidden - (tag in self.HIDDEN))
-        self._preformatted = max(0, self._preformatted - (tag == "pre"))
-        if tag in self.BLOCKS:
-            self._pieces.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if self._hidden:
-            return
-        if self._preformatted:
-            self._pieces.append(data)
-            return
-        words = " ".join(data.split())
-        self._pieces.append(" " * data[:1].isspace() + words + " " * (bool(words) and data[-1:].isspace()))
-
-    def text(self) -> str:
-        """Join the pieces; at most one empty line in a row."""
-        lines: list[str] = []
-        for line in "".join(self._pieces).split("\n"):
-            line = line.rstrip() if line.strip() else ""
-            if line or (lines and lines[-1]):
-                lines.append(line)
-        return "\n".join(lines).strip("\n")
-
-
 def read_jsonl(stream: BinaryIO, *, encoding: str | None = None) -> Iterator[NumberedRow]:
     """Yield one row per non-empty line.
 
-    Raises: DataError: bad JSON, with line and column; a line that is not an object.
+    A line that is bad JSON or no object is yielded as the error it is, with line and column.
     """
+    decode = json.JSONDecoder(object_pairs_hook=_object).decode
     for number, line in enumerate(_decoded_lines(stream, encoding=encoding), start=1):
         if line.strip():
+            row: Row | DataError
             try:
-                row = json.loads(line)
+                row = decode(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"bad JSON at line {number} column {error.colno}: {error.msg}") from None
-            yield number, _as_row(row, number)
+                row = DataError(f"bad JSON at line {number} column {error.colno}: {error.msg}")
+            except (ValueError, RecursionError) as error:
+                row = DataError(f"line {number}: {_unreadable(error)}")
+            if not isinstance(row, dict | DataError):
+                row = DataError(f"line {number}: {_no_object(row)}")
+            yield number, row
 
 
 def read_json(stream: BinaryIO, *, encoding: str | None = None) -> Iterator[NumberedRow]:
-    """Yield the rows of a JSON file: a list of objects, or objects one after the other (a JSONL file called .json).
+    """Yield the rows of a JSON file.
 
-    Raises: DataError: bad JSON, with line and column; anything but objects; a lone object, which is not a table of
-        rows.
+    These are a list of objects; an object that holds the list under one of `WRAPPERS`; objects one after the other (a
+    JSONL file called .json); or one object, which is one row.
+
+    Raises: DataError: bad JSON, with line and column; anything but objects.
     """
     text = decode_text(stream.read(), encoding=encoding)
-    decoder, position, line = json.JSONDecoder(), _skip_space(text, 0), 1
+    decoder = json.JSONDecoder(object_pairs_hook=_object)
+    position, line = _skip_space(text, 0), 1
     in_list = text.startswith("[", position)
     expects_row = True
     position, rows = position + in_list, 0
@@ -166,36 +125,62 @@ def read_json(stream: BinaryIO, *, encoding: str | None = None) -> Iterator[Numb
             row, position = decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
             raise DataError(f"bad JSON at line {error.lineno} column {error.colno}: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"line {line}: {_unreadable(error)}") from None
         if not in_list and rows == 0 and _skip_space(text, position) == len(text):
-            raise DataError(
-                "a single JSON object, not rows; expected a list of objects or one object per line; "
-                "leave it out with exclude"
-            )
+            yield from _rows_inside(row, line)
+            return
         yield line, _as_row(row, line)
         line += text.count("\n", start, position)
         rows, expects_row = rows + 1, not in_list
 
 
-def read_csv(stream: BinaryIO, *, encoding: str | None = None, delimiter: str = ",") -> Iterator[NumberedRow]:
+def _rows_inside(value: object, line: int) -> Iterator[NumberedRow]:
+    """Yield the rows that a single JSON object holds, or the object as the one row it is."""
+    row = _as_row(value, line)
+    lists = [key for key in WRAPPERS if isinstance(row.get(key), list)]
+    if len(lists) > 1:
+        raise DataError(f"one object with several sets of rows, {', '.join(lists)}; write each into a file of its own")
+    if not lists:
+        yield line, row
+        return
+    for number, inner in enumerate(row[lists[0]], start=1):
+        yield number, _as_row(inner, number, what=f"{lists[0]}[{number - 1}]")
+
+
+def read_csv(stream: BinaryIO, *, encoding: str | None = None, delimiter: str | None = None) -> Iterator[NumberedRow]:
     """Yield the rows of a table with a header line; quoted fields may hold line breaks and be as long as a book.
 
-    Raises: DataError: bad quoting, or a row with more or fewer fields than the header.
+    A row with more or fewer fields than the header is yielded as the error it is.
+
+    Args:
+        delimiter: None takes a comma, or what else of `DELIMITERS` the header has where it has no comma.
+    Raises: DataError: bad quoting, or a column name twice.
     """
     csv.field_size_limit(CSV_FIELD_CHARS)
-    table = csv.reader(_decoded_lines(stream, encoding=encoding), delimiter=delimiter, strict=True)
+    lines = _decoded_lines(stream, encoding=encoding)
+    first = next(lines, "")
+    if delimiter is None:
+        delimiter = next((found for found in DELIMITERS if found in first), DELIMITERS[0])
+    table = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
         header = next(table, None)
         if header is None:
             return
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
+            raise DataError(f"line 1: the column {twice[0]!r} is there {header.count(twice[0])} times; rename one")
         first_line = table.line_num + 1
         for fields in table:
-            if fields:
-                if len(fields) != len(header):
-                    raise DataError(
+            if len(fields) == len(header):
+                yield first_line, dict(zip(header, fields, strict=True))
+            elif fields:
+                yield (
+                    first_line,
+                    DataError(
                         f"line {first_line}: {len(fields)} fields, but the header has {len(header)} "
                         f"({', '.join(header)}); quote fields that hold the delimiter or a line break"
-                    )
-                yield first_line, dict(zip(header, fields, strict=True))
+                    ),
+                )
             first_line = table.line_num + 1
     except csv.Error as error:
         raise DataError(f"bad CSV at line {table.line_num}: {error}") from None
@@ -235,8 +220,15 @@ def _numbered(batches: Iterable[Any]) -> Iterator[NumberedRow]:
     for batch in batches:
         for start in range(0, batch.num_rows, PARQUET_BATCH_ROWS):
             for row in batch.slice(start, PARQUET_BATCH_ROWS).to_pylist():
-                yield number, row
+                yield number, {key: _without_nulls(value) for key, value in row.items()}
                 number += 1
+
+
+def _without_nulls(value: Any) -> Any:
+    """Take out of nested objects what only the file's schema put there: one row's keys are null in all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _decoded_lines(stream: BinaryIO, *, encoding: str | None) -> Iterator[str]:
@@ -256,7 +248,7 @@ def _decoded_lines(stream: BinaryIO, *, encoding: str | None) -> Iterator[str]:
             rest = rest if rest >= 0 else _first_undecodable(line)
             raise DataError(
                 f"{problem} at byte offset {offset + rest:,}; save it as UTF-8, name its encoding "
-                "(for example encoding='latin-1'), or leave it out with exclude"
+                "(such as data.encoding=latin-1), or leave it out with data.exclude"
             ) from None
         offset += len(line)
         line = stream.readline()
@@ -270,12 +262,34 @@ def _first_undecodable(line: bytes) -> int:
     return 0
 
 
-def _as_row(value: object, line: int) -> Row:
+def _as_row(value: object, line: int, *, what: str | None = None) -> Row:
     if not isinstance(value, dict):
-        raise DataError(
-            f'line {line}: {type(value).__name__} where an object was expected; write each row as {{"text": "..."}}'
-        )
+        raise DataError(f"{what or f'line {line}'}: {_no_object(value)}")
     return value
+
+
+def _no_object(value: object) -> str:
+    return f'{type(value).__name__} where an object was expected; write each row as {{"text": "..."}}'
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    """Make an object of its keys and values, of which JSON's own reader would silently keep the last of two."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise DataError(f"the key {twice!r} is there twice in one object; remove one")
+    return made
+
+
+def _unreadable(error: ValueError | RecursionError) -> str:
+    """Say why Python's JSON reader gives up on JSON that is well formed."""
+    if isinstance(error, DataError):
+        return str(error)
+    if isinstance(error, RecursionError):
+        return (
+            "lists or objects are nested too deeply to be read; flatten the column, or exclude the file (data.exclude)"
+        )
+    return "a number has too many digits to be read; write it as a text, or leave the column out"
 
 
 def _skip_space(text: str, position: int) -> int:

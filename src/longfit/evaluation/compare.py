@@ -30,8 +30,6 @@ import torch
 from torch import Tensor
 
 from longfit.config import RunConfig
-from longfit.data.packing import tokenize_documents
-from longfit.data.sources import read_documents
 from longfit.errors import ConfigError, DataError, RunError
 from longfit.evaluation.passkey import PasskeyResult, passkey
 from longfit.evaluation.passkey_prompts import shortest_prompt
@@ -40,7 +38,7 @@ from longfit.evaluation.tokens import encode
 from longfit.model.save import load_adapter
 from longfit.training import run_directory
 from longfit.training.checkpoint import list_checkpoints
-from longfit.training.prepare import extend, load_base, native_context, read_data
+from longfit.training.prepare import extend, load_base, native_context, read_data, read_path, tokenize
 
 OnProgress = Callable[[int, int], Any]
 Progress = Callable[[str], AbstractContextManager[OnProgress | None]]
@@ -275,7 +273,7 @@ def read_text(config: RunConfig, tokenizer: Any, data: str | None) -> Text:
     Raises: DataError: it cannot be read.
     """
     if data is not None:
-        documents, name, held_out = read_documents(data), data, False
+        documents, name, held_out = read_path(data, config.data), data, False
     else:
         _, validation = read_data(config) if config.data.validation or config.data.validation_fraction else (None, None)
         if validation is None:
@@ -284,7 +282,7 @@ def read_text(config: RunConfig, tokenizer: Any, data: str | None) -> Text:
         documents, held_out = validation, True
         share = f"{config.data.validation_fraction:.0%} of {config.data.path}"
         name = config.data.validation or share
-    tokenized = tokenize_documents(documents, tokenizer, template=config.data.chat_template)
+    tokenized = tokenize(documents, tokenizer, config.data)
     return Text(tuple(torch.from_numpy(found.input_ids.astype("int64")) for found in tokenized), name, held_out)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longfit.data.encoding import encode_prompt
+from longfit.data.template import choose_template
 from longfit.engine.hf_model import base_model
 from longfit.errors import ConfigError, ContextError
 from longfit.evaluation.reader import Reader
@@ -110,9 +112,8 @@ class Conversation:
         for asked, answer in [*self.turns, (question, "")]:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
         messages[0]["content"] = document + messages[0]["content"]
-        text = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids  # the template wrote them
-        return torch.tensor(ids, dtype=torch.int64)
+        ids = encode_prompt(messages[:-1], self.tokenizer, template=choose_template(self.tokenizer))
+        return torch.from_numpy(ids.astype("int64"))
 
     def ask(
         self,

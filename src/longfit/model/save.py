@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from longfit.errors import ModelError
 from longfit.model.adapters import register_layers
@@ -33,8 +33,22 @@ def save_adapter(model: PeftModel, tokenizer: Any, path: str | os.PathLike[str])
     folder = Path(path)
     model.save_pretrained(str(folder), save_embedding_layers=False)  # those trained are in modules_to_save
     tokenizer.save_pretrained(str(folder))
-    plain_config(model.get_base_model().config).save_pretrained(str(folder))
+    base = model.get_base_model()
+    plain_config(base.config).save_pretrained(str(folder))
+    generation = base.generation_config
+    if generation is not None:  # where answers end; how they are drawn is for who asks
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        GenerationConfig(**{name: getattr(generation, name) for name in names}).save_pretrained(str(folder))
     return folder
+
+
+def restore_chat(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> None:
+    """Give a base model and its tokenizer what an adapter was trained with: chat template, tokens that end answers."""
+    template, generation = Path(path) / "chat_template.jinja", Path(path) / "generation_config.json"
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if generation.is_file() and model.generation_config is not None:
+        model.generation_config.eos_token_id = GenerationConfig.from_pretrained(str(path)).eos_token_id
 
 
 def load_adapter(model: Any, path: str | os.PathLike[str], *, trainable: bool = False) -> PeftModel:

@@ -5,15 +5,20 @@ share these steps, so that what is shown and measured is what was trained.
 """
 
 import tempfile
+from collections.abc import Collection
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from longfit.config import RunConfig
+from longfit.config.sections import DataSection
 from longfit.data.ledger import Ledger
-from longfit.data.packing import PackedDataset, pack, tokenize_documents
+from longfit.data.packing import PackedDataset, pack
 from longfit.data.sources import Documents, read_documents, split_documents
+from longfit.data.tokenizing import TokenizedSet, tokenize_documents
 from longfit.engine.hf_model import base_model
 from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weights
 from longfit.errors import ConfigError
@@ -23,7 +28,7 @@ from longfit.model.adapters import add_adapters
 from longfit.model.context import ContextReport, extend_context
 from longfit.model.fused import fuse
 from longfit.model.load import auto_dtype, load, read_config, read_tokenizer
-from longfit.model.save import load_adapter
+from longfit.model.save import load_adapter, restore_chat
 from longfit.training import run_directory
 from longfit.training.metrics import Event, OnEvent
 from longfit.words import format_bytes
@@ -32,22 +37,65 @@ from longfit.words import format_bytes
 def read_data(config: RunConfig) -> tuple[Documents, Documents | None]:
     """Read the training documents and, if there are any, those held out."""
     data = config.data
-
-    def read(path: str) -> Documents:
-        return read_documents(path, text_column=data.text_column, encoding=data.encoding, exclude=data.exclude)
-
-    documents = read(data.path)
+    documents = read_path(data.path, data)
     if data.validation is not None:
-        return documents, read(data.validation)
+        return documents, read_path(data.validation, data)
     if not data.validation_fraction:
         return documents, None
     return split_documents(documents, validation_fraction=data.validation_fraction, seed=config.train.seed)
 
 
+def read_path(path: str, data: DataSection) -> Documents:
+    """Read the documents under a path as a run reads its own."""
+    return read_documents(
+        path,
+        text_column=data.text_column,
+        columns=data.columns,
+        encoding=data.encoding,
+        exclude=data.exclude,
+        normalise=data.normalise,
+        bad_rows=data.bad_rows,
+    )
+
+
+def tokenize(
+    documents: Documents, tokenizer: Any, data: DataSection, *, stop_ids: Collection[int] = ()
+) -> TokenizedSet:
+    """Tokenise documents as a run tokenises its own."""
+    return tokenize_documents(
+        documents,
+        tokenizer,
+        template=data.chat_template,
+        train_on=data.train_on,
+        template_drops=data.template_drops,
+        bad_rows=data.bad_rows,
+        date=data.date,
+        stop_ids=stop_ids,
+    )
+
+
+def stop_ids(name: str) -> tuple[int, ...]:
+    """The tokens at which a base model's own settings stop generation; none where it has no such settings."""
+    if gguf.is_gguf(Path(name)):
+        return ()
+    try:
+        found = GenerationConfig.from_pretrained(name).eos_token_id
+    except (OSError, ValueError):  # the file is optional
+        return ()
+    return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
+
+
+def resolve_date(config: RunConfig, documents: Documents) -> RunConfig:
+    """Hold the day that chat templates may print, so that a run that goes on later sees the same tokens."""
+    if not documents.is_chat or config.data.date is not None:
+        return config
+    return config.replace({"data.date": f"{date.today()}"}, origin="auto: the day the run began")
+
+
 def pack_documents(documents: Documents, tokenizer: Any, config: RunConfig) -> PackedDataset:
     data, context = config.data, config.context.context
     assert context is not None, "resolved"
-    tokenized = tokenize_documents(documents, tokenizer, template=data.chat_template, train_turns=data.train_turns)
+    tokenized = tokenize(documents, tokenizer, data, stop_ids=stop_ids(config.model.name))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return pack(
         tokenized,
@@ -57,6 +105,23 @@ def pack_documents(documents: Documents, tokenizer: Any, config: RunConfig) -> P
         pad_token_id=None if config.train.batch_size == 1 else padding or 0,  # windows of a batch must stack
         seed=config.train.seed,
     )
+
+
+def remember_chat(model: Any, tokenizer: Any, windows: PackedDataset) -> None:
+    """Give the tokenizer the template that chats were trained with, and the model the tokens that end its answers.
+
+    Both are saved with the adapter, so whoever uses it asks as it was trained, and stops where it was taught to.
+    """
+    found = windows.documents
+    if not isinstance(found, TokenizedSet) or found.template is None:
+        return
+    tokenizer.chat_template = found.template.source
+    ends = {int(token) for token in tokenizer.convert_tokens_to_ids(sorted(found.notes.ends))}
+    generation = base_model(model).generation_config
+    if generation is not None:
+        known = generation.eos_token_id
+        known = known if isinstance(known, list) else [] if known is None else [known]
+        generation.eos_token_id = [*known, *sorted(ends - set(known))]
 
 
 def load_base(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
@@ -180,6 +245,7 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
     name = config.model.name
     on_event(Event("phase", f"reading {config.data.path}"))
     documents, _ = read_data(config)
+    config = resolve_date(config, documents)
     if gguf.is_gguf(Path(name)):
         model_config, tokenizer = gguf.read_config(Path(name)), gguf.read_tokenizer(Path(name))
     else:
@@ -210,6 +276,7 @@ def open_run(run_dir: str | Path, *, device: torch.device | str | None = None) -
         config = config.replace({"model.dtype": "float32"}, origin="auto: fast on this processor")
     model, tokenizer = load_base(config, device)
     extend(model, tokenizer, config)
+    restore_chat(model, tokenizer, adapter)
     return load_adapter(model, adapter).eval(), tokenizer, config
 
 
@@ -227,15 +294,21 @@ def _device(device: torch.device | str | None) -> torch.device:
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def read_token_ids(path: str, tokenizer: Any, *, max_tokens: int | None = None) -> list[torch.Tensor]:
+def read_token_ids(
+    path: str, tokenizer: Any, *, data: DataSection | None = None, max_tokens: int | None = None
+) -> list[torch.Tensor]:
     """Read the documents under a path as tokens, for measuring.
 
+    Args:
+        data: how a run reads its data; None for the defaults. The chat template is the tokenizer's in any case, which
+            for a run is the one that it was trained with.
     Returns: int64 ``[N]`` for each document, together at most ``max_tokens``.
     Raises: DataError: nothing readable.
     """
     left = max_tokens
     rows = []
-    for document in tokenize_documents(read_documents(path), tokenizer):
+    data = (data or DataSection(path=path)).model_copy(update={"chat_template": None})
+    for document in tokenize(read_path(path, data), tokenizer, data):
         row = torch.from_numpy(document.input_ids[:left].astype("int64"))
         left = None if left is None else left - len(row)
         if len(row):

@@ -21,6 +21,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from longfit.config import RunConfig, load_config
 from longfit.data.ledger import Ledger
 from longfit.data.sources import Documents, FileSource
@@ -174,10 +176,14 @@ def data_digest(**parts: Documents | None) -> dict[str, dict[str, str]]:
     digests: dict[str, dict[str, str]] = {}
     for part, documents in parts.items():
         hashes: dict[str, Any] = {}
-        for entry in documents.entries if documents is not None else ():
-            source = documents.sources[entry.source] if documents is not None else None
+        if documents is None:
+            digests[part] = {}
+            continue
+        for index in np.unique(documents.source).tolist():
+            source = documents.sources[index]
             name = source.name if isinstance(source, FileSource) else "memory"
-            hashes.setdefault(name, blake2b(digest_size=16)).update(entry.fingerprint)
+            of_source = np.ascontiguousarray(documents.digests[documents.source == index])
+            hashes.setdefault(name, blake2b(digest_size=16)).update(of_source.tobytes())
         digests[part] = {name: state.hexdigest() for name, state in hashes.items()}
     return digests
 

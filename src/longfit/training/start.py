@@ -39,6 +39,8 @@ from longfit.training.prepare import (
     native_context,
     pack_documents,
     read_data,
+    remember_chat,
+    resolve_date,
     resolve_dtype,
     stream_frozen,
     sweep_with_less,
@@ -147,6 +149,7 @@ def _start(
         notify(Event("phase", str(layout)))
     notify(Event("phase", f"reading {config.data.path}"))
     documents, held_out = read_data(config)
+    config = resolve_date(config, documents)
     digest = run_directory.data_digest(training=documents, validation=held_out)
     require_agreement({**versions(), **_settings(config), **_data(digest)})
     if resume:
@@ -170,6 +173,7 @@ def _start(
     notify(Event("phase", "packing the text into windows"))
     windows = pack_documents(documents, tokenizer, config)
     validation = pack_documents(held_out, tokenizer, config) if held_out is not None else None
+    remember_chat(model, tokenizer, windows)
     ledger = Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
     config = config.resolve_steps(num_windows=len(windows), num_processes=layout.data)
 
@@ -208,6 +212,8 @@ def _start(
     if plan is not None and accelerator.is_main_process:
         run_directory.write_text(run_dir / "plan.json", memory_check.plan_json(plan))
     scaling = loss_scale.describe(state.loss_scale, on_card=config.origin("model.dtype").startswith("auto"))
+    for line in ledger.notes:
+        notify(Event("phase", f"note: {line}"))
     for line in (*ledger.warnings, *report.warnings, *([scaling] if scaling else [])):
         notify(Event("warning", line))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -1,0 +1,194 @@
+"""A row of a table becomes a text or a chat: known by its columns, or by the column map that the user gives.
+
+| columns of the row                                                              | known from              | becomes |
+|---------------------------------------------------------------------------------|-------------------------|---------|
+| `messages` (or its JSON)                                                        | OpenAI, TRL, Axolotl    | chat    |
+| `conversations`, `conversation`, `dialog`, `dialogue`                           | ShareGPT, LLaMA-Factory | chat    |
+| `instruction` and an answer column (`input`, `context`, `history`)              | Alpaca, LongAlpaca, Dolly | chat  |
+| `prompt` and an answer column                                                   | OpenAI, TRL             | chat    |
+| `question`, `query` or `problem` and an answer column (`context`)               | question sets           | chat    |
+| `input` and an answer column                                                    | T5-like sets            | chat    |
+| `text`                                                                          | everyone                | text    |
+
+The first line that fits wins; answer columns are `ANSWERS`, the first that is there. `system` beside any of them is the
+system turn, `tools` or `functions` the tool schemas. Columns that nothing reads are named in `Content.unread`.
+LongLoRA's supervised set (LongAlpaca) puts a whole document into `instruction`; nothing special is needed for it.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from longfit.data.messages import Chat, read_chat
+from longfit.errors import ConfigError, DataError
+
+Row = dict[str, Any]
+Turn = dict[str, Any]
+
+TURN_LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "input")
+ANSWERS = ("output", "completion", "response", "answer", "solution")
+TOOLS = ("tools", "functions")
+MAPPED = ("text", "messages", "prompt", "answer", "context", "system", "tools")  # what a column map may name
+NAMES = {  # of the layouts, as errors call them
+    "messages": "messages",
+    "instruction": "alpaca",
+    "prompt": "prompt-completion",
+    "question": "question-answer",
+    "query": "question-answer",
+    "problem": "question-answer",
+    "input": "input-output",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One way to write a row, and which of its columns are read."""
+
+    name: str
+    reads: tuple[str, ...]
+    turns: Callable[[Row], list[Any]] | None  # None: plain text in the first column read
+    columns: Mapping[str, str] | None = None  # our name -> the file's name
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a row holds, and the columns that say something nobody reads."""
+
+    text: str | None
+    chat: Chat | None
+    unread: tuple[str, ...] = ()
+
+
+def recognise(
+    keys: Collection[str], *, text_column: str | None = None, columns: Mapping[str, str] | None = None
+) -> Layout:
+    """Tell the layout of a row from its columns.
+
+    Args:
+        keys: the row's columns.
+        text_column: take this column as plain text, whatever else the row holds.
+        columns: a map from `MAPPED` names to the row's columns.
+    Raises: DataError: no layout fits, or a named column is missing. ConfigError: the map names something unknown.
+    """
+    if text_column is not None:
+        columns = {"text": text_column}
+    if columns:
+        return _mapped(keys, columns)
+    for key in TURN_LISTS:
+        if key in keys:
+            name = "messages" if key == "messages" else "sharegpt"
+            return Layout(name, (key, "system", *TOOLS), partial(_listed_turns, key=key))
+    answer = next((key for key in ANSWERS if key in keys), None)
+    for key in QUESTIONS:
+        if key in keys and answer is not None:
+            beside = ("context", "input") if key == "instruction" else ("context",)
+            reads = (key, answer, "system", "history", *beside, *TOOLS)
+            return Layout(NAMES[key], reads, partial(_pair_turns, question=key, answer=answer))
+    if "text" in keys:
+        return Layout("text", ("text",), None)
+    known = " | ".join([TURN_LISTS[0], TURN_LISTS[1], *(f"{key}+ANSWER" for key in QUESTIONS), "text"])
+    raise DataError(
+        f"columns {_listed(keys)} are not recognised; known: {known}, where ANSWER is {' or '.join(ANSWERS)}. Name "
+        "yours with a column map, such as data.columns='{prompt: COLUMN, answer: COLUMN}', or data.text_column=COLUMN"
+    )
+
+
+def read_row(row: Row, layout: Layout) -> Content:
+    """Take the text or the checked chat out of a row. An empty or missing text is the empty string.
+
+    Raises: DataError: a value of the wrong type, or a chat that cannot be trained on (see `read_chat`).
+    """
+    renamed = row
+    if layout.columns:
+        renamed = {ours: row[theirs] for ours, theirs in layout.columns.items()}
+        read = frozenset(layout.columns.values())
+    else:
+        read = frozenset(layout.reads)
+    unread = tuple(key for key, value in row.items() if key not in read and value not in (None, "", [], {}))
+    if layout.turns is None:
+        value = renamed[layout.reads[0]]
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"column {layout.reads[0]!r} holds {type(value).__name__}, not text")
+        return Content(value or "", None, unread)
+    tools = next((renamed[key] for key in TOOLS if renamed.get(key)), None)
+    return Content(None, read_chat(_with_system(renamed, layout.turns(renamed)), tools=tools), unread)
+
+
+def _mapped(keys: Collection[str], columns: Mapping[str, str]) -> Layout:
+    if unknown := [name for name in columns if name not in MAPPED]:
+        raise ConfigError(f"data.columns: unknown name {unknown[0]!r}; allowed are {', '.join(MAPPED)}")
+    for name, column in columns.items():
+        if column not in keys:
+            setting = f"text_column {column!r}" if name == "text" else f"data.columns: {name}: {column!r}"
+            raise DataError(f"{setting} is not among the columns {_listed(keys)}")
+    reads = tuple(columns)
+    if "text" in columns:
+        return Layout("text", ("text",), None, columns)
+    if "messages" in columns:
+        return Layout("messages", reads, partial(_listed_turns, key="messages"), columns)
+    if "prompt" in columns and "answer" in columns:
+        return Layout("prompt-completion", reads, partial(_pair_turns, question="prompt", answer="answer"), columns)
+    raise ConfigError("data.columns: name the text, the messages, or prompt and answer")
+
+
+def _listed_turns(row: Row, key: str) -> list[Any]:
+    value = row[key]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            raise DataError(f"column {key!r} holds str; expected a list of turns, or its JSON") from None
+    if not isinstance(value, (list, tuple)) or not value:
+        held = "an empty list" if value == [] else type(value).__name__
+        raise DataError(f"column {key!r} holds {held}; expected a list of turns")
+    return list(value)
+
+
+def _pair_turns(row: Row, question: str, answer: str) -> list[Any]:
+    """Turns of a question and its answer; either may be a list of turns itself."""
+    history = row.get("history") or []
+    turns: list[Any] = []
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise DataError(f"history holds {pair!r:.40}; expected pairs of a question and its answer")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    asked, said = row[question], row[answer]
+    if isinstance(asked, (list, tuple)):
+        turns += asked
+    else:
+        before = row.get("context") if question != "instruction" else None
+        after = [row.get("context"), row.get("input")] if question == "instruction" else []
+        parts = [before, asked, *after]
+        for name, part in zip(("context", question, "context", "input"), parts, strict=False):
+            if part is not None and not isinstance(part, str):
+                raise DataError(f"column {name!r} holds {type(part).__name__}, not text")
+        turns.append({"role": "user", "content": "\n\n".join(part for part in parts if part)})
+    if isinstance(said, (list, tuple)):
+        turns += said
+    elif said is not None and not isinstance(said, str):
+        raise DataError(f"column {answer!r} holds {type(said).__name__}, not text")
+    else:
+        turns.append({"role": "assistant", "content": said})
+    return turns
+
+
+def _with_system(row: Row, turns: list[Any]) -> list[Any]:
+    """Put a `system` column before the turns."""
+    system = row.get("system")
+    if not system:
+        return turns
+    if not isinstance(system, str):
+        raise DataError(f"column 'system' holds {type(system).__name__}, not text")
+    first = turns[0] if isinstance(turns[0], dict) else {}
+    if first.get("role", first.get("from")) == "system":
+        if first.get("content", first.get("value")) == system:
+            return turns
+        raise DataError("a system column and another system turn; keep one of them")
+    return [{"role": "system", "content": system}, *turns]
+
+
+def _listed(keys: Collection[str]) -> str:
+    return ", ".join(repr(key) for key in keys) or "(none)"
