@@ -180,6 +180,9 @@ def test_what_cannot_be_merged_is_named(run: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "LOHA"}))
     with pytest.raises(ExportError, match="peft_type='LOHA': longfit merges LoRA"):
         merge(tmp_path / "adapter", tmp_path / "merged")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": "pissa"}))
+    with pytest.raises(ExportError, match=r"init_lora_weights='pissa' .the base that it changed is in no file"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
     with pytest.raises(ExportError, match="neither a run"):
         merge(tmp_path, tmp_path / "merged")
     with pytest.raises(LongfitError, match=r"no checkpoint 'step-9'; there are last, step-000004"):

@@ -40,6 +40,16 @@ def test_every_linear_layer_but_the_head_is_adapted(folder: Path, quant: str) ->
     assert {adapted.get_parameter(name).dtype for name in trained} == {torch.float32}
 
 
+def test_a_stabilised_scaling_divides_by_the_root_of_the_rank(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(folder, quant="nf4")
+    adapted = add_adapters(model, rank=16, alpha=8, rank_stabilised=True, targets=["q_proj"])
+    save_adapter(adapted, tokenizer, tmp_path)
+    again = load_adapter(load(folder, quant="nf4")[0], tmp_path)
+    for each in (adapted, again):
+        scalings = {module.scaling["default"] for module in each.modules() if isinstance(module, QLoRALinear)}
+        assert scalings == {8 / 4}
+
+
 def test_only_the_targets_asked_for_are_adapted(folder: Path) -> None:
     model, _ = load(folder, quant="nf4")
     report = adapter_report(add_adapters(model, targets=["q_proj", "v_proj"]))

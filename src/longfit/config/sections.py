@@ -124,6 +124,8 @@ class AdapterSection(Section):
     """Rank of the low-rank update; alpha / rank scales it."""
     alpha: float = Field(default=32.0, gt=0)
     """Numerator of the scaling alpha / rank."""
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA): large ranks learn as fast as small ones; lower alpha with it."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the input of the adapters, while training."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"

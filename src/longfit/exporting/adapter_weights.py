@@ -89,6 +89,9 @@ class AdapterWeights:
             for key in ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens")
             if settings.get(key)
         ]
+        start = settings.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            odd.append(f"init_lora_weights={start!r} (the base that it changed is in no file)")
         if settings.get("peft_type") != "LORA":
             odd.insert(0, f"peft_type={settings.get('peft_type')!r}")
         if odd:

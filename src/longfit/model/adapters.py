@@ -45,6 +45,7 @@ def add_adapters(
     *,
     rank: int = 16,
     alpha: float = 32,
+    rank_stabilised: bool = False,
     dropout: float = 0.0,
     targets: str | list[str] = "all-linear",
     train_embeddings: bool = False,
@@ -57,6 +58,8 @@ def add_adapters(
     Args:
         rank: R; columns of A and rows of B.
         alpha: the adapter's output is scaled by ``alpha / rank``.
+        rank_stabilised: scale by ``alpha / sqrt(rank)`` instead, so that large ranks learn as fast as small ones
+            (Kalajdzievski, 2023: rsLoRA).
         dropout: probability, on the adapter's input only.
         targets: ``"all-linear"`` (all but the output head) or the last parts of layer names.
         train_embeddings: train the token embeddings whole; a tied output head follows them.
@@ -77,6 +80,7 @@ def add_adapters(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
+        use_rslora=rank_stabilised,
         lora_dropout=dropout,
         target_modules=targets,
         modules_to_save=trained_whole or None,

@@ -176,6 +176,7 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
         model,
         rank=adapter.rank,
         alpha=adapter.alpha,
+        rank_stabilised=adapter.rank_stabilised,
         dropout=adapter.dropout,
         targets=adapter.targets,
         train_embeddings=adapter.train_embeddings,
