@@ -1,8 +1,9 @@
-"""What the doctor advises on the allocator of a card, and says of fused kernels."""
+"""What the doctor advises on the allocator of a card, and which backend it says each operation has."""
 
 import pytest
 
 from longfit.cli.doctor import allocator_advice, inspect_machine
+from longfit.kernels.dispatch import CALLS, TABLE, use_backend
 
 
 @pytest.mark.parametrize("settings", ["expandable_segments:True", "backend:native, expandable_segments: true"])
@@ -22,9 +23,16 @@ def test_advice_keeps_what_is_set(settings: str | None, line: str) -> None:
     assert (allocator_advice(settings) or "").startswith(line)
 
 
-def test_it_says_which_fused_kernels_a_card_would_get(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("longfit.model.fused.find_spec", lambda name: None)
-    assert inspect_machine()["fused"] == "liger-kernel is not installed: pip install 'longfit[cuda]'"
-    monkeypatch.setattr("longfit.model.fused.find_spec", lambda name: name)
-    monkeypatch.setattr("longfit.cli.doctor.package_version", lambda name: f"{name} 1.2")
-    assert inspect_machine()["fused"] == "liger-kernel liger-kernel 1.2"
+def test_every_operation_is_told_for_every_dtype_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("longfit.kernels.elementwise.find_spec", lambda name: None)
+    rows = inspect_machine()["kernels"]
+    assert {row["op"] for row in rows} == TABLE.keys()
+    assert all(row["reason"] and row["backend"] in TABLE[row["op"]] for row in rows)
+    for op in CALLS:
+        told = sorted(dtype for row in rows if row["op"] == op and row["device"] == "cpu" for dtype in row["dtypes"])
+        assert told == ["bfloat16", "float16", "float32"]
+    rotary = next(row for row in rows if row["op"] == "rotary")
+    assert "not liger: liger-kernel is not installed: pip install 'longfit[cuda]'" in rotary["reason"]
+    with use_backend("reference"):
+        forced = inspect_machine()["kernels"]
+    assert {(row["backend"], row["reason"]) for row in forced} == {("reference", "forced by use_backend")}

@@ -40,7 +40,7 @@ def weight_in_rows(out_features: int = 40, in_features: int = 192) -> tuple[Tens
 
 def test_every_operation_names_its_backend_and_why() -> None:
     chosen = backends()
-    assert chosen.keys() == dispatch.TABLE.keys()
+    assert tuple(chosen) == dispatch.KERNELS
     for choice in chosen.values():
         assert choice.backend in ("cpu", "reference")
         assert choice.reason
@@ -65,7 +65,7 @@ def test_triton_needs_a_card_that_it_compiles_for(monkeypatch: pytest.MonkeyPatc
     assert "triton is missing" in backends("cuda")["linear_4bit"].reason
 
 
-@pytest.mark.parametrize("op", dispatch.TABLE)
+@pytest.mark.parametrize("op", dispatch.KERNELS)
 def test_every_file_has_its_operation(op: str) -> None:
     pytest.importorskip("triton", reason="the package triton is missing; it comes with the dev extra on Linux")
     for backend in dispatch.TABLE[op]:
@@ -89,8 +89,8 @@ class TestUseBackend:
     def test_block_restores_what_was_forced_before(self) -> None:
         use_backend("reference")
         with use_backend(None):
-            assert dispatch.dispatcher().forced is None
-        assert dispatch.dispatcher().forced == "reference"
+            assert dispatch.dispatcher().forced_for("linear_4bit") is None
+        assert dispatch.dispatcher().forced_for("linear_4bit") == "reference"
         assert {choice.backend for choice in backends().values()} == {"reference"}
 
     def test_forced_backend_that_is_missing(self, no_library: None) -> None:
@@ -100,7 +100,21 @@ class TestUseBackend:
             use_backend("triton")
         with pytest.raises(BackendError, match="'cuda'; allowed: reference, cpu, triton"):
             use_backend("cuda")
-        assert dispatch.dispatcher().forced is None
+        with pytest.raises(BackendError, match="'triton'; allowed: flash, efficient, cpu, aten, reference"):
+            use_backend("triton", op="attention")
+        with pytest.raises(BackendError, match="op: got 'softmax'; allowed: quantize_4bit"):
+            use_backend("reference", op="softmax")
+        assert dispatch.dispatcher().forced == dispatch.Rule()
+
+    def test_one_operation_alone(self) -> None:
+        with use_backend("reference", op="attention"):
+            assert dispatch.dispatcher().forced_for("attention") == "reference"
+            assert dispatch.dispatcher().forced_for("linear_4bit") is None
+            with use_backend("aten"), use_backend(None, op="attention"):
+                assert dispatch.dispatcher().forced_for("attention") == "aten"  # the one for all that have it
+                assert dispatch.dispatcher().forced_for("linear_4bit") is None
+            assert dispatch.dispatcher().forced_for("attention") == "reference"
+        assert dispatch.dispatcher().forced_for("attention") is None
 
     def test_forced_backend_on_a_device_it_does_not_serve(self, isa: str) -> None:
         with use_backend("cpu"), pytest.raises(BackendError, match="it serves cpu, the tensors are on cuda"):

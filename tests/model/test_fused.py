@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from longfit.attention.hf_attention import attention_key
 from longfit.engine.hf_model import base_model
 from longfit.engine.loss.training_loss import training_loss
+from longfit.engine.sweep.fused_modules import fused_rotary
 from longfit.engine.sweep.install import enable_sweep
 from longfit.errors import BackendError
+from longfit.kernels import elementwise
 from longfit.layers.linear4bit import Linear4bit
 from longfit.model import fused
 from longfit.model.adapters import add_adapters
@@ -37,7 +39,7 @@ def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         pytest.skip("Triton compiles where there is a card, and interprets elsewhere")
     if request.param == "interpreter":
         _teach_interpreter(monkeypatch)
-        monkeypatch.setattr(fused, "not_on_card", lambda device: None)
+        monkeypatch.setattr(fused, "liger_unavailable", lambda device: None)
     return "cpu" if request.param == "interpreter" else "cuda"
 
 
@@ -144,8 +146,7 @@ def test_the_family_is_as_it_was_when_liger_fails_halfway(monkeypatch: pytest.Mo
         raise TypeError("unexpected keyword")
 
     monkeypatch.setattr(integration, "apply_liger_kernel", fails)
-    for check in ("not_installed", "not_on_card"):
-        monkeypatch.setattr(fused, check, lambda *_: None)
+    monkeypatch.setattr(fused, "liger_unavailable", lambda device: None)
     monkeypatch.setattr(fused, "version", lambda name: "0")
     with pytest.raises(TypeError, match="unexpected keyword"):
         fused.fuse(quantized("llama"), kernels="liger")
@@ -153,21 +154,18 @@ def test_the_family_is_as_it_was_when_liger_fails_halfway(monkeypatch: pytest.Mo
 
 
 def test_the_rest_of_the_family_is_as_it_was(card: str) -> None:
-    """Later models are built from transformers' classes; the rotary embedding asks where its tensors are."""
+    """Later models are built from transformers' classes; the rotary embedding is liger's only while a layer is
+    swept."""
     model = quantized("llama", card)
     family = sys.modules[type(base_model(model)).__module__]
-    before = dict(vars(family))
+    before, seen = dict(vars(family)), []
     fused.fuse(model)
     fused.fuse(quantized("llama", card))
-    changed = {name for name, value in vars(family).items() if before.get(name) is not value}
-    assert changed == {"apply_rotary_pos_emb"}
-    rotary = family.apply_rotary_pos_emb
-    assert (rotary.own, rotary.device_type) == (before["apply_rotary_pos_emb"], card)
-    q, k, angle = (torch.randn(1, heads, 3, 8, dtype=torch.float64) for heads in (2, 1, 1))
-    cos, sin = angle[:, 0].cos(), angle[:, 0].sin()
-    for mine, own in zip(rotary(q, k, cos, sin), rotary.own(q, k, cos, sin), strict=True):
-        assert mine.dtype == torch.float64
-        assert torch.equal(mine, own)
+    assert dict(vars(family)) == before
+    with fused_rotary(base_model(model)):
+        seen.append(family.apply_rotary_pos_emb)
+    assert seen[0] is not before["apply_rotary_pos_emb"]
+    assert dict(vars(family)) == before
 
 
 @pytest.mark.parametrize(
@@ -181,8 +179,7 @@ def test_the_rest_of_the_family_is_as_it_was(card: str) -> None:
 def test_what_liger_does_not_compute_is_left_to_the_model(
     monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any], reason: str
 ) -> None:
-    for question in ("not_installed", "not_on_card"):
-        monkeypatch.setattr(fused, question, lambda *_: None)
+    monkeypatch.setattr(fused, "liger_unavailable", lambda device: None)
     model = tiny_model(family, **{"dtype": torch.float32, **settings})
     report = fused.fuse(model)
     assert reason in str(report)
@@ -203,10 +200,10 @@ def test_bfloat16_on_a_card_without_it_is_left_to_the_model(monkeypatch: pytest.
 def test_without_a_card_or_the_package_the_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", dtype=torch.float32)
     assert str(fused.fuse(model, kernels="none")) == "norms, rotary, SwiGLU: the model's own (as asked)"
-    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    monkeypatch.setattr(elementwise, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"liger-kernel is not installed: pip install 'longfit\[cuda\]'"):
         fused.fuse(model, kernels="liger")
-    monkeypatch.setattr(fused, "not_installed", lambda: None)
+    monkeypatch.setattr(elementwise, "find_spec", lambda name: name)
     assert "liger-kernel needs a card, this is cpu" in str(fused.fuse(model))
     with pytest.raises(BackendError, match="fused kernels 'triton': must be one of auto, none, liger"):
         fused.fuse(model, kernels="triton")

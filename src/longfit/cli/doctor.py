@@ -65,11 +65,9 @@ def doctor(
     elif facts["allocator"]["advice"]:
         print_lines(f"allocator  {facts['allocator']['advice']}")
     print_lines("", "kernels")
-    for op, devices in facts["kernels"].items():
-        for device, choice in devices.items():
-            print_lines(f"  {op:<24}{device:<6}{choice['backend']:<11}{choice['reason']}")
-    print_lines(f"norms, rotary, SwiGLU on a card: {facts['fused']}")
-    print_lines(f"attention  {', '.join(facts['attention'])}, the first that supports a call")
+    for row in facts["kernels"]:
+        dtypes = ", ".join(row["dtypes"]) or "any dtype"
+        print_lines(f"  {row['op']:<24}{row['device']:<6}{row['backend']:<11}{dtypes}: {row['reason']}")
     print_lines("", "next:", "  longfit demo")
 
 
@@ -78,8 +76,6 @@ def inspect_machine() -> dict[str, Any]:
     import psutil  # type: ignore[import-untyped]
     import torch
 
-    from longfit.attention.backends import BACKENDS
-    from longfit.model.fused import not_installed
     from longfit.model.load import auto_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -102,8 +98,6 @@ def inspect_machine() -> dict[str, Any]:
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "allocator": {"settings": _allocator_settings(), "advice": allocator_advice(_allocator_settings())},
         "kernels": _kernels(),
-        "fused": not_installed() or f"liger-kernel {package_version('liger-kernel')}",
-        "attention": [backend.name for backend in BACKENDS],
     }
 
 
@@ -201,11 +195,32 @@ def _gpu(index: int) -> dict[str, Any]:
     }
 
 
-def _kernels() -> dict[str, Any]:
-    """Return ``{operation: {device: {backend, reason}}}`` for the devices of this machine."""
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _kernels() -> list[dict[str, Any]]:
+    """Return ``{op, device, backend, reason, dtypes}`` of every operation on the devices of this machine.
+
+    One row for all dtypes that are computed alike; no dtype where it does not matter.
+    """
     import torch
 
+    from longfit.attention import backends as attention
+    from longfit.kernels import elementwise
     from longfit.kernels.dispatch import backends
 
-    chosen = {device: backends(device) for device in ("cpu", *["cuda"] * torch.cuda.is_available())}
-    return {op: {device: asdict(table[op]) for device, table in chosen.items()} for op in chosen["cpu"]}
+    rows = []
+    for device in ("cpu", *["cuda"] * torch.cuda.is_available()):
+        for op, choice in backends(device).items():
+            rows.append({"op": op, "device": device, **asdict(choice), "dtypes": []})
+        for op in ("attention", *elementwise.OPS):
+            alike: dict[Any, list[str]] = {}
+            for name in DTYPES:
+                dtype = getattr(torch, name)
+                if op == "attention":
+                    choice = attention.choice(torch.device(device), dtype)
+                else:
+                    choice = elementwise.choice(op, device, dtype)
+                alike.setdefault(choice, []).append(name)
+            rows += [{"op": op, "device": device, **asdict(c), "dtypes": dtypes} for c, dtypes in alike.items()]
+    return rows

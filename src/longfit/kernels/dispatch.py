@@ -4,10 +4,12 @@
     quantize_4bit  weight -> packed codes and their state                   triton (CUDA), cpu (C++), reference
     ...            (`TABLE` below)
 
-`reference` is `numerics`; every other backend returns its bits (the matmuls: the product with the same weight, summed
-in another order). The choice depends on the device and on what this machine can run, never on the data. `backends`
-tells it with its reason, `use_backend` forces it, and a forced backend that cannot run raises. Where the C++ library or
-Triton is missing, the first call warns once and goes on.
+`reference` is `numerics`, or for norms, gated products, the loss and attention plain torch; every other backend of a
+kernel returns its bits (the matmuls: the product with the same weight, summed in another order), and of the others
+agrees with it within rounding. The choice depends on the device, on what this machine can run and, for the operations
+of `CALLS`, on the dtype and shape of a call; never on the data. `backends` tells it with its reason, `use_backend`
+forces it for one operation or for all, and a forced backend that cannot run raises. Where a choice degrades, because
+the C++ library or Triton is missing or an attention has no kernel, the first call warns once and goes on.
 
 The functions here have the signatures of `numerics`; each is a torch operator ``longfit::<name>`` (schemas in `ops.py`,
 all argument checks in `checks.py`), so that ``torch.compile`` sees one opaque node. They have no gradient: layers and
@@ -17,7 +19,7 @@ optimisers define theirs.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -51,7 +53,7 @@ FILES = {
     ("triton", "linear_4bit_grad_input"): "longfit.kernels.triton.linear_4bit",
     ("triton", "adamw_step"): "longfit.kernels.triton.adamw",
 }
-DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
+DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "liger": ("cuda",), "flash": ("cuda",), "efficient": ("cuda",)}
 
 # Operation -> backends, best first; the last one runs anywhere.
 TABLE = {
@@ -63,8 +65,19 @@ TABLE = {
     "linear_4bit": ("triton", "cpu", "reference"),
     "linear_4bit_grad_input": ("triton", "cpu", "reference"),
     "adamw_step": ("triton", "cpu", "reference"),
+    "attention": ("flash", "efficient", "cpu", "aten", "reference"),
+    "rms_norm": ("liger", "cpu", "reference"),
+    "swiglu": ("liger", "cpu", "reference"),
+    "rotary": ("liger", "reference"),
+    "cross_entropy": ("cpu", "reference"),
 }
-NAMES = ("reference", "cpu", "triton")
+CALLS = ("attention", "rms_norm", "swiglu", "rotary", "cross_entropy")
+"""Operations whose backend is chosen call by call, by who calls them: `attention/backends` and `elementwise.py`."""
+
+KERNELS = tuple(op for op in TABLE if op not in CALLS)
+"""Operations that are one function a backend, and run by the functions below."""
+
+NAMES = ("reference", "cpu", "triton", "liger", "flash", "efficient", "aten")
 
 
 @dataclass(frozen=True)
@@ -75,31 +88,92 @@ class Choice:
     reason: str
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What is forced: a backend for every operation that has it, and others for single operations."""
+
+    backend: str | None = None
+    ops: tuple[tuple[str, str], ...] = ()
+
+    def of(self, op: str) -> str | None:
+        """The backend that is forced for an operation."""
+        own = dict(self.ops).get(op)
+        return own or (self.backend if self.backend in TABLE[op] else None)
+
+    def with_op(self, op: str, backend: str | None) -> Rule:
+        """The same with another backend for one operation; None frees it."""
+        others = {name: forced for name, forced in self.ops if name != op}
+        return Rule(self.backend, tuple((others | ({op: backend} if backend is not None else {})).items()))
+
+
 class Dispatcher:
-    """Chooses backends; holds what is forced and whether the missing library has been reported."""
+    """Chooses backends; holds what is forced and which degradations have been reported."""
 
     def __init__(self) -> None:
-        self.forced: str | None = None
-        self._reported = False
+        self.forced = Rule()
+        self._reported: set[str] = set()
         self._chosen: dict[tuple[str, torch.device], Any] = {}  # function for an operation on a device, as forced now
 
-    def force(self, backend: str | None) -> str | None:
-        """Use one backend for every operation, or choose freely again (None). Returns what was forced before."""
+    def force(self, backend: str | None, op: str | None = None) -> Rule:
+        """Use one backend for an operation or for every one that has it; None chooses freely again.
+
+        Returns: what was forced before, for `restore`.
+        """
+        if op is not None and op not in TABLE:
+            raise BackendError(f"op: got {op!r}; allowed: {', '.join(TABLE)}")
         if backend is not None:
-            self._require(backend)
-        before, self.forced, self._chosen = self.forced, backend, {}
+            self._require(backend, op)
+        before = self.forced
+        self.restore(before.with_op(op, backend) if op is not None else Rule(backend))
         return before
+
+    def restore(self, rule: Rule) -> None:
+        """Go back to what was forced before."""
+        self.forced, self._chosen = rule, {}
+
+    def forced_for(self, op: str) -> str | None:
+        """Return the backend that is forced for an operation; None where it is chosen freely."""
+        return self.forced.of(op)
+
+    def report(self, message: str, *, stacklevel: int = 2) -> None:
+        """Warn about a choice that degrades, once."""
+        if message not in self._reported:
+            self._reported.add(message)
+            warnings.warn(message, RuntimeWarning, stacklevel=stacklevel + 1)
+
+    def choose_call(self, op: str, why_not: Callable[[str], str | None]) -> Choice:
+        """Return the backend for a call of one of `CALLS`.
+
+        Args:
+            op: the operation.
+            why_not: backend -> None, or why it cannot take the call.
+        Raises: BackendError: a forced backend cannot take it.
+        """
+        forced = self.forced_for(op)
+        if forced is not None:
+            reason = why_not(forced)
+            if reason is not None:
+                raise BackendError(f"{op} with the backend {forced!r}, which is forced: {reason}")
+            return Choice(forced, "forced by use_backend")
+        passed: list[str] = []
+        for backend in TABLE[op]:
+            reason = why_not(backend)
+            if reason is None:
+                return Choice(backend, "; ".join(passed) or "the fastest")
+            passed.append(f"not {backend}: {reason}")
+        raise BackendError(f"{op}: {'; '.join(passed)}")
 
     def choose(self, op: str, device: str) -> Choice:
         """Return the backend for an operation on a device type.
 
         Raises: BackendError: a forced backend cannot run it.
         """
-        if self.forced is not None:
-            why_not = _why_not(self.forced, op, device)
+        forced = self.forced_for(op)
+        if forced is not None:
+            why_not = _why_not(forced, op, device)
             if why_not is not None:
-                raise BackendError(f"{op} with the backend {self.forced!r}, which is forced: {why_not}")
-            return Choice(self.forced, "forced by use_backend")
+                raise BackendError(f"{op} with the backend {forced!r}, which is forced: {why_not}")
+            return Choice(forced, "forced by use_backend")
         passed: list[str] = []
         for backend in TABLE[op]:
             if device not in DEVICES.get(backend, (device,)):
@@ -116,16 +190,16 @@ class Dispatcher:
         if key not in self._chosen:
             choice = self.choose(op, device.type)
             slow = choice.backend == "reference" and device.type in ("cpu", "cuda")
-            if slow and self.forced is None and not self._reported:
-                self._reported = True
-                warnings.warn(f"longfit runs its slow reference kernels; {choice.reason}", RuntimeWarning, stacklevel=5)
+            if slow and self.forced_for(op) is None:
+                self.report(f"longfit runs its slow reference kernels; {choice.reason}", stacklevel=5)
             self._chosen[key] = getattr(_file(choice.backend, op), op)
         return self._chosen[key]
 
-    def _require(self, backend: str) -> None:
-        if backend not in NAMES:
-            raise BackendError(f"backend: got {backend!r}; allowed: {', '.join(NAMES)}, or None to choose freely")
-        why_not = _why_not_here(backend)
+    def _require(self, backend: str, op: str | None) -> None:
+        allowed = NAMES if op is None else TABLE[op]
+        if backend not in allowed:
+            raise BackendError(f"backend: got {backend!r}; allowed: {', '.join(allowed)}, or None to choose freely")
+        why_not = _why_not_here(backend) if backend in MODULES else None
         if why_not is not None:
             raise BackendError(f"backend {backend!r} cannot be used: {why_not}")
 
@@ -133,14 +207,14 @@ class Dispatcher:
 class Forced:
     """What `use_backend` returns: a context that puts the previous choice back when it ends."""
 
-    def __init__(self, dispatcher: Dispatcher, before: str | None) -> None:
+    def __init__(self, dispatcher: Dispatcher, before: Rule) -> None:
         self._dispatcher, self._before = dispatcher, before
 
     def __enter__(self) -> Forced:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._dispatcher.force(self._before)
+        self._dispatcher.restore(self._before)
 
 
 @cache
@@ -152,20 +226,24 @@ def dispatcher() -> Dispatcher:
 _CALLS = ops.register(dispatcher().function)
 
 
-def use_backend(name: str | None) -> Forced:
-    """Force a backend for all operations, from now on or for a ``with`` block.
+def use_backend(name: str | None, *, op: str | None = None) -> Forced:
+    """Force a backend, from now on or for a ``with`` block.
 
     Args:
-        name: "reference", "cpu" or "triton"; None chooses freely again.
+        name: "reference", "cpu", "triton", "liger", or of attention "flash", "efficient", "aten"; None chooses freely
+            again.
+        op: one operation of ``longfit doctor``'s list; None forces every operation that has such a backend, and
+            leaves the others free.
     Returns: a context manager; leaving it restores what was forced before.
-    Raises: BackendError: the backend is unknown or cannot run here; the message has the reason.
+    Raises: BackendError: the backend is unknown or cannot run here; the message has the reason. A call that a forced
+        backend cannot take raises it too.
     """
-    return Forced(dispatcher(), dispatcher().force(name))
+    return Forced(dispatcher(), dispatcher().force(name, op))
 
 
 def backends(device: str = "cpu") -> dict[str, Choice]:
-    """Return, for every operation, the backend that would run it on a device type, and why."""
-    return {op: dispatcher().choose(op, device) for op in TABLE}
+    """Return, for every operation of `KERNELS`, the backend that would run it on a device type, and why."""
+    return {op: dispatcher().choose(op, device) for op in KERNELS}
 
 
 def quantize_4bit(

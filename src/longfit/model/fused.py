@@ -5,29 +5,29 @@ again: an RMS norm makes a float32 copy of its input, the rotary embedding copie
 tensors of the intermediate size. Liger's Triton kernels read once and write once, and their backward writes over what
 was saved. Source: Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024, section 3.2.
 
-The door is the one that ``Trainer(use_liger_kernel=True)`` takes: ``transformers.integrations.liger``. It gives the
-norms and MLPs of *this* model another forward. Two things it does beyond that are undone or narrowed here:
+It is applied as ``Trainer(use_liger_kernel=True)`` does: by ``transformers.integrations.liger``, which gives the norms
+and MLPs of *this* model another forward. Two things it does beyond that, for the whole process, are undone here:
 
 - It exchanges the classes from which later models of the family would be built. They are put back.
-- The rotary embedding is a function of the family's module, shared by all its models in the process. It stays
-  exchanged, by one that takes liger's kernel for tensors on a card and the family's own function for all others. Both
-  compute the same.
+- It exchanges the rotary embedding, a function of the family's module that all its models share. That is put back too,
+  and exchanged only while a layer of this model is swept (``engine/sweep/fused_modules.py``).
 
 Not here: the loss, which is longfit's own (``engine/loss/training_loss.py``); attention; and anything on a CPU.
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from longfit.engine.hf_model import base_model
+from longfit.engine.sweep.fused_modules import ROTARY, FusedRotary
 from longfit.errors import BackendError
+from longfit.kernels.dispatch import dispatcher
+from longfit.kernels.elementwise import liger_unavailable
 from longfit.kernels.triton import device as triton_device
 
 KERNELS = ("auto", "none", "liger")
@@ -81,22 +81,15 @@ def fuse(model: nn.Module, *, kernels: str = "auto") -> FusedReport:
     if kernels == "none":
         return FusedReport(None, "as asked")
     base = base_model(model)
-    obstacle = not_installed() or not_on_card(base.device) or not_known(base)
+    forced = dispatcher().forced_for("rms_norm")
+    if forced not in (None, "liger"):
+        return FusedReport(None, f"use_backend forces {forced!r}")
+    obstacle = liger_unavailable(base.device.type) or not_known(base)
     if obstacle is None:
         return FusedReport(f"liger-kernel {version('liger-kernel')}", modules=_apply(base))
     if kernels == "liger":
         raise BackendError(f"fused kernels 'liger': {obstacle}; use auto or none")
     return FusedReport(None, obstacle)
-
-
-def not_installed() -> str | None:
-    """Return why liger-kernel cannot be imported, or None."""
-    return None if find_spec("liger_kernel") else "liger-kernel is not installed: pip install 'longfit[cuda]'"
-
-
-def not_on_card(device: torch.device) -> str | None:
-    """Return why Triton kernels do not run on a device, or None."""
-    return triton_device.unavailable() if device.type == "cuda" else f"liger-kernel needs a card, this is {device.type}"
 
 
 def not_known(base: Any) -> str | None:
@@ -116,21 +109,6 @@ def _compiles(dtype: torch.dtype, device: torch.device) -> bool:
     return triton_device.kernel_dtype(dtype, device) == dtype
 
 
-@dataclass(frozen=True)
-class Rotary:
-    """A family's ``apply_rotary_pos_emb`` for all its models: fused where the tensors are on a card."""
-
-    own: Callable[..., tuple[Tensor, Tensor]]
-    fused: Callable[..., tuple[Tensor, Tensor]]
-    device_type: str
-
-    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        """Rotate queries ``[B, H, T, D]`` and keys ``[B, K, T, D]``."""
-        if q.device.type == self.device_type and _compiles(q.dtype, q.device):
-            return self.fused(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-        return self.own(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
-
-
 def _apply(base: Any) -> tuple[str, ...]:
     """Put liger's kernels into a model and leave the rest of its family as it was; return the names of its modules."""
     from transformers.integrations.liger import apply_liger_kernel
@@ -144,9 +122,8 @@ def _apply(base: Any) -> tuple[str, ...]:
         fused: Any = vars(family).get("apply_rotary_pos_emb")
         vars(family).update(found)
     own = found["apply_rotary_pos_emb"]
-    own = own.own if isinstance(own, Rotary) else own
     if fused is not own:
-        vars(family)["apply_rotary_pos_emb"] = Rotary(own, fused, base.device.type)
+        vars(base)[ROTARY] = FusedRotary(family, fused)
     changed = tuple(n for n, module in base.named_modules() if vars(module).get("forward") is not forwards[n])
     if not changed or fused is own:
         raise BackendError(

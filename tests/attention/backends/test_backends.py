@@ -1,15 +1,18 @@
 """Tile attention against the dense mask: every backend, forward and gradients."""
 
+import warnings
 from itertools import pairwise
 
 import pytest
 import torch
 from tests.attention.dense_attention import dense_mask, random_tensors
 
+from longfit.attention import backends
 from longfit.attention.backends import BACKENDS, choose_backend, reference, tile_backward, tile_forward, torch_cpu
 from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.errors import BackendError
+from longfit.kernels.dispatch import TABLE, Dispatcher, use_backend
 from longfit.numerics import shifted_attention as oracle
 
 HEADS = [(6, 2), (9, 3), (8, 1), (1, 1)]
@@ -175,6 +178,32 @@ def test_pieces_cover_every_query_once_and_stay_small() -> None:
                 for piece in pieces:
                     masked = [part for part in piece.parts if part.visible == "mask"]
                     assert not masked or piece.high - piece.low <= torch_cpu.MASK_BLOCK
+
+
+def test_the_table_is_the_dispatchers_and_use_backend_forces_it() -> None:
+    assert tuple(row.name for row in BACKENDS) == TABLE["attention"]
+    (q, k, v), _ = random_tensors(4, 2, 8)
+    for name in ("aten", "reference"):
+        with use_backend(name):
+            assert choose_backend(q, k, v).name == name
+    with (
+        use_backend("aten", op="attention"),
+        pytest.raises(BackendError, match="attention with the backend 'aten', which is forced: it has no soft cap"),
+    ):
+        choose_backend(q, k, v, softcap=3.0)
+
+
+def test_a_call_that_only_the_reference_takes_is_warned_about_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = Dispatcher()
+    monkeypatch.setattr(backends, "dispatcher", lambda: fresh)
+    (q, k, v), _ = random_tensors(4, 2, 8)
+    with pytest.warns(
+        RuntimeWarning, match="attention runs in longfit's slow reference; .*not aten: it has no soft cap"
+    ):
+        choose_backend(q, k, v, softcap=3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        choose_backend(q, k, v, softcap=3.0)
 
 
 def test_choosing_a_backend() -> None:

@@ -4,17 +4,20 @@
     tile_backward    their gradients from that log-sum-exp; those of keys and values are added to running sums
 
 What a query may see is a ``Schedule``. How it is computed is a backend: the first row of ``BACKENDS`` that supports the
-call, or the one that is forced by name. Every backend computes the same attention; they differ in speed and range.
+call, or the one that is forced by name or by `use_backend`. Every backend computes the same attention; they differ in
+speed and range.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from longfit.attention.backends import cpp, reference, torch_cpu, torch_efficient, torch_flash
 from longfit.attention.tile import QueryTile, describe
 from longfit.errors import BackendError
+from longfit.kernels.dispatch import Choice, dispatcher
 
 
 @dataclass(frozen=True)
@@ -49,30 +52,53 @@ BACKENDS = (
     Backend("aten", torch_cpu.supports, torch_cpu.forward, torch_cpu.backward),
     Backend("reference", reference.supports, reference.forward, reference.backward, softcap=True),
 )
-"""In the order of preference; the last takes everything."""
+"""In the order of preference, which is that of the dispatch table; the last takes everything."""
+
+_BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
 def choose_backend(
     q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None = None, name: str | None = None
 ) -> Backend:
-    """Take the first backend that supports a call, or the one named.
+    """Take the backend that is forced, here or by `use_backend`, or the first that supports a call.
+
+    A call for which only the slow reference is left is warned about once.
 
     Args:
         q, k, v: as in ``QueryTile``; only shape, dtype and device are looked at.
         softcap: as in ``QueryTile``.
         name: of a backend; None lets the table decide.
-    Raises: BackendError: ``name`` is unknown, or that backend does not support the call.
+    Raises: BackendError: ``name`` is unknown, or the forced backend does not support the call.
     """
-    if name is None:
-        return next(backend for backend in BACKENDS if backend.why_not(q, k, v, softcap=softcap) is None)
-    for backend in BACKENDS:
-        if backend.name == name:
-            reason = backend.why_not(q, k, v, softcap=softcap)
-            if reason is not None:
-                raise BackendError(f"attention backend {name!r}: {reason}; let longfit choose, or force another")
-            return backend
-    known = ", ".join(backend.name for backend in BACKENDS)
-    raise BackendError(f"attention backend {name!r}: unknown; allowed are {known}")
+    if name is not None:
+        return _named(name, q, k, v, softcap)
+    if dispatcher().forced_for("attention") is None:
+        chosen = next(backend for backend in BACKENDS if backend.why_not(q, k, v, softcap=softcap) is None)
+        if chosen.name != "reference" or q.device.type not in ("cpu", "cuda"):
+            return chosen
+    found = _choose(q, k, v, softcap)
+    if found.backend == "reference" and dispatcher().forced_for("attention") is None:
+        dispatcher().report(f"attention runs in longfit's slow reference; {found.reason}")
+    return _BY_NAME[found.backend]
+
+
+def choice(device: torch.device, dtype: torch.dtype, *, head_dim: int = 64, softcap: float | None = None) -> Choice:
+    """Return the backend of attention for a device, a dtype and a head dimension, and why."""
+    q = torch.empty(1, 1, 1, head_dim, dtype=dtype, device=device)
+    return _choose(q, q, q, softcap)
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> Choice:
+    return dispatcher().choose_call("attention", lambda name: _BY_NAME[name].why_not(q, k, v, softcap=softcap))
+
+
+def _named(name: str, q: Tensor, k: Tensor, v: Tensor, softcap: float | None) -> Backend:
+    if name not in _BY_NAME:
+        raise BackendError(f"attention backend {name!r}: unknown; allowed are {', '.join(_BY_NAME)}")
+    reason = _BY_NAME[name].why_not(q, k, v, softcap=softcap)
+    if reason is not None:
+        raise BackendError(f"attention backend {name!r}: {reason}; let longfit choose, or force another")
+    return _BY_NAME[name]
 
 
 def tile_forward(tile: QueryTile, *, backend: str | None = None) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,7 @@ from longfit.engine.sizes import CPU_LOGITS, DEVICE_LOGITS, GRADIENT_ROWS
 from longfit.engine.sweep.grad_donation import donate, receiver_of
 from longfit.errors import DataError
 from longfit.kernels.cpu import elementwise as cpu_elementwise
+from longfit.kernels.elementwise import runs_kernel
 
 IGNORED = -100
 """The label of a token that is not trained on (the convention of torch and transformers)."""
@@ -225,7 +226,7 @@ def _tile_loss_and_gradient(
 def _fits_kernel(head: _Head, hidden: Tensor) -> bool:
     """Whether the kernel makes the gradient from the logits: bf16 on the CPU, and logits that are products alone."""
     plain = head.bias is None and head.softcap is None and head.scale == 1.0
-    return plain and cpu_elementwise.takes(hidden) and cpu_elementwise.supported() is None
+    return plain and runs_kernel("cross_entropy", hidden)
 
 
 def _gradient_dtype(tensor: Tensor) -> torch.dtype:

@@ -13,16 +13,16 @@ Gemma's norm, which adds one to its weight, or an MLP with another activation, a
 its projections keep their own forward.
 
 Nothing is installed in a model. The forward of a module is set aside while its layer is swept, and only there; inputs
-that the kernels do not take (another dtype, say) are computed by torch as the module would.
-
-Not here: rotary embedding, which models compute in a function, not in a module.
+that the kernels do not take (another dtype, say) are computed by torch as the module would. Rotary embedding, which
+models compute in a function of their family's module, is exchanged in the same way where liger-kernel has one.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from longfit.engine.model_state import preserve_modes
 from longfit.engine.sweep.recompute_state import preserve_random_state
 from longfit.kernels.cpu import elementwise as cpu_elementwise
+from longfit.kernels.elementwise import runs_kernel
 
 
 # ------------------------------------------------------------------------------------------------ the two functions
@@ -71,7 +72,7 @@ class Norm:
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        if x.dtype not in self.dtypes or not cpu_elementwise.takes(x, weight):
+        if x.dtype not in self.dtypes or not runs_kernel("rms_norm", x, weight):
             return type(self.module).forward(self.module, x)
         return _RmsNorm.apply(x, weight, self.eps)
 
@@ -86,9 +87,37 @@ class GatedMlp:
     def forward(self, x: Tensor) -> Tensor:
         inner: Any = self.module
         gate, up = inner.gate_proj(x), inner.up_proj(x)
-        if gate.dtype not in self.dtypes or not cpu_elementwise.takes(gate, up) or gate.shape != up.shape:
+        if gate.dtype not in self.dtypes or gate.shape != up.shape or not runs_kernel("swiglu", gate, up):
             return inner.down_proj(F.silu(gate) * up)
         return inner.down_proj(_SwiGlu.apply(gate, up))
+
+
+ROTARY = "_longfit_rotary"
+"""Attribute of a transformers model whose rotary embedding is computed by another function while it is swept."""
+
+
+@dataclass(frozen=True)
+class FusedRotary:
+    """A function that computes what ``apply_rotary_pos_emb`` of a family's module does."""
+
+    family: ModuleType
+    function: Callable[..., tuple[Tensor, Tensor]]
+
+
+@contextmanager
+def fused_rotary(base: nn.Module) -> Iterator[None]:
+    """Let a model's family rotate by its fused function, if it has one, while this lasts."""
+    fused: FusedRotary | None = vars(base).get(ROTARY)
+    if fused is None:
+        yield
+        return
+    names = vars(fused.family)
+    own = names["apply_rotary_pos_emb"]
+    try:
+        names["apply_rotary_pos_emb"] = fused.function
+        yield
+    finally:
+        names["apply_rotary_pos_emb"] = own
 
 
 Fused = Norm | GatedMlp

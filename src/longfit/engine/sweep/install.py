@@ -75,7 +75,7 @@ def enable_sweep(
     chosen = tile or choose_tile(config, max(2, inner.get_input_embeddings().weight.element_size()), device.type)
     if saved_attention_bytes is None:
         saved_attention_bytes = CPU_SAVED_ATTENTION_BYTES if device.type == "cpu" else 0
-    sweeper = Sweeper(chosen, tile is not None, place, SavedAttentionBudget(saved_attention_bytes))
+    sweeper = Sweeper(base, chosen, tile is not None, place, SavedAttentionBudget(saved_attention_bytes))
     sweeper.weights = None if before is None else before.weights
     state = ModelState(model)
     try:

@@ -17,7 +17,7 @@ from longfit.engine.host_memory import give_back
 from longfit.engine.offload.activations import ActivationOffload
 from longfit.engine.offload.weights import WeightStream
 from longfit.engine.sizes import TRIMMED_LAYERS
-from longfit.engine.sweep.fused_modules import Fused, fused_forwards
+from longfit.engine.sweep.fused_modules import Fused, fused_forwards, fused_rotary
 from longfit.engine.sweep.layer import run_layer, run_layer_without_grad
 from longfit.engine.sweep.layer_call import layer_call
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
@@ -69,6 +69,7 @@ class SweepReport:
 class Sweeper:
     """Owner of a model's sweep; transformers calls its ``checkpoint_function`` in place of torch's checkpoint."""
 
+    base: nn.Module
     tile: int
     forced: bool
     offload: ActivationOffload
@@ -85,7 +86,7 @@ class Sweeper:
     def present(self, module: nn.Module, *, backward: bool = False) -> Iterator[None]:
         """Have a module's weights at hand, wherever they wait, and its fused forwards in place."""
         weights = nullcontext() if self.weights is None else self.weights.use(module, backward=backward)
-        with weights, fused_forwards(self.fused.get(module, ())):
+        with weights, fused_forwards(self.fused.get(module, ())), fused_rotary(self.base):
             yield
 
     def layer_differentiated(self, device: torch.device) -> None:
