@@ -45,8 +45,8 @@ def test_bnb_4bit_opens_in_transformers_with_bitsandbytes(make_run: MakeRun, tmp
     model, _ = load(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
         expected = model(input_ids=ids).logits
-    # The same bytes; but on a CPU bitsandbytes may repack them with block constants in bfloat16 and multiply in it: 8 bits
-    # that are rounded in about 20 places, one after the other.
+    # The same bytes; but on a CPU bitsandbytes may repack them with block constants in bfloat16 and multiply in it: 8
+    # bits that are rounded in about 20 places, one after the other.
     assert (torch.load(tmp_path / "logits.pt") - expected).abs().max() <= 20 * 2.0**-8 * expected.abs().max()
 
 
