@@ -170,7 +170,7 @@ def as_norm(module: nn.Module) -> Norm | None:
     names = [name for name, _ in (*module.named_parameters(), *module.named_buffers(), *module.named_children())]
     if names != ["weight"] or not isinstance(eps, float) or not _takes_one_tensor(module) or _is_watched(module):
         return None
-    if module.weight.dim() != 1:  # type: ignore[union-attr, operator]
+    if module.weight.dim() != 1:  # type: ignore[operator]
         return None
     dtypes = tuple(dtype for dtype in PROBED if _is_norm(module, eps, dtype))
     return Norm(module, eps, dtypes) if dtypes else None
