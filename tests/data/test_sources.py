@@ -2,6 +2,7 @@
 
 import json
 import os
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -168,3 +169,21 @@ def test_splits_that_cannot_be_are_refused() -> None:
         split_documents(twins, validation_fraction=1.0)
     with pytest.raises(ConfigError, match="either validation_fraction or validation_count"):
         split_documents(twins)
+
+
+def test_decomposed_unicode_is_counted_and_composed_where_asked(tmp_path: Path) -> None:
+    composed = "Tiếng Việt rất đẹp word"
+    (tmp_path / "a.txt").write_text(unicodedata.normalize("NFD", composed), encoding="utf-8")
+    documents = read_documents(tmp_path)
+    assert (documents.report.num_decomposed, documents.report.num_words) == (4, 5)
+    assert any("4 of 5 words are decomposed Unicode" in line for line in documents.report.warnings())
+    documents = read_documents(tmp_path, normalise="nfc")
+    assert [document.text for document in documents] == [composed]
+    assert documents.report.num_decomposed == 0
+
+
+def test_columns_that_nothing_reads_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, a_DOT_jsonl=rows({"text": "x", "id": 1, "note": ""}, {"text": "y", "id": 2, "url": "u"}))
+    report = read_documents(tmp_path).report
+    assert report.unread == (("id", 2), ("url", 1))
+    assert "columns that nothing reads: id (2), url (1)" in report.warnings()
