@@ -10,13 +10,14 @@ from tests.data.chat_templates import SHAPES, make_tokenizer
 from tests.model_folders import llama
 from transformers import AutoTokenizer, GenerationConfig
 
+from longfit.cli.app import main
 from longfit.config import RunConfig
 from longfit.data.encoding import encode_prompt
 from longfit.data.template import choose_template
 from longfit.evaluation.generate import Conversation, end_tokens
 from longfit.training.loop import train
-from longfit.training.prepare import open_target, read_token_ids
-from longfit.training.run_directory import read_config
+from longfit.training.prepare import open_target, read_path, read_token_ids
+from longfit.training.run_directory import read_config, seen_note
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"the answer is {n}"}]}
@@ -67,3 +68,18 @@ def test_the_token_that_ends_an_answer_stops_the_chat(family: str, tmp_path: Pat
     assert end != tokenizer.eos_token_id
     assert {end, tokenizer.eos_token_id} <= end_tokens(model, tokenizer)
     assert end in GenerationConfig.from_pretrained(run / "adapter").eos_token_id
+
+
+def test_a_run_knows_the_documents_that_it_was_trained_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_on_chats(tmp_path, "ChatML (SmolLM2)")
+    config = read_config(run).data
+    new = {"messages": [{"role": "user", "content": "new"}, {"role": "assistant", "content": "text"}]}
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS[:2], new]), encoding="utf-8")
+    assert seen_note(run, read_path(str(mixed), config)) == (
+        "2 of 3 documents are among those that this run was trained on"
+    )
+    mixed.write_text(json.dumps(new), encoding="utf-8")
+    assert seen_note(run, read_path(str(mixed), config)) is None
+    assert main(["eval", str(run), "ppl", "--data", str(tmp_path / "chats.jsonl"), "--window", "16"]) == 0
+    assert "warning: 8 of 8 documents are among those that this run was trained on" in capsys.readouterr().err

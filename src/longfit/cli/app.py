@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from longfit.cli import chat, data, demo, doctor, evaluate, export, merge, plan, runs, train
+from longfit.cli import chat, data, demo, doctor, evaluate, explain, export, merge, plan, runs, train
 from longfit.cli.output import print_error, print_note
 from longfit.errors import BackendError, ConfigError, LongfitError
 from longfit.kernels.cpu.threads import limit_threads
@@ -25,7 +25,8 @@ app = typer.Typer(
     name="longfit",
     help="Fine-tune large language models lighter (QLoRA) and longer (LongLoRA). Start with: longfit demo",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 app.command("demo")(demo.demo)
@@ -38,6 +39,7 @@ app.command("export")(export.export)
 app.command("data")(data.data)
 app.command("runs")(runs.runs)
 app.command("doctor")(doctor.doctor)
+app.command("explain")(explain.explain)
 
 
 def _version(asked: bool) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,9 +10,17 @@ from longfit.cli.output import print_json, print_note, show_count
 from longfit.cli.values import read_tokens
 from longfit.errors import DataError
 
+if TYPE_CHECKING:
+    from longfit.config.sections import DataSection
+
 
 def chat(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory, or a base model.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[section.key=value]...", help="Of model and data.", show_default=False),
+    ] = None,
+    *,
     document: Annotated[str | None, typer.Option(help="What to talk about: one text file; read whole.")] = None,
     question: Annotated[
         list[str] | None, typer.Option(help="Ask this and end; may be given several times. Default: ask you.")
@@ -21,7 +29,8 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0: the likeliest words; 0.7: livelier.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw among the words with this probability together.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    quant: Annotated[str, typer.Option(help="For a base model: nf4, fp4, int4, int8 or none.")] = "nf4",
+    quant: Annotated[str | None, typer.Option(help="nf4, fp4, int4, int8 or none; default: nf4, or the run's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: what is fast here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print questions and answers as JSON.")] = False,
 ) -> None:
     """Talk with a run's model or a base model, with exact attention.
@@ -32,11 +41,14 @@ def chat(
     interactive = not question and sys.stdin.isatty()
 
     from longfit.evaluation.generate import Conversation, require_space
-    from longfit.training.prepare import open_target
+    from longfit.training.prepare import open_target, target_config
 
-    text = None if document is None else read_document(document)
+    flags = {"--quant": ("model.quant", quant), "--dtype": ("model.dtype", dtype)}
+    given = {flag: (key, value) for flag, (key, value) in flags.items() if value is not None}
+    config = target_config(target, data=document, overrides=settings or [], flags=given)
+    text = None if document is None else read_document(document, config.data)
     print_note(f"loading {target}")
-    model, tokenizer = open_target(target, quant=quant)
+    model, tokenizer = open_target(target, config=config)
     talk = Conversation(model, tokenizer, document=text)
     require_space(len(talk.prompt("")), longest, talk.context)
     if document is not None:
@@ -64,14 +76,14 @@ def chat(
         print_json([{"question": asked, "answer": answer} for asked, answer in talk.turns])
 
 
-def read_document(path: str) -> str:
-    """Read one text.
+def read_document(path: str, data: "DataSection") -> str:
+    """Read one text, as the settings of the data say.
 
     Raises: DataError: none, or several.
     """
-    from longfit.data.sources import read_documents
+    from longfit.training.prepare import read_path
 
-    documents = list(read_documents(path))
+    documents = list(read_path(path, data))
     if len(documents) != 1:
         raise DataError(f"{path}: holds {len(documents):,} documents; --document takes one text file")
     if documents[0].text is None:

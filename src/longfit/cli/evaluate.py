@@ -1,11 +1,11 @@
 """``longfit eval RUN``: base against tuned, as a report; or one measure alone, of a run or of a base model."""
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,21 +13,25 @@ from longfit.cli.output import print_json, print_lines, print_note, print_table,
 from longfit.cli.values import read_tokens
 from longfit.errors import ConfigError
 
+if TYPE_CHECKING:
+    from longfit.config import RunConfig
+
 MEASURES = ("report", "ppl", "passkey", "quant")
 TEXT, PASSKEY, DATA_TYPES = "Text (report, ppl, quant)", "Passkey (report, passkey)", "Data types (quant)"
 
 
 def evaluate(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run directory, or a base model.")],
-    measure: Annotated[
-        str | None,
+    words: Annotated[
+        list[str] | None,
         typer.Argument(
-            metavar="[report|ppl|passkey|quant]",
+            metavar="[report|ppl|passkey|quant] [section.key=value]...",
             help="report: base against tuned (default for a run). ppl: perplexity by position. passkey: retrieval."
-            " quant: what each data type costs a model.",
+            " quant: what each data type costs a model. Settings of model and data.",
             show_default=False,
         ),
     ] = None,
+    *,
     data: Annotated[
         str | None, typer.Option(help="Held-out text, or the haystack of passkeys: a path.", rich_help_panel=TEXT)
     ] = None,
@@ -60,7 +64,8 @@ def evaluate(
     ] = None,
     block_sizes: Annotated[str, typer.Option(help="As 32,64,128.", rich_help_panel=DATA_TYPES)] = "64",
     effort: Annotated[float, typer.Option(help="Of the report: 4 reads four times as much.")] = 1.0,
-    quant: Annotated[str, typer.Option(help="For a base model: nf4, fp4, int4, int8 or none.")] = "nf4",
+    quant: Annotated[str | None, typer.Option(help="nf4, fp4, int4, int8 or none; default: nf4, or the run's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: what is fast here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure whether a model reads further.
@@ -68,6 +73,11 @@ def evaluate(
     A run directory is enough: base model, context and adapter are read from it. Attention is always exact.
     """
     is_run = (Path(target) / "config.yaml").is_file()
+    settings = [word for word in words or [] if "=" in word]
+    named = [word for word in words or [] if "=" not in word]
+    if len(named) > 1:
+        raise ConfigError(f"{named[1]!r}: one word too many; longfit eval {target} {named[0]} [section.key=value]...")
+    measure = named[0] if named else None
     if measure is None and not is_run:
         raise ConfigError(f"{target}: not a run; say what to measure of a base model: {', '.join(MEASURES[1:])}")
     measure = measure or "report"
@@ -77,19 +87,33 @@ def evaluate(
     tokens = {flag: read_tokens(flag, value) for flag, value in sizes.items() if value is not None}
     cells = [read_tokens("--lengths", part) for part in lengths.split(",")] if lengths else None
     shares = _read_depths(depths)
+    flags = {"--quant": ("model.quant", quant), "--dtype": ("model.dtype", dtype)}
+    given = {flag: (key, value) for flag, (key, value) in flags.items() if value is not None}
+    target_words = [target, *settings, *(word for flag, (_, value) in given.items() for word in (flag, str(value)))]
+    if measure == "quant":
+        _quant_error(
+            target, data, tokens, convention, types.split(",") if types else None, block_sizes, settings, given,
+            as_json=as_json,
+        )  # fmt: skip
+        return
+
+    from longfit.training.prepare import target_config
+
+    config = target_config(target, data=data, overrides=settings, flags=given)
     if measure == "report":
-        _report(target, data, tokens.get("--window"), trials, effort, with_passkey=not no_passkey, as_json=as_json)
+        _report(
+            target_words, config, data, tokens.get("--window"), trials, effort,
+            with_passkey=not no_passkey, as_json=as_json,
+        )  # fmt: skip
     elif measure == "ppl":
-        _perplexity(target, data, tokens, convention, quant, as_json=as_json)
-    elif measure == "passkey":
-        _passkey(target, data, cells, shares, trials or 5, quant, together=together, as_json=as_json)
+        _perplexity(target, config, data, tokens, convention, as_json=as_json)
     else:
-        blocks = [read_tokens("--block-sizes", part) for part in block_sizes.split(",")]
-        _quant_error(target, data, tokens, convention, types.split(",") if types else None, blocks, as_json=as_json)
+        _passkey(target, config, data, cells, shares, trials or 5, together=together, as_json=as_json)
 
 
 def _report(
-    target: str,
+    target: list[str],
+    config: "RunConfig",
     data: str | None,
     window: int | None,
     trials: int | None,
@@ -102,11 +126,18 @@ def _report(
     from longfit.evaluation.report import perplexity_table, summary, write_report
 
     comparison = compare(
-        target, data=data, window=window, with_passkey=with_passkey, trials=trials, effort=effort, progress=_progress
+        target[0],
+        config=config,
+        data=data,
+        window=window,
+        with_passkey=with_passkey,
+        trials=trials,
+        effort=effort,
+        progress=_progress,
     )
     options = {"--data": data, "--window": window, "--trials": trials, "--effort": None if effort == 1 else effort}
     words = [str(word) for flag, value in options.items() if value is not None for word in (flag, value)]
-    command = shlex.join(["longfit", "eval", target, *words, *(["--no-passkey"] if not with_passkey else [])])
+    command = shlex.join(["longfit", "eval", *target, *words, *(["--no-passkey"] if not with_passkey else [])])
     page = write_report(comparison, command=command)
     if as_json:
         print_json(asdict(comparison) | {"report": str(page)})
@@ -125,17 +156,20 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _perplexity(
-    target: str, data: str | None, tokens: dict[str, int], convention: str, quant: str, *, as_json: bool
+    target: str, config: "RunConfig", data: str | None, tokens: dict[str, int], convention: str, *, as_json: bool
 ) -> None:
     if data is None:
         raise ConfigError("no text given: longfit eval RUN|MODEL ppl --data PATH")
 
     from longfit.evaluation.perplexity import perplexity
-    from longfit.training.prepare import native_context, open_target, read_token_ids
+    from longfit.training.prepare import native_context, open_target, read_path, read_token_ids
+    from longfit.training.run_directory import seen_note
 
     print_note(f"loading {target}")
-    model, tokenizer = open_target(target, quant=quant)
-    token_ids = read_token_ids(data, tokenizer, max_tokens=tokens.get("--max-tokens"))
+    model, tokenizer = open_target(target, config=config)
+    token_ids = read_token_ids(data, tokenizer, data=config.data, max_tokens=tokens.get("--max-tokens"))
+    if note := seen_note(target, read_path(data, config.data)):
+        print_note(f"warning: {note}")
     width = tokens.get("--window", native_context(model.config))
     num_tokens = sum(len(row) for row in token_ids)
     print_note(f"measuring {num_tokens:,} tokens of {len(token_ids):,} documents in windows of {width:,}")
@@ -166,24 +200,23 @@ def _perplexity(
 
 def _passkey(
     target: str,
+    config: "RunConfig",
     data: str | None,
     lengths: list[int] | None,
     depths: list[float],
     trials: int,
-    quant: str,
     *,
     together: bool,
     as_json: bool,
 ) -> None:
-    from longfit.data.sources import read_documents
     from longfit.evaluation.passkey import passkey
-    from longfit.training.prepare import native_context, open_target
+    from longfit.training.prepare import native_context, open_target, read_path
 
     documents = None
     if data is not None:
-        documents = [document.text for document in read_documents(data) if document.text is not None]
+        documents = [document.text for document in read_path(data, config.data) if document.text is not None]
     print_note(f"loading {target}")
-    model, tokenizer = open_target(target, quant=quant)
+    model, tokenizer = open_target(target, config=config)
     context = native_context(model.config)
     lengths = lengths or [context // 4, context // 2, context]
     with show_count("trials") as on_progress:
@@ -223,7 +256,9 @@ def _quant_error(
     tokens: dict[str, int],
     convention: str,
     names: list[str] | None,
-    block_sizes: list[int],
+    block_sizes: str,
+    settings: list[str],
+    given: Mapping[str, tuple[str, object]],
     *,
     as_json: bool,
 ) -> None:
@@ -231,12 +266,17 @@ def _quant_error(
         raise ConfigError(f"{target}: is a run, whose base is quantised already; give its base model")
 
     from longfit.evaluation.quant_error import NAMES, data_types, quant_error
-    from longfit.training.prepare import open_target, read_token_ids
+    from longfit.training.prepare import open_target, read_token_ids, target_config
 
-    chosen = data_types(names=names or NAMES, block_sizes=block_sizes)
+    config = target_config(target, data=data, overrides=settings, flags=given)
+    if config.origin("model.quant") == "default":
+        config = config.replace({"model.quant": "none"}, origin="auto: each data type is measured against it")
+    blocks = [read_tokens("--block-sizes", part) for part in block_sizes.split(",")]
+    chosen = data_types(names=names or NAMES, block_sizes=blocks)
     print_note(f"loading {target}")
-    model, tokenizer = open_target(target, quant="none")
-    token_ids = read_token_ids(data, tokenizer, max_tokens=tokens.get("--max-tokens")) if data is not None else None
+    model, tokenizer = open_target(target, config=config)
+    longest = tokens.get("--max-tokens")
+    token_ids = None if data is None else read_token_ids(data, tokenizer, data=config.data, max_tokens=longest)
     with show_count("data types") as on_progress:
         rows = quant_error(
             model,

@@ -42,6 +42,7 @@ SETTINGS = (
     Setting("attention", "context.attention", CONTEXT, "exact or shifted."),
     Setting("group_size", "context.group_size", CONTEXT, "Tokens in a shifted group."),
     Setting("quant", "model.quant", MEMORY, "nf4, fp4, int4 or none."),
+    Setting("dtype", "model.dtype", MEMORY, "auto, float32, bfloat16 or float16."),
     Setting("engine", "engine.engine", MEMORY, "sweep or plain."),
     Setting("offload", "engine.offload", MEMORY, "device, ram, pinned or file."),
     Setting("stream", "engine.stream", MEMORY, "Frozen weights wait in ram or file."),
@@ -97,6 +98,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in --run-dir.", rich_help_panel=RUN)
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything but the steps; write nothing.", rich_help_panel=RUN)
+    ] = False,
     explain: Annotated[
         bool,
         typer.Option("--explain", help="Show every setting, its value and origin; train nothing.", rich_help_panel=RUN),
@@ -121,6 +125,20 @@ def train(
         return
 
     from longfit.training import loop
+
+    if dry_run:
+        if resume:
+            raise ConfigError("--dry-run: a run that goes on has passed it already; drop --resume or --dry-run")
+        with show_progress(quiet=as_json) as on_event:
+            rehearsal = loop.rehearse(config, on_event=on_event)
+        if as_json:
+            print_json(rehearsal)
+            return
+        print_lines(
+            f"dry run: {rehearsal.total_steps:,} steps on {rehearsal.num_windows:,} windows, "
+            f"{rehearsal.num_parameters:,} parameters, into {rehearsal.run_dir}; nothing was written"
+        )
+        return
 
     with show_progress(quiet=as_json) as on_event:
         result = loop.train(config, on_event=on_event, resume=resume)

@@ -15,6 +15,7 @@ How much is read is a budget of tokens, not of documents, so that the comparison
 multiplies it.
 """
 
+import dataclasses
 import inspect
 import math
 import statistics
@@ -110,7 +111,8 @@ class Comparison:
     Attributes:
         run_dir, model: what was compared.
         context, native_context, window: tokens; the window is the context unless asked otherwise.
-        text, held_out: where the text came from; whether the run itself says that it was not trained on.
+        text, held_out, seen: where the text came from; whether the run itself says that it was not trained on; else how
+            many of its documents the run was trained on, None for none.
         num_documents, num_tokens: of that text, as read in long windows.
         states: base first, tuned last.
         short_context: the regression check.
@@ -130,6 +132,7 @@ class Comparison:
     num_tokens: int
     states: tuple[State, ...]
     short_context: ShortContext
+    seen: str | None = dataclasses.field(default=None, kw_only=True)
     effort: float
     device: str
     seconds: float
@@ -138,6 +141,7 @@ class Comparison:
 def compare(
     run_dir: str | Path,
     *,
+    config: RunConfig | None = None,
     data: str | None = None,
     window: int | None = None,
     with_passkey: bool = True,
@@ -150,6 +154,7 @@ def compare(
 
     Args:
         run_dir: a run with an adapter, or at least a checkpoint.
+        config: the run's settings with changes; default: as they are.
         data: held-out text; default: the run's validation text, else a text that every Python carries.
         window: tokens of a long window; default: the run's context.
         with_passkey: measure retrieval too.
@@ -165,7 +170,7 @@ def compare(
     if not 0 < effort < math.inf:
         raise ConfigError(f"effort {effort}: must be above 0; 1 takes minutes on a CPU, 4 four times as long")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = run_directory.read_config(Path(run_dir))
+    config = config or run_directory.read_config(Path(run_dir))
     adapter = adapter_of(Path(run_dir))
     with progress(f"loading {config.model.name}"):
         model, tokenizer = load_base(config, device)
@@ -197,6 +202,7 @@ def compare(
         window=window,
         text=text.name,
         held_out=text.held_out,
+        seen=text.seen,
         num_documents=len(windows),
         num_tokens=sum(len(ids) for ids in windows),
         states=tuple(states),
@@ -265,6 +271,7 @@ class Text:
     documents: tuple[Tensor, ...]
     name: str
     held_out: bool
+    seen: str | None = None  # how much of it the run was trained on, as its digests say
 
 
 def read_text(config: RunConfig, tokenizer: Any, data: str | None) -> Text:
@@ -283,7 +290,8 @@ def read_text(config: RunConfig, tokenizer: Any, data: str | None) -> Text:
         share = f"{config.data.validation_fraction:.0%} of {config.data.path}"
         name = config.data.validation or share
     tokenized = tokenize(documents, tokenizer, config.data)
-    return Text(tuple(torch.from_numpy(found.input_ids.astype("int64")) for found in tokenized), name, held_out)
+    rows = tuple(torch.from_numpy(found.input_ids.astype("int64")) for found in tokenized)
+    return Text(rows, name, held_out, run_directory.seen_note(config.output.run_dir or "", documents))
 
 
 def long_windows(documents: Sequence[Tensor], window: int, *, budget: int) -> list[Tensor]:

@@ -218,7 +218,8 @@ def render(
 
 
 def _text_line(comparison: Comparison) -> str:
-    held_out = "held out by the run" if comparison.held_out else "check yourself that the run was not trained on it"
+    held_out = "held out by the run" if comparison.held_out else "no document of it is one that the run was trained on"
+    held_out = comparison.seen or held_out
     several = "s" if comparison.num_documents != 1 else ""
     return (
         f"Text: {html.escape(comparison.text)} ({comparison.num_tokens:,} tokens of {comparison.num_documents}"

@@ -5,7 +5,7 @@ share these steps, so that what is shown and measured is what was trained.
 """
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from longfit.config import RunConfig
+from longfit.config import RunConfig, load_config
 from longfit.config.sections import DataSection
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset, pack
@@ -257,7 +257,40 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
     return Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
 
 
-def open_run(run_dir: str | Path, *, device: torch.device | str | None = None) -> tuple[Any, Any, RunConfig]:
+def target_config(
+    target: str | Path,
+    *,
+    data: str | None = None,
+    overrides: Sequence[str] = (),
+    flags: Mapping[str, tuple[str, object]] | None = None,
+) -> RunConfig:
+    """Read the settings of a run, or make those of a base model, changed as the user says.
+
+    Args:
+        target: a run directory, or a base model.
+        data: the path that is measured or talked about, if any.
+        overrides: texts such as ``"model.dtype=float32"``.
+        flags: ``{flag: (key, value)}`` of options.
+    Raises: ConfigError: wrong settings, or some of a section that nothing but training reads.
+    """
+    path = Path(target) / "config.yaml"
+    if path.is_file():
+        own = {"--run-dir": ("output.run_dir", str(target))}
+        config = load_config(path, overrides=overrides, flags={**own, **(flags or {})})
+        changed = [key for key in config.given() if not config.origin(key).startswith((f"{path}:", "--run-dir"))]
+    else:
+        base = {"MODEL": ("model.name", str(target)), "--data": ("data.path", data or "(none)")}
+        config = load_config(overrides=overrides, flags={**base, **(flags or {})})
+        changed = [key for key in config.given() if config.origin(key) not in base]
+    for key in changed:
+        if key.partition(".")[0] not in ("model", "data"):
+            raise ConfigError(f"{key}: only training reads it; here act model.* and data.*, such as data.text_column")
+    return config
+
+
+def open_run(
+    run_dir: str | Path, *, device: torch.device | str | None = None, config: RunConfig | None = None
+) -> tuple[Any, Any, RunConfig]:
     """Load what a run produced: its base, extended as it was, with its adapter (or the newest checkpoint's).
 
     It computes in the run's dtype, or in float32 where the run's is a 16-bit one that this processor would emulate.
@@ -265,11 +298,12 @@ def open_run(run_dir: str | Path, *, device: torch.device | str | None = None) -
     Args:
         run_dir: the directory that ``longfit train`` made.
         device: where the model goes; the first CUDA device if there is one, else the CPU.
+        config: the run's settings with changes, from `target_config`.
     Returns: the model in eval mode, its tokenizer, the config of the run.
     Raises: RunError: no run there, or nothing saved in it.
     """
     run_dir, device = Path(run_dir), _device(device)
-    config = run_directory.read_config(run_dir)
+    config = config or run_directory.read_config(run_dir)
     adapter = run_dir / "adapter"
     if not adapter.is_dir():
         adapter = run_directory.last_checkpoint(run_dir) / "adapter"
@@ -281,14 +315,21 @@ def open_run(run_dir: str | Path, *, device: torch.device | str | None = None) -
     return load_adapter(model, adapter).eval(), tokenizer, config
 
 
-def open_target(target: str | Path, *, quant: str = "nf4", device: torch.device | None = None) -> tuple[Any, Any]:
+def open_target(
+    target: str | Path, *, config: RunConfig | None = None, device: torch.device | None = None
+) -> tuple[Any, Any]:
     """Load a run directory with `open_run`, or a base model as it is: not extended, exact attention, in eval mode.
 
+    Args:
+        config: from `target_config`; None for the run's own settings, or the defaults.
     Returns: the model and its tokenizer.
     """
+    config = config or target_config(target)
+    if device is None and config.model.device != "auto":
+        device = torch.device(config.model.device)
     if (Path(target) / "config.yaml").is_file():
-        return open_run(target, device=device)[:2]
-    return load(target, quant=quant, device=_device(device))
+        return open_run(target, device=device, config=config)[:2]
+    return load_base(config, _device(device))
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -308,7 +349,9 @@ def read_token_ids(
     """
     left = max_tokens
     rows = []
-    data = (data or DataSection(path=path)).model_copy(update={"chat_template": None})
+    data = data or DataSection(path=path)
+    if tokenizer.chat_template:
+        data = data.model_copy(update={"chat_template": None})
     for document in tokenize(read_path(path, data), tokenizer, data):
         row = torch.from_numpy(document.input_ids[:left].astype("int64"))
         left = None if left is None else left - len(row)

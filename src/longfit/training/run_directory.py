@@ -3,6 +3,7 @@
     runs/NAME/
         config.yaml         every setting, resolved
         data.json           a digest of each source of documents
+        documents.digests   the first bytes of the digest of each document that is trained on
         ledger.json         what became of every token
         plan.json           the memory plan, and the measured peak at the end
         metrics.jsonl       one line a step
@@ -160,6 +161,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     changed = {
         key: str(Path(path).resolve()) for key, path in paths.items() if key in always_paths or Path(path).exists()
     }
+    template = config.data.chat_template
+    if template is not None and template != "chatml" and "{" not in template and Path(template).is_file():
+        text = Path(template).read_text(encoding="utf-8")  # the run keeps the template itself: a file may change
+        config = config.replace({"data.chat_template": text}, origin=config.origin("data.chat_template"))
     absolute = config
     for key, path in changed.items():
         if path != paths[key]:
@@ -208,9 +213,30 @@ def require_same_data(run_dir: Path, digest: dict[str, dict[str, str]]) -> None:
         raise RunError("\n".join([f"cannot resume {run_dir}, the data changed ({advice}):", *shown]))
 
 
-def create(run_dir: Path, config: RunConfig, *, digest: dict[str, dict[str, str]], ledger: Ledger) -> None:
+SEEN_BYTES = 8  # of a document's digest: two of a million documents share it by chance once in 37 million sets
+
+
+def seen_note(run_dir: str | Path, documents: Documents) -> str | None:
+    """Say how many of these documents a run was trained on, whole and unchanged; None if none, or not a run."""
+    path = Path(run_dir) / "documents.digests"
+    if not path.is_file():
+        return None
+    seen = np.fromfile(path, dtype=np.uint8).reshape(-1, SEEN_BYTES)
+    count = int(np.isin(_as_numbers(documents.digests), _as_numbers(seen)).sum())
+    return f"{count:,} of {len(documents):,} documents are among those that this run was trained on" if count else None
+
+
+def _as_numbers(digests: np.ndarray) -> np.ndarray:
+    """The first bytes of digests, uint8 ``[N, >= 8]``, as uint64 ``[N]``."""
+    return np.ascontiguousarray(digests[:, :SEEN_BYTES]).view(np.uint64)[:, 0]
+
+
+def create(
+    run_dir: Path, config: RunConfig, *, digest: dict[str, dict[str, str]], ledger: Ledger, training: Documents
+) -> None:
     """Make the directory of a new run and write what is known before the first step."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    _as_numbers(training.digests).tofile(run_dir / "documents.digests")
     write_text(run_dir / "ledger.json", ledger.to_json())
     write_text(run_dir / "data.json", json.dumps(digest, indent=1) + "\n")
     # Last, because its presence makes the directory a run. Its own place is not written: a run may be moved.

@@ -208,7 +208,7 @@ def _start(
         seconds = sum(float(str(record["step_s"])) for record in read_metrics(metrics.path) if "step_s" in record)
     accelerator.wait_for_everyone()  # every process has seen the directory as it was
     if not resume and accelerator.is_main_process:
-        run_directory.create(run_dir, config, digest=digest, ledger=ledger)
+        run_directory.create(run_dir, config, digest=digest, ledger=ledger, training=documents)
     if plan is not None and accelerator.is_main_process:
         run_directory.write_text(run_dir / "plan.json", memory_check.plan_json(plan))
     scaling = loss_scale.describe(state.loss_scale, on_card=config.origin("model.dtype").startswith("auto"))
