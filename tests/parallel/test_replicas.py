@@ -1,10 +1,12 @@
 """Replicas on two processes (DDP) against one process, and what used to hang."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from tests.parallel.forked import run_in_processes
 from tests.training.conftest import MakeConfig
 
@@ -48,21 +50,64 @@ def test_processes_may_have_different_numbers_of_validation_windows(
     assert metrics(tmp_path / "run")[-1]["eval_windows"] == num_windows
 
 
+SHIFTED = {"context__attention": "shifted", "context__group_size": 32}
+
+
 @pytest.mark.parametrize(
-    "settings", [{"context__attention": "shifted", "context__group_size": 32}, {}], ids=["shifted", "exact"]
+    ("settings", "shard"), [(SHIFTED, 1), ({}, 1), (SHIFTED, 2)], ids=["shifted", "exact", "shifted and sharded"]
 )
 def test_two_processes_that_share_windows_learn_what_one_learns(
-    make_config: MakeConfig, tmp_path: Path, settings: dict[str, object]
+    make_config: MakeConfig, tmp_path: Path, settings: dict[str, object], shard: int
 ) -> None:
     """In float32, as above."""
     settings = {**settings, "data__validation_fraction": 0.2, "train__eval_every": 2, "train__steps": 2}
     train(make_config(**settings, output__run_dir=str(tmp_path / "one")))
-    run_in_processes(run, 2, make_config(**settings, parallel__sequence=2), group=False)
+    run_in_processes(run, 2, make_config(**settings, parallel__sequence=2, parallel__shard=shard), group=False)
     alone, together = metrics(tmp_path / "one"), metrics(tmp_path / "run")
     for before, after in zip(alone, together, strict=True):
         for key in before.keys() & {"loss", "grad_norm", "eval_loss", "tokens", "trained_tokens"}:
             assert after[key] == pytest.approx(before[key], rel=1e-6)
     assert all(min(record["halo_bytes_by_process"]) > 0 for record in together if "loss" in record)
+
+
+def go_on(rank: int, config: RunConfig) -> bool:
+    return train(config, resume=True).finished
+
+
+def test_a_sharded_run_goes_on_in_one_process_and_on_two(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Adapters and optimiser state are saved whole; losses in float32, as above."""
+    settings: dict[str, object] = {
+        "model__quant": "nf4", "train__steps": 6, "train__save_every": 2, "train__keep_checkpoints": 9,
+        "adapter__train_norms": True, "adapter__train_embeddings": True, "data__validation_fraction": 0.2,
+    }  # fmt: skip
+    train(make_config(**settings, train__gradient_accumulation=2, output__run_dir=str(tmp_path / "one")))
+    sharded = make_config(**settings, parallel__shard=2)
+    run_in_processes(run, 2, sharded, group=False)
+    alone, whole = metrics(tmp_path / "one"), metrics(tmp_path / "run")
+    for before, after in zip(alone, whole, strict=True):
+        for key in before.keys() & {"loss", "grad_norm", "eval_loss", "tokens", "trained_tokens"}:
+            assert after[key] == pytest.approx(before[key], rel=1e-5)
+    saved = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "run")]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(saved[0][name].shape == saved[1][name].shape for name in saved[0])
+
+    def break_off_after_four(folder: Path) -> None:
+        shutil.copytree(tmp_path / "run", folder)
+        shutil.rmtree(folder / "checkpoints" / "step-000006")
+        shutil.rmtree(folder / "adapter")
+
+    break_off_after_four(tmp_path / "two")
+    resumed = make_config(**settings, parallel__shard=2, output__run_dir=str(tmp_path / "two"))
+    assert run_in_processes(go_on, 2, resumed, group=False) == [True, True]
+    assert numbers(tmp_path / "two") == numbers(tmp_path / "run")
+    break_off_after_four(tmp_path / "fewer")
+    train(make_config(output__run_dir=str(tmp_path / "fewer"), parallel__shard=1, **settings), resume=True)
+    for before, after in zip(numbers(tmp_path / "run"), numbers(tmp_path / "fewer"), strict=True):
+        assert after == pytest.approx(before, rel=1e-5)
+
+
+def numbers(folder: Path) -> list[float]:
+    return [record[key] for record in metrics(folder) for key in ("loss", "grad_norm", "eval_loss") if key in record]
 
 
 def differ(rank: int, config: RunConfig) -> str:

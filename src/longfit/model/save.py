@@ -16,22 +16,28 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from longfit.errors import ModelError
 from longfit.model.adapters import register_layers
 
 
-def save_adapter(model: PeftModel, tokenizer: Any, path: str | os.PathLike[str]) -> Path:
+def save_adapter(
+    model: PeftModel, tokenizer: Any, path: str | os.PathLike[str], *, trained: dict[str, Tensor] | None = None
+) -> Path:
     """Write adapter, tokenizer and extended configuration into a folder.
 
+    Args:
+        trained: the trained tensors by parameter name, where the model has only rows of them.
     Returns: the folder.
     Raises: ModelError: ``model`` has no adapter.
     """
     if not isinstance(model, PeftModel):
         raise ModelError("save_adapter: this model has no adapter; pass the model that add_adapters returned")
     folder = Path(path)
-    model.save_pretrained(str(folder), save_embedding_layers=False)  # those trained are in modules_to_save
+    # Embeddings that train are in modules_to_save.
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=trained)
     tokenizer.save_pretrained(str(folder))
     base = model.get_base_model()
     plain_config(base.config).save_pretrained(str(folder))

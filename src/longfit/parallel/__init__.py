@@ -7,5 +7,6 @@ processes.py    the process group: time-outs, the store of the heartbeat, the la
 layout.py       which device trains which windows, which tokens of a window, which rows of the weights
 halo.py         which keys and values travel between the processes of a sequence, and how
 sequence.py     one window over several processes: its cut, and the loss of a part
+shard.py        weights shared between devices (FSDP2), and their trained part as an optimiser and a file want it
 traffic.py      bytes sent in a step, as formulas
 """

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from longfit.errors import RunError
 from longfit.optim.adamw import PagedAdamW
+from longfit.parallel.shard import Shards, local_rows, own_rows, own_state
 from longfit.words import format_bytes
 
 FORMAT = 1
@@ -38,7 +39,8 @@ class RunState:
     step: int
     windows_seen: int
     tokens_seen: int
-    num_processes: int = 1
+    num_processes: int = 1  # windows trained at once
+    gradient_accumulation: int | None = None  # of these; None is what the config says
     run_id: str = ""  # the same in all checkpoints of a run, and in its file of paged optimiser state
     loss_scale: float = 1.0  # of the next step
     format: int = FORMAT
@@ -63,6 +65,7 @@ def save_checkpoint(
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     keep: int,
+    whole: tuple[dict[str, Tensor], dict[str, Any]] | None = None,
 ) -> Path:
     """Write the checkpoint of ``state.step``, then drop all but the newest ``keep``.
 
@@ -70,6 +73,7 @@ def save_checkpoint(
         run_dir: directory of the run.
         model: a PeftModel; its parameters that require gradients are saved.
         keep: checkpoints that stay, this one included.
+        whole: trained tensors and optimiser state, where the model and the optimiser have only rows of them.
     Returns: the checkpoint's folder.
     Raises: RunError: the disk is full or cannot be written; earlier checkpoints stay untouched.
     """
@@ -82,8 +86,7 @@ def save_checkpoint(
     if final.exists():
         return final  # the state after a step is a function of the run: it is this one
     unfinished = final.with_name(f".{final.name}.unfinished")
-    trained = trained_tensors(model)
-    optimizer_state = optimizer.state_dict()
+    trained, optimizer_state = whole or (trained_tensors(model), optimizer.state_dict())
     needed = 2 * _num_bytes(trained) + _num_bytes(optimizer_state) + DISK_RESERVE_BYTES
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +94,7 @@ def save_checkpoint(
         if shutil.disk_usage(final.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         unfinished.mkdir()
-        save_adapter(model, tokenizer, unfinished / "adapter")
+        save_adapter(model, tokenizer, unfinished / "adapter", trained=whole[0] if whole else None)
         save_file({name: tensor.contiguous() for name, tensor in trained.items()}, unfinished / "trainable.safetensors")
         torch.save(optimizer_state, unfinished / "optimizer.pt")
         commit_optimizer(optimizer, state)
@@ -111,10 +114,17 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    folder: Path,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    shards: Shards | None = None,
 ) -> RunState:
     """Put a checkpoint's tensors into the model and the optimiser.
 
+    Args:
+        shards: what this process has of the model, where it has rows of it only.
     Returns: where the run stands.
     Raises: RunError: the checkpoint does not belong to this model or to this version of longfit.
     """
@@ -131,13 +141,14 @@ def load_checkpoint(
         raise RunError(f"{folder}: does not belong to this model: {len(wrong)} tensors differ, first {wrong[0]}")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(saved[name])
+            local_rows(parameter).copy_(own_rows(saved[name], parameter))
     if isinstance(optimizer, PagedAdamW):
         if optimizer.committed_mark != _mark(state):  # else its file holds this very state
             saved = torch.load(folder / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(saved if shards is None else own_state(saved, shards.parameters))
     else:
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location=device, weights_only=True))
+        saved = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+        optimizer.load_state_dict(saved if shards is None else own_state(saved, shards.parameters))
     return state
 
 

@@ -16,12 +16,16 @@ class Interruptible:
     """While entered, SIGINT and SIGTERM raise KeyboardInterrupt, at once or, inside `held`, at its end.
 
     Outside the main thread, where Python allows no signal handlers, it does nothing.
+
+    Args:
+        deferred: raise nothing; somebody asks ``requested`` where all processes of the run can stop together.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, *, deferred: bool = False) -> None:
         self.requested = False
+        self._deferred = deferred
         self._depth = 0
         self._before: dict[signal.Signals, Any] = {}
 
@@ -36,7 +40,9 @@ class Interruptible:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         first, self.requested = not self.requested, True
-        if first and self._depth == 0:  # a second Ctrl-C must not break the saving that the first one began
+        if (
+            first and self._depth == 0 and not self._deferred
+        ):  # a second Ctrl-C must not break the saving that the first one began
             raise KeyboardInterrupt
 
     @contextmanager
@@ -48,5 +54,5 @@ class Interruptible:
             yield
         finally:
             self._depth -= 1
-        if self.requested and not asked_before and self._depth == 0:
+        if self.requested and not asked_before and self._depth == 0 and not self._deferred:
             raise KeyboardInterrupt

@@ -34,8 +34,9 @@ from longfit.engine.sweep.evaluation import swept_evaluation
 from longfit.errors import PlanError, RunError
 from longfit.model.save import save_adapter
 from longfit.parallel.sequence import SequenceParallelLoss
+from longfit.parallel.shard import whole_state, whole_tensor
 from longfit.training import loss_scale, memory_check, run_directory
-from longfit.training.checkpoint import RunState, save_checkpoint
+from longfit.training.checkpoint import RunState, save_checkpoint, trained_tensors
 from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, OnEvent, ignore, peak_memory_bytes, read_metrics
 from longfit.training.optimizer import clip_gradients, discard_file, relieve
@@ -150,7 +151,7 @@ class _NotFiniteError(Exception):
 def _loop(run: Run) -> TrainResult:
     """Train from the run's state to its end, or to an interruption."""
     train, finished = run.config.train, False
-    with Interruptible() as interruptible:
+    with Interruptible(deferred=run.shards is not None) as interruptible:
         try:
             if run.state.step < run.total_steps:
                 _probe(run)
@@ -162,6 +163,8 @@ def _loop(run: Run) -> TrainResult:
                 if last or done % train.save_every == 0:
                     with interruptible.held():
                         _save(run)
+                if run.shards is not None and _over_processes(run, interruptible.requested):
+                    raise KeyboardInterrupt  # in all processes, as each has a part of what is saved
             with interruptible.held():
                 _save_result(run)
             run.accelerator.wait_for_everyone()
@@ -202,6 +205,8 @@ def _probe(run: Run) -> None:
     num_trained = _over_windows(run, _num_trained(batch))
     _within_memory(run, partial(_differentiate, run, [batch], max(num_trained, 1), run.state.loss_scale))
     run.optimizer.zero_grad(set_to_none=True)
+    if run.shards is not None:
+        run.shards.drop_gradients()
 
 
 def _step(run: Run, interruptible: Interruptible) -> None:
@@ -232,6 +237,7 @@ def _step(run: Run, interruptible: Interruptible) -> None:
             windows_seen=run.state.windows_seen + sum(len(batch.indices) for batch in batches) * run.layout.data,
             tokens_seen=run.state.tokens_seen + num_tokens,
             num_processes=run.layout.data,
+            gradient_accumulation=train.gradient_accumulation,
             run_id=run.state.run_id,
             loss_scale=loss_scale.after_step(scale, step + 1),
         )
@@ -266,7 +272,7 @@ def _scaled_gradients(run: Run, batches: list["_Batch"], num_trained: float) -> 
         differentiate = partial(_differentiate, run, batches, num_trained, scale)
         loss = _over_processes(run, _within_memory(run, differentiate))
         _require_finite(run, "loss", loss, batches[-1])
-        grad_norm = clip_gradients(run.parameters, run.config.train.max_grad_norm, scale=scale)
+        grad_norm = clip_gradients(run.parameters, run.config.train.max_grad_norm, scale=scale, shards=run.shards)
         smaller = None if math.isfinite(grad_norm) else loss_scale.after_overflow(scale)
         if smaller is None:
             return loss, grad_norm, scale
@@ -295,15 +301,20 @@ def _differentiate(run: Run, batches: list["_Batch"], num_trained: float, scale:
     """Put the gradients of a step's micro-batches in their place; return this process's part of the loss."""
     accelerator, loss = run.accelerator, 0.0
     loss_scale.begin(run.parameters, num_processes=accelerator.num_processes)
+    if run.shards is not None:
+        run.shards.drop_gradients()
     for number, batch in enumerate(batches):
         torch.manual_seed(_seed(run.config.train.seed, run.state.step, number, run.rank))
-        with nullcontext() if number == len(batches) - 1 else accelerator.no_sync(run.loss_module):
+        last = number == len(batches) - 1  # shards are reduced in each pass: whole gradients would take their place
+        with nullcontext() if last or run.shards is not None else accelerator.no_sync(run.loss_module):
             part = run.loss_module(**batch.tensors, num_items=num_trained / scale)
             # Data-parallel wrappers average gradients over processes, but these parts must add up.
             accelerator.backward(part * accelerator.num_processes)
         loss += part.item() / scale
         if run.layout.devices == 1:  # else all processes must hear of it before one of them leaves
             _require_finite(run, "loss", loss, batch)
+    if run.shards is not None:
+        run.shards.collect_gradients()
     return loss
 
 
@@ -386,16 +397,26 @@ def _evaluate(run: Run, validation: PackedDataset) -> None:
     """Measure the validation loss; shifted attention acts only in train mode, so this one is exact.
 
     Processes may have different numbers of windows, one even none. So nothing is exchanged before all are done: the
-    model is called without the wrapper that would.
+    model is called without the wrapper that would. Only shards must be gathered by all: who has no window left takes
+    part with one that does not count.
     """
     num_windows = min(len(validation), run.config.data.validation_windows)
     total, count = 0.0, 0
-    loss_of = TrainingLoss(run.model, engine=run.config.engine.engine, loss=run.loss_of)
+    loss_of = run.loss_module
+    if run.shards is None:
+        loss_of = TrainingLoss(run.model, engine=run.config.engine.engine, loss=run.loss_of)
+    own = range(run.layout.window_of(run.rank), num_windows, run.layout.data)
+    rounds = len(own) if run.shards is None else -(-num_windows // run.layout.data)
     with swept_evaluation(run.model):
-        for index in range(run.layout.window_of(run.rank), num_windows, run.layout.data):
-            batch = _batch(run, [index], windows=validation)
-            total += loss_of(**batch.tensors, num_items=1).item()  # a sum
-            count += _num_trained(batch)
+        for number in range(rounds):
+            counts = number < len(own)
+            batch = _batch(run, [own[number] if counts else 0], windows=validation)
+            part = loss_of(**batch.tensors, num_items=1).item()  # a sum
+            if counts:
+                total += part
+                count += _num_trained(batch)
+    if run.shards is not None:
+        run.loss_module.reshard()  # without a backward the outermost module stays gathered
     loss = _over_processes(run, total) / _over_windows(run, count)
     record = {"step": run.state.step, "eval_loss": loss, "eval_windows": num_windows}
     run.record(record)
@@ -408,6 +429,9 @@ def _save(run: Run) -> None:
 
 
 def _save_checkpoint(run: Run) -> None:
+    whole = None
+    if run.shards is not None:
+        whole = _whole_trained(run), whole_state(run.optimizer.state_dict(), run.shards.parameters)
     if run.is_main:
         path = save_checkpoint(
             run.run_dir,
@@ -416,13 +440,20 @@ def _save_checkpoint(run: Run) -> None:
             tokenizer=run.tokenizer,
             optimizer=run.optimizer,
             keep=run.config.train.keep_checkpoints,
+            whole=whole,
         )
         run.tell(Event("checkpoint", f"saved {path}", {"step": run.state.step, "path": str(path)}))
 
 
+def _whole_trained(run: Run) -> dict[str, Tensor]:
+    """The trained tensors, whole, in host memory; every process must call it."""
+    return {name: whole_tensor(tensor.detach()).cpu() for name, tensor in trained_tensors(run.model).items()}
+
+
 def _save_result(run: Run) -> None:
+    trained = None if run.shards is None else _whole_trained(run)
     if run.is_main:
-        save = partial(save_adapter, run.model, run.tokenizer)
+        save = partial(save_adapter, run.model, run.tokenizer, trained=trained)
         run_directory.replace_folder(run.run_dir / "adapter", save)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from longfit.config import RunConfig
 from longfit.optim.adamw import PagedAdamW
+from longfit.parallel.shard import Shards
 from longfit.training import loss_scale
 
 NORM_PART = 1 << 22
@@ -99,7 +100,9 @@ def _norm(gradient: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float, *, scale: float = 1.0) -> float:
+def clip_gradients(
+    parameters: Iterable[Tensor], max_norm: float, *, scale: float = 1.0, shards: Shards | None = None
+) -> float:
     """Scale all gradients so that their global norm is at most ``max_norm``; sums in float32 whatever their dtype.
 
     Args:
@@ -107,17 +110,21 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float, *, scale: floa
             for without its scale it would be too small for float16.
         max_norm: the largest norm.
         scale: what the loss was multiplied by (`loss_scale.py`); it is taken out of the gradients and of the norm.
+        shards: what this process has of the model, where that is rows only; the norm is over all processes then.
     Returns: the norm before clipping.
     """
     parameters = list(parameters)
     loss_scale.widen(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not gradients:
+    if shards is not None:
+        total = math.sqrt(shards.square_norm())
+    elif not gradients:
         return 0.0
-    norms = [_norm(gradient) for gradient in gradients]
-    total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms])).item()
+    else:
+        norms = [_norm(gradient).double() for gradient in gradients]
+        total = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms])).item()
     total /= scale
     factor = min(1.0, max_norm / total if total else 1.0) / scale
-    if factor != 1.0 and math.isfinite(total):
+    if gradients and factor != 1.0 and math.isfinite(total):
         torch._foreach_mul_(gradients, factor)
     return total

@@ -27,6 +27,7 @@ from longfit.parallel.heartbeat import Heartbeat
 from longfit.parallel.layout import Layout, choose_layout
 from longfit.parallel.processes import exchange_timeout, start_heartbeat
 from longfit.parallel.sequence import SequenceParallelLoss, require_shareable, sequence_group
+from longfit.parallel.shard import Shards, decoder_layers, shard_model
 from longfit.planning.plan import Plan
 from longfit.training import loss_scale, memory_check, run_directory
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state
@@ -52,6 +53,7 @@ class Run:
     """Everything a training step needs.
 
     Attributes:
+        shards: what this process has of the trained parameters, where it has rows of them only.
         loss_of: the loss of a model and a batch, or of this process's part of the batch.
         loss_module: `TrainingLoss` around the PeftModel, as Accelerate wrapped it.
         model: the PeftModel.
@@ -64,6 +66,7 @@ class Run:
     accelerator: Accelerator
     layout: Layout
     heartbeat: Heartbeat | None
+    shards: Shards | None
     loss_of: Any
     loss_module: Any
     model: Any
@@ -155,6 +158,9 @@ def _start(
     if resume:
         run_directory.require_same_data(run_dir, digest)
 
+        config = _same_windows(config, read_state(run_directory.last_checkpoint(run_dir)), layout, notify)
+    if layout.shard > 1:
+        _require_shardable(config)
     config = resolve_dtype(config, accelerator.device, on_event=notify)
     config, plan = memory_check.plan_run(
         config,
@@ -187,13 +193,21 @@ def _start(
         require_shareable(model, engine=config.engine.engine)
         group = sequence_group(layout.sharers_of_window(), accelerator.process_index)
         loss_of = SequenceParallelLoss(group, balanced=config.context.attention == "exact")
-    loss_module = accelerator.prepare(TrainingLoss(model, engine=config.engine.engine, loss=loss_of))
+    loss_module: Any = TrainingLoss(model, engine=config.engine.engine, loss=loss_of)
+    if layout.shard == 1:
+        loss_module = accelerator.prepare(loss_module)
+    else:
+        shard_model(loss_module, decoder_layers(model), layout, torch.device(accelerator.device.type))
+    groups, shards = parameter_groups(model, weight_decay=config.train.weight_decay), None
+    if layout.shard > 1:
+        shards = Shards([p for group in groups for p in group["params"]], num_devices=layout.devices)
+        groups = shards.groups(groups)
     loss_module.train()
     stream_frozen(model, config, accelerator.device, on_event=notify)
     run_id = read_state(run_directory.last_checkpoint(run_dir)).run_id if resume else _new_run_id(accelerator)
     optimizer = make_optimizer(
         config,
-        parameter_groups(model, weight_decay=config.train.weight_decay),
+        groups,
         run_id=run_id,
         process=accelerator.process_index if accelerator.num_processes > 1 else None,
     )
@@ -202,8 +216,7 @@ def _start(
     state = RunState(0, 0, 0, num_processes=layout.data, run_id=run_id, loss_scale=scale)
     if resume:
         checkpoint = run_directory.last_checkpoint(run_dir)
-        _require_same_windows(read_state(checkpoint), layout)
-        state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, device=accelerator.device)
+        state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, device=accelerator.device, shards=shards)
         metrics.keep_until(state.step)
         seconds = sum(float(str(record["step_s"])) for record in read_metrics(metrics.path) if "step_s" in record)
     accelerator.wait_for_everyone()  # every process has seen the directory as it was
@@ -228,8 +241,8 @@ def _start(
         notify,
     )
     return Run(
-        config, run_dir, notify, accelerator, layout, heartbeat, loss_of, loss_module, model, tokenizer, optimizer,
-        windows, validation, metrics, PagingMeter(optimizer), plan, step_down, state, seconds,
+        config, run_dir, notify, accelerator, layout, heartbeat, shards, loss_of, loss_module, model, tokenizer,
+        optimizer, windows, validation, metrics, PagingMeter(optimizer), plan, step_down, state, seconds,
     )  # fmt: skip
 
 
@@ -267,9 +280,37 @@ def _new_run_id(accelerator: Accelerator) -> str:
     return names[0]
 
 
-def _require_same_windows(state: RunState, layout: Layout) -> None:
-    if state.num_processes != layout.data:
+def _same_windows(config: RunConfig, state: RunState, layout: Layout, notify: OnEvent) -> RunConfig:
+    """Keep the windows of a step when a run goes on with more or fewer of them at once.
+
+    Raises: RunError: they cannot be divided so.
+    """
+    windows = state.num_processes * (state.gradient_accumulation or config.train.gradient_accumulation)
+    if windows % layout.data:
         raise RunError(
-            f"cannot resume with {layout.data} windows at once: the run has {state.num_processes}, which decides the"
-            f" windows of a step; start it with parallel.data={state.num_processes}"
+            f"cannot resume with {layout.data} windows at once: a step of this run has {windows} x train.batch_size"
+            f" windows; take a divisor of {windows} as parallel.data, such as {state.num_processes}"
         )
+    if layout.data != state.num_processes:
+        told = f"{layout.data} windows at once instead of {state.num_processes}: losses may differ in rounding"
+        notify(Event("warning", told))
+    return config.replace({"train.gradient_accumulation": windows // layout.data}, origin="resume")
+
+
+def _require_shardable(config: RunConfig) -> None:
+    """Refuse what needs whole weights or a state that cannot be cut into rows.
+
+    Raises: ConfigError: naming the setting and what works.
+    """
+    refused = {
+        "engine.stream": (config.engine.stream != "none", "shards are gathered, not streamed; use none"),
+        "optim.optim": (config.optim.optim == "adamw8bit", "8-bit blocks cross the rows of shards; use adamw"),
+        "optim.file": (config.optim.file is not None, "a file belongs to one division into shards; drop it"),
+        "model.dtype": (
+            config.model.dtype == "float16",
+            "losses are not scaled there; use bfloat16 or float32",
+        ),
+    }
+    problems = [f"{key}={config.flat()[key]} with parallel.shard: {why}" for key, (bad, why) in refused.items() if bad]
+    if problems:
+        raise ConfigError("\n  ".join(problems))
