@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from longfit.cli.output import print_json, print_lines
+from longfit.compat import TESTED
 from longfit.words import format_bytes
 
 PACKAGES = ("longfit", "torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "gguf")
@@ -48,6 +49,7 @@ def doctor(
     print_lines(
         f"python {facts['python']} on {facts['platform']}",
         "  ".join(f"{name} {number or 'not installed'}" for name, number in facts["packages"].items()),
+        f"tested with {'  '.join(f'{name} {number}' for name, number in facts['tested'].items())}",
         "",
         f"processor  {cpu['model']}, {cpu['cores']} cores, torch uses {cpu['torch_threads']} threads",
         f"           {' '.join(cpu['flags']) or 'no known instruction sets'}; torch: {cpu['torch_capability']}",
@@ -85,6 +87,7 @@ def inspect_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: package_version(name) for name in PACKAGES},
+        "tested": TESTED,
         "cpu": {
             "model": _cpu_model(),
             "cores": os.cpu_count(),

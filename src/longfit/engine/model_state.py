@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from longfit.compat.transformers import CHECKPOINTING, attention_of
 from longfit.engine.hf_model import base_model
 
 _MODE = ("training",)
-_ENGINE = ("gradient_checkpointing", "_gradient_checkpointing_func", "_longfit_plain")
+_ENGINE = (*CHECKPOINTING, "_longfit_plain")
 
 
 class ModelState:
@@ -22,13 +23,13 @@ class ModelState:
 
     def __init__(self, model: nn.Module) -> None:
         self._base = base_model(model)
-        self._attention = self._base.config.get_text_config()._attn_implementation
+        self._attention = attention_of(self._base)
         self._attributes = _Attributes(model.modules(), (*_MODE, *_ENGINE))
 
     def restore(self) -> None:
         """Go back to this state."""
         self._attributes.restore()
-        if self._base.config.get_text_config()._attn_implementation != self._attention:
+        if attention_of(self._base) != self._attention:
             self._base.set_attn_implementation(self._attention)
 
 

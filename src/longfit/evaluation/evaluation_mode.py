@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longfit.attention.hf_attention import attention_key
+from longfit.compat.transformers import attention_of
 from longfit.engine.hf_model import base_model
 from longfit.engine.model_state import preserve_state
 from longfit.engine.sweep.evaluation import swept_evaluation
@@ -31,7 +32,7 @@ def measured(model: nn.Module, *, swept: bool = False) -> Iterator[None]:
     Raises: ModelError: the model is no causal language model, or takes no attention but its own.
     """
     base = base_model(model)
-    attention = base.config._attn_implementation
+    attention = attention_of(base)
     with preserve_state(model), torch.no_grad():
         model.eval()
         if not str(attention).startswith("longfit-"):
@@ -51,7 +52,7 @@ def use_attention(base: Any, key: str) -> None:
     Raises: ModelError: it did not.
     """
     base.set_attn_implementation(key)
-    if base.config._attn_implementation != key:
+    if attention_of(base) != key:
         raise ModelError(
             f"{type(base).__name__}: takes no attention from transformers' AttentionInterface, so it cannot be measured"
             " in tiles; use a model that does, as Llama, Qwen, Mistral, Gemma and Phi do"

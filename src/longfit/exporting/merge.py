@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from longfit.compat.transformers import tied_weights
 from longfit.errors import ExportError
 from longfit.evaluation.drift import Drift, Reference, measure_drift, read_reference
 from longfit.exporting.adapter_weights import AdapterWeights, is_finite
@@ -199,7 +200,7 @@ class MergePlan:
             skeleton = AutoModelForCausalLM.from_config(config)
         base = open_base(trained.base, config)
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-        tied_to = dict(skeleton.all_tied_weights_keys)
+        tied_to = dict(tied_weights(skeleton))
         untied = {name for name in tied_to if _comes_apart(name, tied_to[name], adapter)}
         written = [name for name in shapes if name not in tied_to or name in untied]
         aliases = {name: tied_to[name] for name in untied if name not in base.names()}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longfit.compat.torch import dispatch_mode_is_active
 from longfit.kernels.checks import (
     check_codebook,
     check_dtype,
@@ -117,7 +118,7 @@ def _watched(tensor: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or type(tensor) not in PLAIN
-        or torch._C._len_torch_dispatch_stack() > 0
+        or dispatch_mode_is_active()
         or (tensor.requires_grad and torch.is_grad_enabled())
         or torch.jit.is_tracing()
     )

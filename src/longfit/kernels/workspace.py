@@ -19,6 +19,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from longfit.compat.torch import version_of
 from longfit.kernels.sizes import HELD_BYTES
 
 
@@ -64,13 +65,13 @@ class Workspace:
         key = (source.data_ptr(), source.shape, source.stride(), dtype)
         if key in self._held:
             known, version, out = self._held[key]
-            assert known._version == version, "a packed weight was written to while its dense copy was held"
+            assert version_of(known) == version, "a packed weight was written to while its dense copy was held"
             return out
         used = sum(out.nbytes for _, _, out in self._held.values())
         if used + num_bytes > self._held_bytes:
             return self._filled(len(self._held), num_bytes, shape, dtype, source.device, dequantize)
         out = self._filled(len(self._held), num_bytes, shape, dtype, source.device, dequantize)
-        self._held[key] = source, source._version, out  # the source is kept, so that its address stays its own
+        self._held[key] = source, version_of(source), out  # the source is kept, so that its address stays its own
         return out
 
     def _filled(

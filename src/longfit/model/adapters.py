@@ -19,6 +19,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from longfit.compat.peft import register_adapter_layer
+from longfit.compat.transformers import tied_weights
 from longfit.errors import ModelError
 from longfit.layers.qlora import QLoRALinear
 from longfit.layers.quantized_linear import QuantizedLinear
@@ -84,7 +86,7 @@ def add_adapters(
         lora_dropout=dropout,
         target_modules=targets,
         modules_to_save=trained_whole or None,
-        ensure_weight_tying=train_embeddings and bool(model.all_tied_weights_keys),
+        ensure_weight_tying=train_embeddings and bool(tied_weights(model)),
         task_type="CAUSAL_LM",
     )
     register_layers(config)
@@ -93,7 +95,7 @@ def add_adapters(
 
 def register_layers(config: LoraConfig) -> None:
     """Tell PEFT which adapter layer belongs on a quantised layer; not written to its files."""
-    config._register_custom_module({QuantizedLinear: QLoRALinear})
+    register_adapter_layer(config, QuantizedLinear, QLoRALinear)
 
 
 def require_targets(model: nn.Module, targets: list[str]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from longfit.attention.hf_attention import attention_key
+from longfit.compat.transformers import attention_of
 from longfit.engine.hf_model import base_model
 from longfit.errors import ContextError, ModelError
 from longfit.numerics import rope as formulas
@@ -351,9 +352,9 @@ def _apply_limits(base: Any, tokenizer: Any, *, context: int, present: int) -> l
 
 
 def _apply_attention(base: Any, key: str) -> list[str]:
-    before = base.config._attn_implementation
+    before = attention_of(base)
     base.set_attn_implementation(key)
-    if base.config._attn_implementation != key:
+    if attention_of(base) != key:
         raise ModelError(
             f"{type(base).__name__}: takes no attention from transformers' AttentionInterface; use a model"
             " that does, as Llama, Qwen, Mistral, Gemma and Phi do"

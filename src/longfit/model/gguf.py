@@ -21,6 +21,7 @@ from gguf import dequantize as gguf_dequantize
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
+from longfit.compat.transformers import tied_weights
 from longfit.errors import ModelError
 from longfit.files.gguf_header import MAGIC, read_header, require_whole_tensors
 from longfit.files.reading import reading
@@ -136,7 +137,7 @@ def lazy_state_dict(path: Path, config: PretrainedConfig) -> dict[str, LazyTenso
             f"{path}: {len(unknown)} tensors that a {config.model_type} does not have, first {unknown[0]!r}; without "
             "them it would be another model: fetch it again, or give the safetensors of the model"
         )
-    missing = sorted(set(skeleton.state_dict()) - set(state_dict) - set(skeleton.all_tied_weights_keys))
+    missing = sorted(set(skeleton.state_dict()) - set(state_dict) - set(tied_weights(skeleton)))
     if missing:
         raise ModelError(f"{path}: {len(missing)} tensors of {config.model_type} are missing, first {missing[0]!r}")
     return state_dict

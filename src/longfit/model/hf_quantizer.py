@@ -21,6 +21,7 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from longfit.compat.transformers import do_not_initialize, tied_weights
 from longfit.errors import ModelError
 from longfit.layers.linear4bit import Linear4bit
 from longfit.layers.linear8bit import Linear8bit, join_rows
@@ -193,7 +194,7 @@ def from_bitsandbytes_int8(name: str, tensors: dict[str, Tensor]) -> tuple[Tenso
 
 def adopted(layer: QuantizedLinear, weight_name: str, rows: Tensor, constants: Tensor) -> dict[str, Tensor]:
     """A layer's stored tensors under their full names; transformers puts them into the layer."""
-    layer.weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    do_not_initialize(layer.weight)
     return {
         weight_name: nn.Parameter(rows, requires_grad=False),
         weight_name.removesuffix("weight") + "constants": constants,
@@ -232,7 +233,7 @@ class LongfitQuantizer(HfQuantizer):
                 continue
             replacement = self._placeholder(module)
             # Bytes are read, never drawn at random; what lacks them is refused.
-            replacement._is_hf_initialized = True  # type: ignore[assignment]
+            do_not_initialize(replacement)
             model.set_submodule(name, replacement)
 
     def _placeholder(self, linear: nn.Linear) -> QuantizedLinear:
@@ -294,7 +295,7 @@ class LongfitQuantizer(HfQuantizer):
 def skipped_linears(model: Any, skip_modules: list[str]) -> dict[str, str]:
     """Which linear layers stay dense, and why: name to reason."""
     head = model.get_output_embeddings()
-    tied = {name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair}
+    tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
     reasons = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from longfit.compat.transformers import forget_attention
 from longfit.errors import ModelError
 from longfit.files import reading as border
 from longfit.files.reading import read_object, reading
@@ -198,7 +199,7 @@ def read_config(name: str | os.PathLike[str]) -> PretrainedConfig:
         place = Path(name) / "config.json" if Path(name).is_dir() else name
         known = "not a configuration that transformers can read" if Path(name).is_dir() else NEITHER
         raise ModelError(f"{place}: {known} ({border.reason(error)}); fetch it again, or give another model") from error
-    config._attn_implementation = None  # a file does not choose kernels: a name there may be code on the hub
+    forget_attention(config)  # a file does not choose kernels
     config._experts_implementation = None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longfit.compat.torch import multiply_all_
 from longfit.config import RunConfig
 from longfit.optim.adamw import PagedAdamW
 from longfit.parallel.shard import Shards
@@ -126,5 +127,5 @@ def clip_gradients(
     total /= scale
     factor = min(1.0, max_norm / total if total else 1.0) / scale
     if gradients and factor != 1.0 and math.isfinite(total):
-        torch._foreach_mul_(gradients, factor)
+        multiply_all_(gradients, factor)
     return total

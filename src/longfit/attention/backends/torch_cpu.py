@@ -18,9 +18,7 @@ from torch import Tensor
 
 from longfit.attention.tile import QueryTile, rows_contiguous
 from longfit.attention.varlen import shared_heads
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+from longfit.compat.torch import flash_cpu_backward, flash_cpu_forward
 
 SHORT_RUN = 32
 """Below so many queries with one first key, calls of their own cost more than a share in a masked block: for documents
@@ -76,7 +74,9 @@ def forward(tile: QueryTile) -> tuple[Tensor, Tensor]:
             there = call.keys(part)
             mask = _mask(call, part, tile)
             causal = part.visible == "causal"
-            part_out, part_lse = _flash(q[here], k[there], v[there], 0.0, causal, attn_mask=mask, scale=tile.scaling)
+            part_out, part_lse = flash_cpu_forward(
+                q[here], k[there], v[there], 0.0, causal, attn_mask=mask, scale=tile.scaling
+            )
             if number:
                 part_out, part_lse = _merge(out[here], lse[here], part_out, part_lse)
             out[here], lse[here] = part_out, part_lse
@@ -94,7 +94,7 @@ def backward(tile: QueryTile, grad_out: Tensor, out: Tensor, lse: Tensor, *, gra
         shares = []
         for part in call.piece.parts:
             there = call.keys(part)
-            part_q, part_k, part_v = _flash_backward(
+            part_q, part_k, part_v = flash_cpu_backward(
                 grad_out[here], q[here], k[there], v[there], out[here], lse[here], 0.0, part.visible == "causal",
                 attn_mask=_mask(call, part, tile), scale=tile.scaling,
             )  # fmt: skip

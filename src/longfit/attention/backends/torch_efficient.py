@@ -17,9 +17,7 @@ from longfit.attention.limits import KEY_BLOCK
 from longfit.attention.tile import QueryTile, rows_contiguous
 from longfit.attention.varlen import Sequence, Share, shares
 from longfit.attention.visibility import Schedule
-
-_efficient = torch.ops.aten._efficient_attention_forward.default
-_efficient_backward = torch.ops.aten._efficient_attention_backward.default
+from longfit.compat.torch import efficient_backward, efficient_forward
 
 EVERYTHING, CAUSAL = 0, 2
 """The kernel's mask types: none, and causal with the last query aligned to the last key."""
@@ -40,7 +38,7 @@ def forward(tile: QueryTile) -> tuple[Tensor, Tensor]:
             continue
         there = (share.row, share.kv_heads, slice(sequence.first, sequence.high))
         for here in _one_per_key_head(share, sequence, tile.start):
-            part, part_lse, *_ = _efficient(
+            part, part_lse, *_ = efficient_forward(
                 _batched(q[here]), _batched(k[there]), _batched(v[there]), None, None, None, None, None, 0.0, CAUSAL,
                 compute_log_sumexp=True, scale=tile.scaling,
             )  # fmt: skip
@@ -67,7 +65,7 @@ def backward(tile: QueryTile, grad_out: Tensor, out: Tensor, lse: Tensor, *, gra
             filled_lse = _filled_up(lse[here])
             for first, end, mask in _key_blocks(sequence):
                 there = (share.row, share.kv_heads, slice(first, end))
-                part_q, part_k, part_v, _ = _efficient_backward(
+                part_q, part_k, part_v, _ = efficient_backward(
                     _batched(grad_out[here]), _batched(q[here]), _batched(k[there]), _batched(v[there]), None,
                     _batched(out[here]), None, None, sequence.high - sequence.low, end - first, filled_lse, 0.0, seed,
                     offset, mask, False, scale=tile.scaling,

@@ -20,9 +20,7 @@ from torch import Tensor
 from longfit.attention.limits import KEY_BLOCK
 from longfit.attention.tile import QueryTile, rows_contiguous
 from longfit.attention.varlen import Sequence, Share, shares
-
-_flash = torch.ops.aten._flash_attention_forward.default
-_flash_backward = torch.ops.aten._flash_attention_backward.default
+from longfit.compat.torch import flash_backward, flash_forward
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def forward(tile: QueryTile) -> tuple[Tensor, Tensor]:
         for call in _whole_calls(share.sequences):
             here, there = _places(share, call, tile.start)
             queries, keys, *longest = call.sizes(q.device)
-            part, part_lse, *_ = _flash(
+            part, part_lse, *_ = flash_forward(
                 _packed(q[here]), _packed(k[there]), _packed(v[there]), queries, keys, *longest, 0.0, call.causal,
                 False, scale=tile.scaling, **call.options,
             )  # fmt: skip
@@ -82,7 +80,7 @@ def backward(tile: QueryTile, grad_out: Tensor, out: Tensor, lse: Tensor, *, gra
         for call in _block_calls(share.sequences):
             here, there = _places(share, call, tile.start)
             queries, keys, *longest = call.sizes(q.device)
-            part_q, part_k, part_v = _flash_backward(
+            part_q, part_k, part_v = flash_backward(
                 _packed(grad_out[here]), _packed(q[here]), _packed(k[there]), _packed(v[there]), _packed(out[here]),
                 lse[here].contiguous(), queries, keys, *longest, 0.0, call.causal, seed, unused,
                 scale=tile.scaling, **call.options,

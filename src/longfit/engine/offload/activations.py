@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from longfit.compat.torch import version_of
 from longfit.errors import PlanError
 from longfit.words import format_bytes
 
@@ -86,7 +87,7 @@ class _DeviceInput:
 
     def put(self, index: int, tile: Tensor) -> None:
         saved = tile if self._aliases else tile.clone()
-        self._tiles[index] = (saved, saved._version)
+        self._tiles[index] = (saved, version_of(saved))
 
     def settle(self, index: int) -> None:
         pass
@@ -96,7 +97,7 @@ class _DeviceInput:
 
     def get(self, index: int) -> Tensor:
         tile, version = self._tiles[index]
-        if tile._version != version:
+        if version_of(tile) != version:
             raise RuntimeError(
                 "the input of a swept layer was changed in place between forward and backward, so its gradient would be"
                 " wrong; clone the hidden states before changing them"

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longfit.compat.torch import is_hooked
 from longfit.engine.model_state import preserve_modes
 from longfit.engine.sweep.recompute_state import preserve_random_state
 from longfit.kernels.cpu import elementwise as cpu_elementwise
@@ -159,8 +160,7 @@ def _is_passed_by_watched(fused: Fused) -> bool:
 
 
 def _is_watched(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module)
+    return is_hooked(module) or "forward" in vars(module)
 
 
 # ------------------------------------------------------------------------------------------------ who computes what

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from longfit.compat.torch import autograd_function_of, storage_identity
+
 
 class Receiver:
     """Base of autograd Functions that overwrite a gradient donated to them; its nodes carry ``donated``."""
@@ -20,16 +22,16 @@ class Receiver:
 def receiver_of(tensor: Tensor) -> Any | None:
     """The node that will receive the gradient of ``tensor``, if it is one of ours; call it in forward."""
     node = tensor.grad_fn
-    function = getattr(type(node), "_forward_cls", None)  # torch's link from a node to its autograd.Function
-    return node if isinstance(function, type) and issubclass(function, Receiver) else None
+    function = autograd_function_of(node)
+    return node if function is not None and issubclass(function, Receiver) else None
 
 
 def donate(receiver: Any | None, gradient: Tensor) -> None:
     """Give up ``gradient``, which is about to be returned by backward, to the node that receives it."""
     if receiver is not None:
-        receiver.donated = gradient.untyped_storage()._cdata  # unlike data_ptr, also of tensors without memory
+        receiver.donated = storage_identity(gradient)
 
 
 def is_donated(node: Any, gradient: Tensor) -> bool:
     """Whether ``node`` may overwrite the gradient that it was called with."""
-    return bool(getattr(node, "donated", None) == gradient.untyped_storage()._cdata)
+    return bool(getattr(node, "donated", None) == storage_identity(gradient))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from longfit.attention.hf_attention import attention_key
+from longfit.compat.transformers import attention_of, set_checkpoint_function
 from longfit.engine.hf_model import base_model, decoder
 from longfit.engine.model_state import ModelState
 from longfit.engine.offload.activations import ActivationOffload
@@ -79,7 +80,7 @@ def enable_sweep(
     sweeper.weights = None if before is None else before.weights
     state = ModelState(model)
     try:
-        if not str(config._attn_implementation).startswith("longfit-"):
+        if not attention_of(base).startswith("longfit-"):
             base.set_attn_implementation(attention_key())
         reasons = probe_layers(base, inner, device, present=sweeper.present)
         sweeper.swept.update(layer for layer, reason in reasons.items() if reason is None)
@@ -91,7 +92,7 @@ def enable_sweep(
     for line in sweeper.report.fallback_lines():
         warnings.warn(line, stacklevel=2)
     if base.supports_gradient_checkpointing:
-        base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=sweeper.checkpoint_function)
+        set_checkpoint_function(base, sweeper.checkpoint_function)
     vars(base).pop(PLAIN, None)
     return sweeper.report
 
@@ -102,7 +103,7 @@ def _report(base: Any, sweeper: Sweeper, reasons: dict[nn.Module, str | None]) -
     if not reasons:
         fallback = ((type(base).__name__, "its layers do not call the gradient-checkpointing function"),)
     layers = tuple(names[layer] for layer, reason in reasons.items() if reason is None)
-    attention = str(base.config.get_text_config()._attn_implementation)
+    attention = attention_of(base)
     return SweepReport(sweeper.tile, attention, sweeper.offload.place, layers, fallback)
 
 
@@ -161,7 +162,7 @@ def disable_sweep(model: nn.Module) -> None:
     if sweeper is not None and sweeper.weights is not None:
         sweeper.weights.close()
     if base.supports_gradient_checkpointing:
-        base._set_gradient_checkpointing(enable=False)
+        set_checkpoint_function(base, None)
     vars(base)[PLAIN] = True
 
 

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from longfit.compat.torch import forward_is_hooked
 from longfit.engine import host_memory
 from longfit.engine.offload.activations import ActivationOffload, SavedInput
 from longfit.engine.sweep.grad_donation import Receiver, donate, is_donated, receiver_of
@@ -311,4 +312,4 @@ def _over(grad_out: Tensor, hidden: Tensor, donated: bool) -> Tensor:
 
 def _is_watched(layer: nn.Module) -> bool:
     """Whether a hook may hold on to the layer's input or output (transformers collects hidden states that way)."""
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+    return forward_is_hooked(layer)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from longfit.attention.backends import tile_forward
 from longfit.attention.spec import AttentionSpec
 from longfit.attention.tile import QueryTile
+from longfit.compat.transformers import set_checkpoint_function
 from longfit.engine.model_state import preserve_modes
 from longfit.engine.sweep.layer_call import LayerCall, layer_call
 from longfit.engine.sweep.recompute_state import preserve_random_state
@@ -61,7 +62,7 @@ def probe_layers(
             out, reasons[function.args[0]] = _try(*layer_call(function, args))
         return out
 
-    base._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=try_layer)
+    set_checkpoint_function(base, try_layer)
     layers = [module for module in inner.modules() if isinstance(module, GradientCheckpointingLayer)]
     try:
         with preserve_modes(layers), preserve_random_state(device):
@@ -70,7 +71,7 @@ def probe_layers(
             with torch.enable_grad():  # without gradients some versions do not call the function
                 inner(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)
     finally:
-        base._set_gradient_checkpointing(enable=False)
+        set_checkpoint_function(base, None)
     return reasons
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longfit.compat.transformers import checkpoint_function
 from longfit.engine.hf_model import base_model
 from longfit.engine.host_memory import give_back
 from longfit.engine.offload.activations import ActivationOffload
@@ -149,7 +150,7 @@ class Sweeper:
 def sweeper_of(model: nn.Module) -> Sweeper | None:
     """The sweep that is installed in a model, or None."""
     for module in base_model(model).modules():
-        function = vars(module).get("_gradient_checkpointing_func")
-        if inspect.ismethod(function) and isinstance(function.__self__, Sweeper) and module.gradient_checkpointing:
+        function = checkpoint_function(module)
+        if inspect.ismethod(function) and isinstance(function.__self__, Sweeper):
             return function.__self__
     return None

@@ -1,0 +1,13 @@
+"""The private names of PEFT that longfit uses, one function each."""
+
+from typing import Any
+
+from torch import nn
+
+
+def register_adapter_layer(config: Any, layer: type[nn.Module], adapter_layer: type[nn.Module]) -> None:
+    """Tell PEFT which adapter layer to put on a kind of layer, for one ``LoraConfig``; its files do not carry it.
+
+    PEFT calls it experimental; there is no public way to bring a quantised layer of one's own.
+    """
+    config._register_custom_module({layer: adapter_layer})

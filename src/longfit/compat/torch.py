@@ -1,0 +1,63 @@
+"""The private names of torch that longfit uses, one function each."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def autograd_function_of(node: Any) -> type | None:
+    """Return the ``autograd.Function`` that a node of the graph belongs to; None for torch's own nodes.
+
+    A swept layer asks it to learn whether the gradient of its input goes to another swept layer, which may overwrite
+    it. Without the name layers would never share that memory; nothing would be wrong.
+    """
+    function = getattr(type(node), "_forward_cls", None)
+    return function if isinstance(function, type) else None
+
+
+def storage_identity(tensor: Tensor) -> int:
+    """Return a number that is the same for tensors which share their memory, and for no others alive at the time.
+
+    ``data_ptr`` is 0 for all tensors without memory (fake, meta, empty ones).
+    """
+    number: int = tensor.untyped_storage()._cdata
+    return number
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return how often a tensor has been written to in place, as autograd counts it.
+
+    A saved layer input that was changed between forward and backward is found by it.
+    """
+    return tensor._version
+
+
+def forward_is_hooked(module: nn.Module) -> bool:
+    """Whether somebody watches what goes into or comes out of a module's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody watches a module's forward or backward."""
+    return forward_is_hooked(module) or bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def dispatch_mode_is_active() -> bool:
+    """Whether a ``TorchDispatchMode`` wants to see every operator (fake tensors, tracers, counters)."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def multiply_all_(tensors: list[Tensor], factor: float) -> None:
+    """Multiply tensors by a number in place, in few launches on a card."""
+    torch._foreach_mul_(tensors, factor)
+
+
+# Attention kernels that take and return the log-sum-exp: torch's public attention function hides it, and without it
+# tiles cannot be merged nor differentiated one by one.
+flash_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+flash_forward = torch.ops.aten._flash_attention_forward.default
+flash_backward = torch.ops.aten._flash_attention_backward.default
+efficient_forward = torch.ops.aten._efficient_attention_forward.default
+efficient_backward = torch.ops.aten._efficient_attention_backward.default
