@@ -120,7 +120,7 @@ def layer_rows(bench: Bench) -> None:
     grad = bench.randn(bench.sizes.tokens, out_features)
 
     def quantised() -> None:
-        QLoRAMatmul.apply(x, x, A, B, layer.weight, layer.constants, layer.row_format, 2.0).backward(grad)
+        QLoRAMatmul.apply(x, x, A, B, layer.weight, layer.constants, layer.product, 2.0).backward(grad)
 
     def full() -> None:
         (dense(x) + 2.0 * ((x @ A.t().to(x.dtype)) @ B.t().to(x.dtype))).backward(grad)

@@ -60,7 +60,7 @@ def test_each_measure_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["RUN", "speed"], "one of report, ppl, passkey, quant"),
         (["RUN", "ppl"], "no text given"),
         (["RUN", "quant"], "quantised already; give its base model"),
-        (["MODEL", "quant", "--types", "nf5"], "allowed are int8, int4, fp4, nf4, quantile"),
+        (["MODEL", "quant", "--types", "nf5"], "allowed are int8, int8_rows, int4, fp4, mxfp4, nvfp4, nf4, quantile"),
         (["MODEL", "passkey", "--depths", "begin"], "--depths begin: must be numbers"),
         (["MODEL", "passkey", "--lengths", "4k,many"], "--lengths many"),
         (["MODEL", "passkey", "--lengths", "20"], "length 20: the shortest prompt"),

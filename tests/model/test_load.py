@@ -104,7 +104,7 @@ def gptq_folder(path: Path) -> Path:
 
 
 def test_an_unknown_data_type_is_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match="must be one of nf4, fp4, int4 or none"):
+    with pytest.raises(ModelError, match="must be one of nf4, fp4, int4, int8 or none"):
         load(folder, quant="nf5")
 
 

@@ -19,7 +19,7 @@ def test_everything_that_was_done_is_told() -> None:
     assert after.adapters is not None
     assert len(after.adapters.adapted) == 14
     told = str(after)
-    assert "no layer in 4 bits" in told
+    assert "no layer is quantised" in told
     assert "config.max_position_embeddings 64 -> 128" in told
     assert f"{after.adapters.trainable_params:,} of" in told
     assert "sweeping 2 layers, 16 tokens at a time, layer inputs in a file in" in told

@@ -41,7 +41,7 @@ SETTINGS = (
     Setting("rope", "context.rope", CONTEXT, "yarn, linear, ntk, theta or none."),
     Setting("attention", "context.attention", CONTEXT, "exact or shifted."),
     Setting("group_size", "context.group_size", CONTEXT, "Tokens in a shifted group."),
-    Setting("quant", "model.quant", MEMORY, "nf4, fp4, int4 or none."),
+    Setting("quant", "model.quant", MEMORY, "nf4, fp4, int4, int8 or none."),
     Setting("dtype", "model.dtype", MEMORY, "auto, float32, bfloat16 or float16."),
     Setting("engine", "engine.engine", MEMORY, "sweep or plain."),
     Setting("offload", "engine.offload", MEMORY, "device, ram, pinned or file."),

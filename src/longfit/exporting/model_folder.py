@@ -16,7 +16,13 @@ from transformers import GenerationConfig
 
 from longfit.exporting.trained import Trained
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md", "config.json")
+ADAPTER_FILES = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "README.md",
+    "config.json",
+    "generation_config.json",
+)
 
 
 def write_model_files(folder: Path, trained: Trained, config: Any, *, dtype: torch.dtype) -> None:
@@ -42,12 +48,20 @@ def generation_config(trained: Trained, config: Any) -> GenerationConfig:
         except (OSError, ValueError):  # a GGUF file, or a base without one
             found = GenerationConfig.from_model_config(config)
     ends = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]
+    for ours in (*_ends_of(trained.adapter), trained.tokenizer().eos_token_id):
+        if ours not in ends:
+            ends.append(ours)
     ends = [int(end) for end in ends if end is not None]
-    ours = trained.tokenizer().eos_token_id
-    if ours is not None and ours not in ends:
-        ends.append(int(ours))
     found.eos_token_id = ends[0] if len(ends) == 1 else ends or None
     return found
+
+
+def _ends_of(adapter: Path) -> list[int]:
+    """The tokens at which a run's answers end, where its adapter says."""
+    if not (adapter / "generation_config.json").is_file():
+        return []
+    ends = GenerationConfig.from_pretrained(str(adapter)).eos_token_id
+    return ends if isinstance(ends, list) else [ends]
 
 
 def _architecture(config: Any) -> str:

@@ -217,7 +217,8 @@ def _start(
     if resume:
         checkpoint = run_directory.last_checkpoint(run_dir)
         state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, device=accelerator.device, shards=shards)
-        metrics.keep_until(state.step)
+        if accelerator.is_main_process:  # two would write over each other
+            metrics.keep_until(state.step)
         seconds = sum(float(str(record["step_s"])) for record in read_metrics(metrics.path) if "step_s" in record)
     accelerator.wait_for_everyone()  # every process has seen the directory as it was
     if not resume and accelerator.is_main_process:
