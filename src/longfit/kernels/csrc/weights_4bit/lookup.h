@@ -177,13 +177,16 @@ template <> struct Levels<float> {
 
     Levels(const float* codebook, float absmax, bool) { scale_levels(codebook, absmax, values); }
     static constexpr int64_t kStep = 8;
-    template <bool stream> void step(const uint8_t* packed, float* out) const {
+    __m256 lookup(const uint8_t* packed) const {  // 4 bytes -> 8 values
         const __m256 below8 = _mm256_loadu_ps(values), from8 = _mm256_loadu_ps(values + 8);
         int32_t bytes;
         memcpy(&bytes, packed, 4);
         const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
         const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));  // bit 3 becomes the sign, which blendv reads
-        const __m256 x = _mm256_blendv_ps(_mm256_permutevar8x32_ps(below8, codes), _mm256_permutevar8x32_ps(from8, codes), upper);
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(below8, codes), _mm256_permutevar8x32_ps(from8, codes), upper);
+    }
+    template <bool stream> void step(const uint8_t* packed, float* out) const {
+        const __m256 x = lookup(packed);
         if (stream) _mm256_stream_ps(out, x);
         else _mm256_storeu_ps(out, x);
     }
