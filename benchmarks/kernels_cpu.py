@@ -1,6 +1,6 @@
 """The 4-bit and 8-bit kernels on the CPU: longfit against bitsandbytes, dense matmuls and a plain memory copy.
 
-    python benchmarks/kernels_cpu.py [--quick] [--repeats 9] [--threads N]
+    python benchmarks/kernels_cpu.py [--quick] [--repeats 9] [--threads N] [--isa avx2]
 
 First the gate: on every shape the kernels must have the bits of `numerics`, and the matmuls must agree with the dense
 product of the same weight; nothing is timed on a red gate. Then peers and longfit take turns in one process, so that
@@ -9,11 +9,15 @@ the result, which costs more than the work on large shapes (the peer offers no s
 is called after its own decoding of the constants); "new tensor" is what a caller of the function pays. What of that the
 system takes for handing out memory, whoever writes to it, is the row "first touch of as many fresh bytes".
 
-Bandwidth rows count bytes moved: 0.5 read for the codes, 2 written, and the constants, against a copy that moves as
-many. Rows with a target say whether it is met. Writes results/kernels_cpu.json and .md; rows that longfit loses stay
-in.
+Bandwidth rows count bytes moved: 0.5 read for the codes, 2 or 4 written, and the constants, against a copy that moves
+as many. Rows with a target say whether it is met. All run in the dtype that the instruction set multiplies fast,
+bfloat16 or float32. Writes results/kernels_cpu.json and .md, with ``--isa`` kernels_cpu_<isa>.json and .md; rows that
+longfit loses stay in.
 """
 
+from forced_isa import DTYPE, add_argument, suffix  # before torch
+
+# isort: split
 import argparse
 import ctypes
 import json
@@ -42,6 +46,8 @@ from longfit.numerics.codebooks import dynamic_map
 from longfit.numerics.row_format import RowFormat, to_rows
 
 RESULTS = Path(__file__).parent / "results"
+COMPUTE, NARROW = {"bfloat16": (torch.bfloat16, "bf16"), "float32": (torch.float32, "fp32")}[DTYPE]
+BNB_DEQUANTIZE = getattr(bnb_library, f"cdequantize_blockwise_cpu_nf4_{NARROW}")
 SHAPES = ((4096, 4096), (14336, 4096), (576, 576), (1536, 576))
 BATCHES = (1, 4, 16, 256, 2048)
 
@@ -49,7 +55,7 @@ BATCHES = (1, 4, 16, 256, 2048)
 DEQUANTISE = {"large": 8.0, "small": 3.0}
 COPY = 0.7
 QUANTISE = 40.0
-GENERATE = 1.0  # one row
+GENERATE = {"bfloat16": 1.0, "float32": 2.0}[DTYPE]  # one row: of bytes, a float32 weight has twice as many
 MULTIPLY = 0.9
 EXTRA_BYTES = 8 << 20  # of a matmul
 LOADING_SHARE = 0.05
@@ -92,7 +98,7 @@ class Weight:
         self.shape = f"{out_features}x{in_features}"
         self.size = "large" if out_features * in_features >= 1 << 24 else "small"
         generator = torch.Generator().manual_seed(0)
-        self.dense = torch.randn(out_features, in_features, generator=generator).mul_(0.02).bfloat16()
+        self.dense = torch.randn(out_features, in_features, generator=generator).mul_(0.02).to(COMPUTE)
         self.packed, self.state = dispatch.quantize_4bit(self.dense)
         self.fmt = RowFormat.of(self.state)
         self.rows, self.constants = to_rows(self.packed, self.state)
@@ -117,7 +123,7 @@ class Weight:
         absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
         pointers = (ctypes.c_void_p(t.data_ptr()) for t in (self.bnb_packed, absmax, self.bnb_result))
         sizes = (ctypes.c_longlong(size) for size in (state.blocksize, *self.dense.shape))
-        bnb_library.cdequantize_blockwise_cpu_nf4_bf16(*pointers, *sizes)
+        BNB_DEQUANTIZE(*pointers, *sizes)
 
     def gate(self) -> None:
         """Compare with the oracle, bit by bit, and with dense products.
@@ -142,10 +148,10 @@ class Weight:
             torch.testing.assert_close(dx, grad @ expected, rtol=2**-7, atol=1e-2 * float(dx.abs().mean()))
 
     def input(self, num_rows: int) -> Tensor:
-        return torch.randn(num_rows, self.dense.shape[1]).bfloat16()
+        return torch.randn(num_rows, self.dense.shape[1]).to(COMPUTE)
 
     def grad(self, num_rows: int) -> Tensor:
-        return torch.randn(num_rows, self.dense.shape[0]).bfloat16()
+        return torch.randn(num_rows, self.dense.shape[0]).to(COMPUTE)
 
 
 def race(runs: dict[str, Run], repeats: int) -> dict[str, float]:
@@ -177,7 +183,7 @@ def versus(
 
 def quantisation_rows(weight: Weight, repeats: int) -> list[Row]:
     rows = versus(
-        "de-quantise NF4 + double quantisation to bf16, existing memory",
+        f"de-quantise NF4 + double quantisation to {NARROW}, existing memory",
         weight.shape,
         weight.fill_result,
         {
@@ -188,14 +194,14 @@ def quantisation_rows(weight: Weight, repeats: int) -> list[Row]:
         {"memory copy of as many bytes": COPY},
     )
     rows += versus(
-        "de-quantise NF4 + double quantisation to bf16, reused workspace (the peer's public call always allocates)",
+        f"de-quantise NF4 + double quantisation to {NARROW}, reused workspace (the peer's public call always allocates)",
         weight.shape,
         weight.fill_result,
         {"bitsandbytes": lambda: bnb.dequantize_4bit(weight.bnb_packed, weight.bnb_state)},
         repeats,
     )
     rows += versus(
-        "de-quantise NF4 + double quantisation to bf16, new tensor",
+        f"de-quantise NF4 + double quantisation to {NARROW}, new tensor",
         weight.shape,
         lambda: dispatch.dequantize_4bit(weight.packed, weight.state),
         {
@@ -206,7 +212,7 @@ def quantisation_rows(weight: Weight, repeats: int) -> list[Row]:
         {"bitsandbytes": DEQUANTISE[weight.size]},
     )
     rows += versus(
-        "quantise bf16 to NF4 + double quantisation",
+        f"quantise {NARROW} to NF4 + double quantisation",
         weight.shape,
         lambda: dispatch.quantize_4bit(weight.dense),
         {"bitsandbytes": lambda: bnb.quantize_4bit(weight.dense, quant_type="nf4", compress_statistics=True)},
@@ -249,9 +255,9 @@ def matmul_rows(weight: Weight, batches: tuple[int, ...], repeats: int) -> list[
         def backward(grad: Tensor = grad) -> Tensor:
             return dispatch.linear_4bit_grad_input(grad, weight.rows, weight.constants, weight.fmt)
 
-        dense_forward: dict[str, Run] = {"dense bf16": lambda x=x: F.linear(x, weight.dense)}
-        dense_backward: dict[str, Run] = {"dense bf16": lambda grad=grad: grad @ weight.dense}
-        target = {"dense bf16": GENERATE if num_rows == 1 else MULTIPLY}
+        dense_forward: dict[str, Run] = {f"dense {NARROW}": lambda x=x: F.linear(x, weight.dense)}
+        dense_backward: dict[str, Run] = {f"dense {NARROW}": lambda grad=grad: grad @ weight.dense}
+        target = {f"dense {NARROW}": GENERATE if num_rows == 1 else MULTIPLY}
         rows += versus(f"matmul, {num_rows} rows", weight.shape, forward, dense_forward, turns, target)
         if num_rows > 1:
             rows += versus(f"input gradient, {num_rows} rows", weight.shape, backward, dense_backward, turns, target)
@@ -261,7 +267,7 @@ def matmul_rows(weight: Weight, batches: tuple[int, ...], repeats: int) -> list[
 def model_row(repeats: int) -> Row:
     """All linear layers of SmolLM2-135M."""
     layer = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
-    weights = [torch.randn(shape).mul_(0.02).bfloat16() for shape in layer]
+    weights = [torch.randn(shape).mul_(0.02).to(COMPUTE) for shape in layer]
 
     def ours() -> None:
         for _ in range(30):
@@ -381,6 +387,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes, few turns, nothing is written")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_argument(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     repeats = 3 if args.quick else max(7, args.repeats)
@@ -410,8 +417,8 @@ def main() -> None:
         "memory": [asdict(m) for m in memory],
         "loading": [{**asdict(load), "share": load.share} for load in loading],
     }
-    (RESULTS / "kernels_cpu.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "kernels_cpu.md").write_text(text)
+    (RESULTS / f"kernels_cpu{suffix()}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / f"kernels_cpu{suffix()}.md").write_text(text)
 
 
 if __name__ == "__main__":

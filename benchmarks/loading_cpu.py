@@ -16,7 +16,7 @@ import longfit
 from engine_cpu import dense_folder
 from longfit.demo import demo_model
 from longfit.kernels import dispatch
-from longfit.model import hf_quantizer
+from longfit.layers import linear4bit
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def _load(path: Path) -> tuple[float, float]:
         spent += time.perf_counter() - start
         return result
 
-    with patch.object(hf_quantizer, "quantize_4bit", timed):
+    with patch.object(linear4bit, "quantize_4bit", timed):
         start = time.perf_counter()
         longfit.load(str(path), quant="nf4", double_quant=True)
         return spent, time.perf_counter() - start
