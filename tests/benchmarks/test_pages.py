@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 import pytest
-from benchmarks.experiments import data_types, extension_page, qlora_vs_lora, shifted_attention
+from benchmarks.experiments import context_use, data_types, extension_page, qlora_vs_lora, shifted_attention
 from benchmarks.experiments.cells import RESULTS, Cells
 from benchmarks.experiments.pages import PAGES, fill, rows
 
@@ -36,6 +36,7 @@ def test_pages_say_what_was_measured() -> None:
     for page, values in (
         ("data-types.md", data_types.page_values(Cells(RESULTS / "data_types.json"))),
         ("qlora-vs-lora.md", qlora_vs_lora.page_values(Cells(RESULTS / "qlora_vs_lora.json"))),
+        ("context-use.md", context_use.page_values(*context_use.newest())),
         ("extension.md", extension_page.page_values(extension)),
         (
             "shifted-attention.md",
