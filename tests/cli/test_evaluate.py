@@ -46,6 +46,11 @@ def test_each_measure_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(words) == 0
     assert "NF4, blocks of 32, double quantisation" in capsys.readouterr().out
 
+    main(["eval", model, "quant", "--data", text, "--budget", "1GB", "--max-tokens", "60"])
+    shown = capsys.readouterr().out
+    assert "of its output" in shown
+    assert "int8_modules: [" in shown
+
     words = ["eval", model, "ppl", "--data", text, "--quant", "none", "--window", "60", "--convention", "longlora"]
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_windows"] == 18

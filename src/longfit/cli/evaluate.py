@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from longfit.cli.output import print_json, print_lines, print_note, print_table, show_count
-from longfit.cli.values import read_tokens
+from longfit.cli.values import read_bytes, read_tokens
 from longfit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,6 +63,10 @@ def evaluate(
         typer.Option(help="Of int8,int8_rows,int4,fp4,mxfp4,nvfp4,nf4,quantile.", rich_help_panel=DATA_TYPES),
     ] = None,
     block_sizes: Annotated[str, typer.Option(help="As 32,64,128.", rich_help_panel=DATA_TYPES)] = "64",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="As 90MB: which layers deserve 8 bits in a base of NF4.", rich_help_panel=DATA_TYPES),
+    ] = None,
     effort: Annotated[float, typer.Option(help="Of the report: 4 reads four times as much.")] = 1.0,
     quant: Annotated[str | None, typer.Option(help="nf4, fp4, int4, int8 or none; default: nf4, or the run's.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: what is fast here.")] = None,
@@ -90,6 +94,11 @@ def evaluate(
     flags = {"--quant": ("model.quant", quant), "--dtype": ("model.dtype", dtype)}
     given = {flag: (key, value) for flag, (key, value) in flags.items() if value is not None}
     target_words = [target, *settings, *(word for flag, (_, value) in given.items() for word in (flag, str(value)))]
+    if measure == "quant" and budget is not None:
+        _quant_plan(
+            target, data, tokens.get("--max-tokens"), read_bytes("--budget", budget), settings, given, as_json=as_json
+        )
+        return
     if measure == "quant":
         _quant_error(
             target, data, tokens, convention, types.split(",") if types else None, block_sizes, settings, given,
@@ -262,19 +271,12 @@ def _quant_error(
     *,
     as_json: bool,
 ) -> None:
-    if (Path(target) / "config.yaml").is_file():
-        raise ConfigError(f"{target}: is a run, whose base is quantised already; give its base model")
-
     from longfit.evaluation.quant_error import NAMES, data_types, quant_error
-    from longfit.training.prepare import open_target, read_token_ids, target_config
+    from longfit.training.prepare import read_token_ids
 
-    config = target_config(target, data=data, overrides=settings, flags=given)
-    if config.origin("model.quant") == "default":
-        config = config.replace({"model.quant": "none"}, origin="auto: each data type is measured against it")
     blocks = [read_tokens("--block-sizes", part) for part in block_sizes.split(",")]
     chosen = data_types(names=names or NAMES, block_sizes=blocks)
-    print_note(f"loading {target}")
-    model, tokenizer = open_target(target, config=config)
+    model, tokenizer, config = _dense_target(target, data, settings, given)
     longest = tokens.get("--max-tokens")
     token_ids = None if data is None else read_token_ids(data, tokenizer, data=config.data, max_tokens=longest)
     with show_count("data types") as on_progress:
@@ -300,6 +302,51 @@ def _quant_error(
         for row in rows
     ]
     print_table(("data type", "bits a parameter", "relative error", "perplexity"), lines)
+
+
+def _quant_plan(
+    target: str,
+    data: str | None,
+    max_tokens: int | None,
+    budget: int,
+    settings: list[str],
+    given: Mapping[str, tuple[str, object]],
+    *,
+    as_json: bool,
+) -> None:
+    from longfit.evaluation.quant_plan import quant_plan
+    from longfit.training.prepare import read_token_ids
+
+    model, tokenizer, config = _dense_target(target, data, settings, given)
+    longest = max_tokens or 2048
+    token_ids = None if data is None else read_token_ids(data, tokenizer, data=config.data, max_tokens=longest)
+    plan = quant_plan(model, token_ids, budget_bytes=budget)
+    if as_json:
+        print_json(asdict(plan))
+        return
+    eight = set(plan.int8_modules)
+    lines = [(layer.name, f"{layer.error:.4f}", "8" if layer.name in eight else "4") for layer in plan.layers]
+    print_table(("layer", "error in NF4" + ", of its output" * (data is not None), "bits"), lines)
+    print(f"{plan.nbytes:,} bytes; in a run's file: model: {{int8_modules: [{', '.join(plan.int8_modules)}]}}")
+
+
+def _dense_target(
+    target: str, data: str | None, settings: list[str], given: Mapping[str, tuple[str, object]]
+) -> tuple[Any, Any, "RunConfig"]:
+    """Load a base model in 16 or more bits, with its tokenizer and its settings.
+
+    Raises: ConfigError: it is a run.
+    """
+    if (Path(target) / "config.yaml").is_file():
+        raise ConfigError(f"{target}: is a run, whose base is quantised already; give its base model")
+
+    from longfit.training.prepare import open_target, target_config
+
+    config = target_config(target, data=data, overrides=settings, flags=given)
+    if config.origin("model.quant") == "default":
+        config = config.replace({"model.quant": "none"}, origin="auto: each data type is measured against it")
+    print_note(f"loading {target}")
+    return *open_target(target, config=config), config
 
 
 def _read_depths(text: str) -> list[float]:

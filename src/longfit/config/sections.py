@@ -90,8 +90,13 @@ class ModelSection(Section):
     device: str = "auto"
     """Where the model runs: auto (cuda if there is one, else cpu), cpu, cuda, cuda:1."""
 
+    int8_modules: Annotated[list[str], Field(min_length=1)] | None = None
+    """Full names of layers to store in 8 bits in a base of 4 bits; `longfit eval quant --budget` finds them."""
+
     @model_validator(mode="after")
     def _threshold_needs_int8(self) -> "ModelSection":
+        if self.int8_modules is not None and self.quant in ("int8", "none"):
+            raise _contradiction("int8_modules only acts in a base of 4 bits; drop it, or choose quant nf4")
         if self.int8_threshold is not None and self.quant != "int8":
             raise _contradiction("int8_threshold only acts with quant int8; add --quant int8 or drop it")
         return self

@@ -55,6 +55,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         double_quant: store the absmax values as 8-bit codes (QLoRA, section 3).
         absmax_block_size: absmax values per constant of the double quantisation.
         skip_modules: names of linear layers to leave dense, beside the output head and tied weights.
+        int8_modules: full names of linear layers to store in 8 bits, whatever ``quant_type`` is.
         threshold: int8 only: quantise activations too, up to this magnitude (LLM.int8()); None multiplies by the
             de-quantised weights.
         dtype: of the dense weights, as transformers resolves it; recorded in files.
@@ -68,6 +69,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         double_quant: bool = True,
         absmax_block_size: int = 256,
         skip_modules: list[str] | None = None,
+        int8_modules: list[str] | None = None,
         threshold: float | None = None,
         dtype: str = "bfloat16",
         quant_method: str = QUANT_METHOD,
@@ -75,7 +77,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
         self.absmax_block_size, self.skip_modules, self.dtype = absmax_block_size, skip_modules, dtype
-        self.threshold = threshold
+        self.int8_modules, self.threshold = int8_modules, threshold
 
     @classmethod
     def from_bitsandbytes(cls, block: dict[str, Any]) -> LongfitQuantizationConfig:
@@ -95,7 +97,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         """The block written into ``config.json``: bitsandbytes' own where its files can hold the data type."""
         eight = self.quant_type == "int8"
         other_blocks = not eight and (self.block_size != 64 or self.absmax_block_size != 256)
-        if self.quant_type not in BITSANDBYTES_KEYS or other_blocks:
+        if self.quant_type not in BITSANDBYTES_KEYS or other_blocks or self.int8_modules:
             return dict(self.__dict__)
         return {
             "_load_in_4bit": not eight,
@@ -228,17 +230,22 @@ class LongfitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         self.skipped = skipped_linears(model, config.skip_modules or [])
+        linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+        unknown = sorted(set(config.int8_modules or []) - (linears - self.skipped.keys()))
+        if unknown:
+            raise ModelError(f"int8_modules: {', '.join(unknown)}: no linear layers that are quantised; see eval quant")
         for name, module in list(model.named_modules()):
             if type(module) is not nn.Linear or name in self.skipped:
                 continue
-            replacement = self._placeholder(module)
+            eight = config.quant_type == "int8" or name in (config.int8_modules or [])
+            replacement = self._placeholder(module, eight=eight)
             # Bytes are read, never drawn at random; what lacks them is refused.
             do_not_initialize(replacement)
             model.set_submodule(name, replacement)
 
-    def _placeholder(self, linear: nn.Linear) -> QuantizedLinear:
+    def _placeholder(self, linear: nn.Linear, *, eight: bool) -> QuantizedLinear:
         config, bias = self.quantization_config, linear.bias is not None
-        if config.quant_type == "int8":
+        if eight:
             return Linear8bit.placeholder(
                 linear.out_features,
                 linear.in_features,
@@ -285,7 +292,8 @@ class LongfitQuantizer(HfQuantizer):
         return state_dict, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return self.quantization_config.quant_type in BITSANDBYTES_KEYS
+        config = self.quantization_config
+        return config.quant_type in BITSANDBYTES_KEYS and not config.int8_modules  # a file holds one type
 
     @property
     def is_trainable(self) -> bool:

@@ -80,6 +80,7 @@ def load(
     double_quant: bool = True,
     block_size: int = 64,
     int8_threshold: float | None = None,
+    int8_modules: list[str] | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     skip_modules: list[str] | None = None,
@@ -93,6 +94,7 @@ def load(
         block_size: weights per block constant; of 4-bit types.
         int8_threshold: multiply 8-bit weights in integers, activations of this magnitude and above in 16 bits
             (LLM.int8(): 6; 0: none); None multiplies by de-quantised weights.
+        int8_modules: full names of layers to store in 8 bits in a base of 4 bits, as `quant_plan` finds them.
         dtype: of dense weights and of matmuls; by default the one the device multiplies fast: bfloat16, or float32 on a
             processor without bf16 instructions, or float16 on a card without bfloat16.
         device: where the weights go; the first CUDA device if there is one, else the CPU.
@@ -114,6 +116,7 @@ def load(
             block_size=block_size,
             double_quant=double_quant,
             skip_modules=skip_modules,
+            int8_modules=int8_modules,
             threshold=int8_threshold,
         )
     with reading(name, "the model", ModelError, do=CANNOT_LOAD):

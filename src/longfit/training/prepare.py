@@ -132,6 +132,7 @@ def load_base(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
         double_quant=section.double_quant,
         block_size=section.block_size,
         int8_threshold=section.int8_threshold,
+        int8_modules=section.int8_modules,
         dtype=None if section.dtype == "auto" else getattr(torch, section.dtype),
         device=device,
     )
