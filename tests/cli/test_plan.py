@@ -86,3 +86,13 @@ def test_an_encoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "hidden_size": 768}))
     assert main(["plan", str(tmp_path), "--context", "4k", "--cpu"]) == 2
     assert "decoders only" in capsys.readouterr().err
+
+
+def test_devices_get_a_row_for_every_way_to_share(capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama-3-8B, 4.6 GB of 4-bit layers and embeddings: whole on no card of 6 GiB, shared on two of them."""
+    out = told([LLAMA, "--devices", "2", "--vram", "6GiB", "--ram", "64GiB", "--context", "1k", "--json"], capsys)
+    rows = json.loads(out)
+    assert [(row["shard"], row["sequence"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert rows[0]["accelerator"] > rows[2]["accelerator"]
+    assert rows[0]["sent a step"] < rows[2]["sent a step"] < rows[3]["sent a step"]
+    assert rows[3]["paste"] == "--devices 2 --shard 2 --sequence 2"

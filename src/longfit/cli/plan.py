@@ -1,6 +1,6 @@
 """``longfit plan MODEL``: will it fit, where the bytes go, and what would make it fit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -39,6 +39,11 @@ def plan(
     cpu: Annotated[
         bool, typer.Option("--cpu", help="Plan a run without an accelerator.", rich_help_panel=MACHINE)
     ] = False,
+    devices: Annotated[
+        int, typer.Option(min=1, help="Devices of this kind; a row for each way to share.", rich_help_panel=MACHINE)
+    ] = 1,
+    sequence: Annotated[int | None, typer.Option(help="Devices that share a window.", rich_help_panel=MACHINE)] = None,
+    shard: Annotated[int | None, typer.Option(help="Devices that share the weights.", rich_help_panel=MACHINE)] = None,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.", rich_help_panel=RUN)] = 16,
     attention: Annotated[str, typer.Option(help="exact or shifted.", rich_help_panel=RUN)] = "exact",
     group_size: Annotated[str | None, typer.Option(help="Tokens in a shifted group.", rich_help_panel=RUN)] = None,
@@ -75,8 +80,15 @@ def plan(
         **{"rank": rank, "attention": attention, "quant": quant, "optim": optim, "offload": offload, "stream": stream},
         **{"batch_size": batch_size, "gradient_accumulation": gradient_accumulation},
         **{"train_embeddings": train_embeddings, "train_norms": train_norms},
+        **{"processes": devices, "sequence": sequence or 1, "shard": shard or 1},
     )
-    if gpus is not None:
+    limits |= {place: limits[place] // devices for place in ("host", "disk") if place in limits}  # they share these
+    if devices > 1 and (sequence is None or shard is None):
+        if gpus is not None:
+            raise ConfigError("--gpus: with --devices say --sequence and --shard too, or --vram of one kind")
+        rows = sharing_rows(shape, settings, limits, sequence=sequence, shard=shard, max_context=max_context)
+        _print_sharing(rows, as_json=as_json)
+    elif gpus is not None:
         _print_gpus(shape, settings, limits, gpus, max_context=max_context, as_json=as_json)
     elif max_context:
         _print_longest(shape, settings, limits, as_json=as_json)
@@ -209,6 +221,61 @@ def longest_rows(
     for name, changes in options:
         rows.append((name, longest_context(shape, settings.changed(changes), limits), paste(changes)))
     return rows
+
+
+def sharing_rows(
+    shape: "ModelShape",
+    settings: "PlanSettings",
+    limits: Mapping[str, int],
+    *,
+    sequence: int | None,
+    shard: int | None,
+    max_context: bool,
+) -> list[dict[str, object]]:
+    """A row for every way in which the devices can share windows and weights, those that were said apart."""
+    from longfit.planning.devices import sent_bytes
+    from longfit.planning.ladder import longest_context
+    from longfit.planning.memory import memory_plan
+
+    count = settings.processes
+    divisors = [number for number in range(1, count + 1) if count % number == 0]
+    place = "accelerator" if settings.device == "cuda" else "host"
+    rows = []
+    for shared in divisors if shard is None else [shard]:
+        for cut in divisors if sequence is None else [sequence]:
+            chosen = settings.changed({"shard": shared, "sequence": cut})
+            row: dict[str, object] = {"shard": shared, "sequence": cut, "windows at once": count // cut}
+            if max_context:
+                row["longest context"] = longest_context(shape, chosen, limits)
+                if settings.device == "cuda":
+                    in_ram = chosen.changed({"offload": "ram"})
+                    row["with layer inputs in host memory"] = longest_context(shape, in_ram, limits)
+                    longest = int(str(row["with layer inputs in host memory"]))
+                    chosen = in_ram.changed({"context": max(longest, 1024)})
+            memory = memory_plan(shape, chosen)
+            row[place] = memory.peak(place)
+            row["fits"] = memory.peak(place) <= limits.get(place, memory.peak(place))
+            row["sent a step"] = sent_bytes(shape, chosen)
+            row["paste"] = f"--devices {count} --shard {shared} --sequence {cut}"
+            rows.append(row)
+    return rows
+
+
+def _print_sharing(rows: list[dict[str, object]], *, as_json: bool) -> None:
+    if as_json:
+        print_json(rows)
+        return
+    columns: Sequence[str] = list(rows[0])
+    shown = {"accelerator": format_bytes, "host": format_bytes, "sent a step": format_bytes}
+    print_table(columns, [[_cell(row[column], shown.get(column)) for column in columns] for row in rows])
+
+
+def _cell(value: object, shown: Callable[[int], str] | None) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if shown is None else shown(value)
+    return str(value)
 
 
 def _print_gpus(

@@ -24,6 +24,13 @@ def shifted_bytes(
     return 3 * num_layers * batch_size * (group_size // 2) * heads * 2 * head_dim * element_bytes
 
 
+def window_bytes(
+    *, num_layers: int, num_kv_heads: int, head_dim: int, window: int, element_bytes: int, batch_size: int = 1
+) -> int:
+    """Bytes that an inner device sends for layers whose queries see ``window`` keys, their own included."""
+    return 3 * num_layers * batch_size * (window - 1) * num_kv_heads * 2 * head_dim * element_bytes
+
+
 def exact_bytes(
     *,
     num_layers: int,

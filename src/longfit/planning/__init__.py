@@ -5,6 +5,8 @@
     settings.py         PlanSettings: what of a run decides bytes
     constant_bytes.py   what does not grow with the context: weights, adapters, gradients, optimiser state
     per_token_bytes.py  what does: layer inputs, keys and values, tiles, the loss
+    devices.py          what several devices change, and what each sends
+    components.py       one thing that takes memory
     memory.py           all of it, by component, phase and place
     measure.py          this machine's rates
     machines.py         accelerators by name, measured rates, seconds per step

@@ -127,19 +127,19 @@ LEVERS = (
         "weights are streamed from host memory",
         "copies hide behind computing above some thousand tokens; no validation meanwhile",
         True,
-        _one(lambda s: _on_card(s) and s.stream == "none", stream="ram"),
+        _one(lambda s: _on_card(s) and s.stream == "none" and s.shard == 1, stream="ram"),
     ),
     _Lever(
         "weights are streamed from a file",
         "the disk must give all of them twice every step",
         True,
-        _one(lambda s: s.stream != "file", stream="file"),
+        _one(lambda s: s.stream != "file" and s.shard == 1, stream="file"),
     ),
     _Lever(
         "8-bit optimiser state",
         "moments rounded block by block",
         False,
-        _one(lambda s: s.optim == "adamw", optim="adamw8bit"),
+        _one(lambda s: s.optim == "adamw" and s.shard == 1, optim="adamw8bit"),
     ),
     _Lever("4-bit base", "quantisation error of NF4 (QLoRA)", False, _one(lambda s: s.quant == "none", quant="nf4")),
     _Lever(

@@ -16,10 +16,10 @@ what is allocated; what an allocator adds (caching, rounding, fragments) is one 
 measured and argued about.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from longfit.planning import constant_bytes, per_token_bytes
+from longfit.planning import constant_bytes, devices, per_token_bytes
+from longfit.planning.components import Component
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
@@ -49,26 +49,6 @@ which leaves no holes and takes a quarter longer. Other phases begin with the ho
 
 MODULE_BYTES = 60_000
 """Python's objects for the adapter of one layer: 12.4 MB for the 210 of SmolLM2-135M, whatever their rank."""
-
-
-@dataclass(frozen=True)
-class Component:
-    """Something that takes memory.
-
-    Attributes:
-        name: for people.
-        place: "accelerator", "host" or "disk".
-        by_phase: its bytes in the phases in which it exists.
-    """
-
-    name: str
-    place: str
-    by_phase: Mapping[str, int]
-
-    @property
-    def largest(self) -> int:
-        """Most bytes in any phase."""
-        return max(self.by_phase.values(), default=0)
 
 
 @dataclass(frozen=True)
@@ -114,19 +94,20 @@ def memory_plan(shape: ModelShape, settings: PlanSettings) -> MemoryPlan:
         settings: of the run.
     """
     device = "accelerator" if settings.device == "cuda" else "host"
-    parts = constant_bytes.trained(shape, settings)
+    parts, own = constant_bytes.trained(shape, settings), devices.own_part(settings)
+    constant = [*_weights(shape, settings, device), *_learning(shape, settings, parts, device)]
     components = [
-        *_weights(shape, settings, device),
-        *_learning(shape, settings, parts, device),
-        *_sequence(shape, settings, device),
-        *_tiles(shape, settings, device),
+        *devices.sharded(constant, shape, settings, device),
+        *_sequence(shape, own, device),
+        *devices.halo(shape, settings, device),
+        *_tiles(shape, own, device),
         *_files(settings, parts),
         *_replicas(shape, settings, parts, device),
     ]
     components += _framework(components, settings)
     kept = [component for component in components if component.largest]
     phases = TRAINING if settings.evaluates else tuple(phase for phase in TRAINING if phase != "evaluation")
-    return MemoryPlan(tuple(kept), settings.tile_tokens(shape), phases)
+    return MemoryPlan(tuple(kept), own.tile_tokens(shape), phases)
 
 
 def _in(phases: tuple[str, ...], num_bytes: int) -> dict[str, int]:
@@ -198,7 +179,7 @@ def _num_adapted(shape: ModelShape, settings: PlanSettings) -> int:
 
 def _replicas(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.Trained, device: str) -> list[Component]:
     """What torch's DistributedDataParallel adds: buckets as large as all gradients, and a first broadcast."""
-    if settings.processes == 1:
+    if settings.processes == 1 or settings.shard > 1:
         return []
     buckets = 4 * (parts.adapter_params + parts.idle_adapters)
     buckets += settings.element_bytes * (parts.whole_params + parts.idle_norms)

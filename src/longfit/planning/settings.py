@@ -44,7 +44,9 @@ class PlanSettings:
         targets: "all-linear", or the names of the layers that get an adapter.
         dropout: on the input of the adapters.
         fused_kernels: on a CPU, whether norms, gated products and the loss are kernels that keep no float32 copies.
-        processes: data-parallel replicas, each with a device of its own; the plan is of one of them.
+        processes: devices of the run; the plan is of one of them.
+        sequence: devices that share a window.
+        shard: devices that share one copy of the weights.
     """
 
     context: int
@@ -74,12 +76,19 @@ class PlanSettings:
     dropout: float = 0.0
     fused_kernels: bool = False
     processes: int = 1
+    sequence: int = 1
+    shard: int = 1
 
     def __post_init__(self) -> None:
         counts = ("context", "rank", "batch_size", "gradient_accumulation", "block_size", "keep_checkpoints")
         for name in (*counts, "processes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)}: must be at least 1")
+        for name in ("sequence", "shard"):
+            if getattr(self, name) < 1 or self.processes % getattr(self, name):
+                raise ConfigError(f"{name} {getattr(self, name)}: must divide the number of devices, {self.processes}")
+        if self.shard > 1 and self.stream != "none":
+            raise ConfigError("stream: shards are gathered, not streamed; use stream none, or shard 1")
         for name in ("tile", "budget"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -33,7 +33,7 @@ from longfit.training.metrics import Event, OnEvent
 from longfit.words import format_bytes
 
 PLANNED_PARALLELISM = ("NO", "MULTI_GPU", "MULTI_CPU")
-"""Accelerate's names of one process, and of whole replicas on several devices."""
+"""Accelerate's names of one process, and of several devices that longfit divides the work between."""
 
 
 def plan_settings(config: RunConfig, *, device: torch.device, native_context: int, processes: int = 1) -> PlanSettings:
@@ -112,7 +112,7 @@ def _require_planned(config: RunConfig, device: torch.device, parallelism: str) 
     if device.type not in ("cpu", "cuda"):
         raise UnplannedError(f"device {device.type}: only a CPU or a CUDA device is planned")
     if parallelism not in PLANNED_PARALLELISM:
-        raise UnplannedError(f"{parallelism}: of several processes only whole replicas (DDP) are planned, no shards")
+        raise UnplannedError(f"{parallelism}: of several processes only those that longfit divides are planned")
 
 
 def keys_of(suggestion: Suggestion) -> dict[str, Any]:

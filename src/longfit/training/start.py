@@ -168,7 +168,7 @@ def _start(
         device=accelerator.device,
         on_event=notify,
         processes=accelerator.num_processes,
-        parallelism=accelerator.distributed_type.value if layout.sequence == layout.shard == 1 else str(layout),
+        parallelism=accelerator.distributed_type.value,
     )
     notify(Event("phase", f"loading {config.model.name}"))
     model, tokenizer = load_base(config, accelerator.device)

@@ -1,0 +1,66 @@
+"""What several devices change in a plan: parts of weights and tokens, halos, bytes sent."""
+
+import pytest
+
+from longfit.errors import ConfigError
+from longfit.parallel import traffic
+from longfit.planning.devices import sent_bytes
+from longfit.planning.memory import MemoryPlan, memory_plan
+from longfit.planning.settings import PlanSettings
+from longfit.planning.shapes import ModelShape, read_shape
+
+LLAMA_33B = {
+    "model_type": "llama", "hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60,
+    "num_attention_heads": 52, "num_key_value_heads": 52, "vocab_size": 32000, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shape() -> ModelShape:
+    return read_shape(LLAMA_33B)
+
+
+def component(plan: MemoryPlan, name: str, phase: str) -> int:
+    return sum(c.by_phase.get(phase, 0) for c in plan.components if c.name == name)
+
+
+def test_two_devices_hold_half_of_the_weights_each_and_load_all_of_them(shape: ModelShape) -> None:
+    alone = memory_plan(shape, PlanSettings(context=8192, processes=2))
+    shared = memory_plan(shape, PlanSettings(context=8192, processes=2, shard=2))
+    for name in ("4-bit layers", "adapters", "optimiser state"):
+        whole, part = component(alone, name, "forward"), component(shared, name, "forward")
+        assert whole / 2 <= part <= whole / 2 + 1
+    assert component(shared, "4-bit layers", "load") == component(alone, "4-bit layers", "load")
+    assert component(shared, "gradient buckets of all replicas", "forward") == 0
+    layer = component(alone, "4-bit layers", "forward") / shape.num_layers
+    assert component(shared, "gathered weights", "forward") > 2 * layer
+
+
+def test_two_devices_that_share_a_window_wait_with_half_of_the_layer_inputs(shape: ModelShape) -> None:
+    settings = PlanSettings(context=65_536, processes=2, attention="shifted", group_size=8192)
+    alone, shared = memory_plan(shape, settings), memory_plan(shape, settings.changed({"sequence": 2}))
+    for name in ("layer inputs", "hidden states and their gradient"):
+        assert component(shared, name, "forward") * 2 == component(alone, name, "forward")
+    halo = component(shared, "keys of other devices and their gradients", "forward")
+    assert halo == 2 * 8192 * 2 * shape.kv_width * 2  # arrived and in the window, at most a group
+    exact = memory_plan(shape, settings.changed({"sequence": 2, "attention": "exact", "group_size": None}))
+    assert component(exact, "keys of other devices and their gradients", "forward") == 4 * halo
+
+
+def test_bytes_sent_are_those_of_the_formulas(shape: ModelShape) -> None:
+    settings = PlanSettings(context=65_536, processes=2, attention="shifted", group_size=8192)
+    replicas = sent_bytes(shape, settings)
+    assert sent_bytes(shape, settings.changed({"processes": 1})) == 0
+    halo = sent_bytes(shape, settings.changed({"sequence": 2})) - replicas
+    formula = traffic.shifted_bytes(num_layers=60, num_kv_heads=52, head_dim=128, group_size=8192, element_bytes=2)
+    assert halo == formula
+    longer = settings.changed({"sequence": 2, "context": 131_072})
+    assert sent_bytes(shape, longer) - replicas == formula  # whatever the context
+    assert sent_bytes(shape, settings.changed({"shard": 2})) > 2 * 16e9 / 2
+
+
+def test_what_does_not_divide_or_go_together_is_refused() -> None:
+    with pytest.raises(ConfigError, match="shard 3: must divide the number of devices, 2"):
+        PlanSettings(context=1024, processes=2, shard=3)
+    with pytest.raises(ConfigError, match="shards are gathered, not streamed"):
+        PlanSettings(context=1024, processes=2, shard=2, stream="ram")
