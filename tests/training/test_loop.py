@@ -163,7 +163,7 @@ def test_training_learns_and_leaves_a_complete_run(make_config: MakeConfig, tmp_
     assert (result.finished, result.steps, result.total_steps) == (True, 12, 12)
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "data.json", "ledger.json", "metrics.jsonl", "plan.json", "checkpoints", "adapter",
+        "config.yaml", "data.json", "ledger.json", "metrics.jsonl", "plan.json", "checkpoints", "adapter", "best",
     }  # fmt: skip
     assert json.loads((run / "ledger.json").read_text())["num_documents"] == 5
     warnings = [event.text for event in events if event.kind == "warning"]
@@ -206,6 +206,7 @@ def test_every_setting_is_read_by_a_run(
         engine__stream_folder=str(tmp_path),
         optim__budget="8MiB",
         optim__file=str(tmp_path / "state"),
+        train__samples=["the"],
     )
     read: set[str] = set()
 

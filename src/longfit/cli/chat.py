@@ -31,6 +31,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     quant: Annotated[str | None, typer.Option(help="nf4, fp4, int4, int8 or none; default: nf4, or the run's.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: what is fast here.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Of a run: best, last or a name. Default: the best.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print questions and answers as JSON.")] = False,
 ) -> None:
     """Talk with a run's model or a base model, with exact attention.
@@ -48,7 +49,7 @@ def chat(
     config = target_config(target, data=document, overrides=settings or [], flags=given)
     text = None if document is None else read_document(document, config.data)
     print_note(f"loading {target}")
-    model, tokenizer = open_target(target, config=config)
+    model, tokenizer = open_target(target, config=config, checkpoint=checkpoint)
     talk = Conversation(model, tokenizer, document=text)
     require_space(len(talk.prompt("")), longest, talk.context)
     if document is not None:

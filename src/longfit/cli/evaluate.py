@@ -70,6 +70,7 @@ def evaluate(
     effort: Annotated[float, typer.Option(help="Of the report: 4 reads four times as much.")] = 1.0,
     quant: Annotated[str | None, typer.Option(help="nf4, fp4, int4, int8 or none; default: nf4, or the run's.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: what is fast here.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="Of a run: best, last or a name. Default: the best.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure whether a model reads further.
@@ -111,13 +112,13 @@ def evaluate(
     config = target_config(target, data=data, overrides=settings, flags=given)
     if measure == "report":
         _report(
-            target_words, config, data, tokens.get("--window"), trials, effort,
+            target_words, config, data, tokens.get("--window"), trials, effort, checkpoint,
             with_passkey=not no_passkey, as_json=as_json,
         )  # fmt: skip
     elif measure == "ppl":
-        _perplexity(target, config, data, tokens, convention, as_json=as_json)
+        _perplexity(target, config, data, tokens, convention, checkpoint, as_json=as_json)
     else:
-        _passkey(target, config, data, cells, shares, trials or 5, together=together, as_json=as_json)
+        _passkey(target, config, data, cells, shares, trials or 5, checkpoint, together=together, as_json=as_json)
 
 
 def _report(
@@ -127,6 +128,7 @@ def _report(
     window: int | None,
     trials: int | None,
     effort: float,
+    checkpoint: str | None,
     *,
     with_passkey: bool,
     as_json: bool,
@@ -142,9 +144,16 @@ def _report(
         with_passkey=with_passkey,
         trials=trials,
         effort=effort,
+        checkpoint=checkpoint,
         progress=_progress,
     )
-    options = {"--data": data, "--window": window, "--trials": trials, "--effort": None if effort == 1 else effort}
+    options = {
+        "--data": data,
+        "--window": window,
+        "--trials": trials,
+        "--checkpoint": checkpoint,
+        "--effort": None if effort == 1 else effort,
+    }
     words = [str(word) for flag, value in options.items() if value is not None for word in (flag, value)]
     command = shlex.join(["longfit", "eval", *target, *words, *(["--no-passkey"] if not with_passkey else [])])
     page = write_report(comparison, command=command)
@@ -165,7 +174,14 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _perplexity(
-    target: str, config: "RunConfig", data: str | None, tokens: dict[str, int], convention: str, *, as_json: bool
+    target: str,
+    config: "RunConfig",
+    data: str | None,
+    tokens: dict[str, int],
+    convention: str,
+    checkpoint: str | None,
+    *,
+    as_json: bool,
 ) -> None:
     if data is None:
         raise ConfigError("no text given: longfit eval RUN|MODEL ppl --data PATH")
@@ -175,7 +191,7 @@ def _perplexity(
     from longfit.training.run_directory import seen_note
 
     print_note(f"loading {target}")
-    model, tokenizer = open_target(target, config=config)
+    model, tokenizer = open_target(target, config=config, checkpoint=checkpoint)
     token_ids = read_token_ids(data, tokenizer, data=config.data, max_tokens=tokens.get("--max-tokens"))
     if note := seen_note(target, read_path(data, config.data)):
         print_note(f"warning: {note}")
@@ -214,6 +230,7 @@ def _passkey(
     lengths: list[int] | None,
     depths: list[float],
     trials: int,
+    checkpoint: str | None,
     *,
     together: bool,
     as_json: bool,
@@ -225,7 +242,7 @@ def _passkey(
     if data is not None:
         documents = [document.text for document in read_path(data, config.data) if document.text is not None]
     print_note(f"loading {target}")
-    model, tokenizer = open_target(target, config=config)
+    model, tokenizer = open_target(target, config=config, checkpoint=checkpoint)
     context = native_context(model.config)
     lengths = lengths or [context // 4, context // 2, context]
     with show_count("trials") as on_progress:

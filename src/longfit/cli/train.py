@@ -200,6 +200,8 @@ def summary(result: "TrainResult") -> list[str]:
             f"adapter: {result.run_dir / 'adapter'}",
             "next:",
             f"  longfit eval {result.run_dir} ppl --data HELD_OUT_TEXT",
+            f"  longfit merge {result.run_dir} --out DIR     # one model, for transformers and vLLM",
+            f"  longfit export {result.run_dir} --out DIR    # GGUF, for llama.cpp and Ollama",
             "  longfit runs",
         ]
     return lines

@@ -139,6 +139,8 @@ class AdapterSection(Section):
     """Also train the input embeddings (LongLoRA, section 3.3)."""
     train_norms: bool = False
     """Also train the normalisation layers (LongLoRA, section 3.3)."""
+    init: str | None = None
+    """Start from the adapter of this run, or of this folder, with new data and a new schedule; unset: anew."""
 
 
 class DataSection(Section):
@@ -225,6 +227,18 @@ class TrainSection(Section):
     """Newest checkpoints kept."""
     eval_every: int = Field(default=50, ge=1)
     """Steps between validation losses, if there is validation text."""
+    keep_best: bool = True
+    """Keep the adapter with the lowest validation loss in best/, for eval, chat, merge and export to use."""
+    patience: int | None = Field(default=None, ge=1)
+    """End the run when the validation loss has not fallen so many times in a row; unset: never."""
+    samples: list[str] = []
+    """Prompts that the model answers while it trains, into samples.jsonl."""
+    samples_document: str | None = None
+    """Text file that all those prompts are about."""
+    samples_every: int = Field(default=50, ge=1)
+    """Steps between those answers; the last step always gives some."""
+    samples_tokens: int = Field(default=64, ge=1)
+    """Longest of those answers."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
@@ -233,6 +247,8 @@ class TrainSection(Section):
         if self.steps is not None and self.warmup_steps is not None and self.warmup_steps >= self.steps:
             text = "warmup_steps {warmup} must be smaller than steps {steps}, or the run ends before its warm-up"
             raise _contradiction(text, warmup=self.warmup_steps, steps=self.steps)
+        if self.samples_document is not None and not self.samples:
+            raise _contradiction('samples_document only acts with samples; add train.samples=["What is it about?"]')
         return self
 
 
@@ -302,6 +318,8 @@ class ParallelSection(Section):
 class OutputSection(Section):
     run_dir: str | None = None
     """Directory of the run; unset: the first free one below runs/."""
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = []
+    """Trackers that read the run's metrics, each in a process of its own that cannot stop or slow the run."""
 
 
 SECTIONS: dict[str, type[Section]] = {

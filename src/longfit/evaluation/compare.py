@@ -31,14 +31,13 @@ import torch
 from torch import Tensor
 
 from longfit.config import RunConfig
-from longfit.errors import ConfigError, DataError, RunError
+from longfit.errors import ConfigError, DataError
 from longfit.evaluation.passkey import PasskeyResult, passkey
 from longfit.evaluation.passkey_prompts import shortest_prompt
 from longfit.evaluation.perplexity import PerplexityResult, perplexity
 from longfit.evaluation.tokens import encode
 from longfit.model.save import load_adapter
 from longfit.training import run_directory
-from longfit.training.checkpoint import list_checkpoints
 from longfit.training.prepare import extend, load_base, native_context, read_data, read_path, tokenize
 
 OnProgress = Callable[[int, int], Any]
@@ -148,6 +147,7 @@ def compare(
     trials: int | None = None,
     effort: float = 1.0,
     device: torch.device | None = None,
+    checkpoint: str | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure base and tuned model of a run.
@@ -161,6 +161,7 @@ def compare(
         trials: of each passkey cell; default: as many as the budget allows, 1 to 5.
         effort: multiplies the tokens that are read.
         device: default: a CUDA device if there is one.
+        checkpoint: ``"best"``, ``"last"`` or a name; default: the best, if the run kept one.
         progress: called with the name of each part; the context manager it returns yields a function for the parts
             done and in all, or None.
     Raises: RunError: no run, or nothing saved in it. DataError: no document is as long as the window. ConfigError:
@@ -171,7 +172,7 @@ def compare(
         raise ConfigError(f"effort {effort}: must be above 0; 1 takes minutes on a CPU, 4 four times as long")
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config or run_directory.read_config(Path(run_dir))
-    adapter = adapter_of(Path(run_dir))
+    adapter = run_directory.find_adapter(Path(run_dir), checkpoint)
     with progress(f"loading {config.model.name}"):
         model, tokenizer = load_base(config, device)
     native, context = native_context(model.config), config.context.context
@@ -245,22 +246,6 @@ def _silent(name: str) -> Iterator[None]:
 
 def _scaled(budget: dict[str, int], device: torch.device, effort: float) -> int:
     return int(budget["cpu" if device.type == "cpu" else "cuda"] * effort)
-
-
-def adapter_of(run_dir: Path) -> Path:
-    """The adapter of a run, or of its newest checkpoint.
-
-    Raises: RunError: it has saved neither.
-    """
-    if (run_dir / "adapter").is_dir():
-        return run_dir / "adapter"
-    checkpoints = list_checkpoints(run_dir)
-    if not checkpoints:
-        raise RunError(
-            f"{run_dir}: no adapter and no checkpoint: nothing to compare with the base yet; finish the run with"
-            f" longfit train --resume --run-dir {run_dir}, or give its directory again"
-        )
-    return checkpoints[-1] / "adapter"
 
 
 # ------------------------------------------------------------------------------------------------ text

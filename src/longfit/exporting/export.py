@@ -211,7 +211,7 @@ def gguf_metadata(plan: MergePlan, family: Family) -> dict[str, Field]:
 def _export_lora(trained: Trained, out: Path) -> ExportResult:
     from transformers import AutoConfig
 
-    from longfit.exporting.adapter_weights import AdapterWeights
+    from longfit.model.adapter_weights import AdapterWeights
 
     config = AutoConfig.from_pretrained(str(trained.adapter), trust_remote_code=False)
     family, adapter = family_of(config), AdapterWeights(trained.adapter)

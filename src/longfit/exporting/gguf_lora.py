@@ -15,9 +15,9 @@ from gguf import GGUFWriter, Keys
 from gguf.constants import GGUFType
 
 from longfit.errors import ExportError
-from longfit.exporting.adapter_weights import AdapterWeights
 from longfit.exporting.gguf_families import Family, to_gguf
 from longfit.exporting.gguf_file import tensor_names
+from longfit.model.adapter_weights import AdapterWeights
 
 
 def require_plain(adapter: AdapterWeights, source: str) -> None:

@@ -29,7 +29,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from longfit.compat.transformers import tied_weights
 from longfit.errors import ExportError
 from longfit.evaluation.drift import Drift, Reference, measure_drift, read_reference
-from longfit.exporting.adapter_weights import AdapterWeights, is_finite
 from longfit.exporting.base_weights import (
     BaseWeights,
     FolderWeights,
@@ -42,6 +41,7 @@ from longfit.exporting.model_folder import write_model_files
 from longfit.exporting.result_folder import require_new, result_folder
 from longfit.exporting.shards import MAX_SHARD_BYTES, Planned, write_shards
 from longfit.exporting.trained import Trained, open_trained
+from longfit.model.adapter_weights import AdapterWeights, is_finite
 from longfit.model.load import load
 from longfit.training.metrics import Event, OnEvent, ignore
 from longfit.words import format_bytes

@@ -22,6 +22,7 @@ ADAPTER_FILES = (
     "README.md",
     "config.json",
     "generation_config.json",
+    "best.json",
 )
 
 
@@ -30,6 +31,8 @@ def write_model_files(folder: Path, trained: Trained, config: Any, *, dtype: tor
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.architectures = [_architecture(config)]
+    if hasattr(config, "gguf_base"):
+        del config.gguf_base  # of the adapter, which needs its base; this model needs none
     config.save_pretrained(str(folder))
     generation_config(trained, config).to_json_file(folder / "generation_config.json")
     for path in sorted(trained.adapter.iterdir()):

@@ -36,12 +36,16 @@ from longfit.model.save import save_adapter
 from longfit.parallel.sequence import SequenceParallelLoss
 from longfit.parallel.shard import whole_state, whole_tensor
 from longfit.training import loss_scale, memory_check, run_directory
+from longfit.training.best import Best, best_of, reason_to_stop, save_best
 from longfit.training.checkpoint import RunState, save_checkpoint, trained_tensors
 from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, OnEvent, ignore, peak_memory_bytes, read_metrics
+from longfit.training.model_card import refused_by_servers, write_cards
 from longfit.training.optimizer import clip_gradients, discard_file, relieve
+from longfit.training.samples import answer, write_samples
 from longfit.training.schedule import learning_rate
 from longfit.training.start import Run, start
+from longfit.training.trackers import Trackers
 
 PROBE_MARGIN = 1.05  # a window that is longer than those of the first step by more than this is tried before it
 
@@ -102,9 +106,12 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None, resume: bool = 
     else:
         run_directory.require_new(run_dir)
     run = start(config, run_dir, notify, resume=resume)
+    trackers = Trackers(config.output.track if run.is_main else [], run_dir, from_step=run.state.step)
     try:
         return _loop(run)
     finally:
+        for problem in trackers.finish():
+            notify(Event("warning", problem))
         if run.heartbeat is not None:
             run.heartbeat.stop()
 
@@ -153,13 +160,17 @@ def _loop(run: Run) -> TrainResult:
     train, finished = run.config.train, False
     with Interruptible(deferred=run.shards is not None) as interruptible:
         try:
-            if run.state.step < run.total_steps:
+            early = reason_to_stop(read_metrics(run.metrics.path), train.patience)
+            if run.state.step < run.total_steps and early is None:
                 _probe(run)
-            while run.state.step < run.total_steps:
+            while run.state.step < run.total_steps and early is None:
                 _step(run, interruptible)
                 done, last = run.state.step, run.state.step == run.total_steps
                 if run.validation is not None and (last or done % train.eval_every == 0):
-                    _evaluate(run, run.validation)
+                    early = _evaluate(run, run.validation)
+                    last = last or early is not None
+                if train.samples and (last or done % train.samples_every == 0):
+                    _sample(run)
                 if last or done % train.save_every == 0:
                     with interruptible.held():
                         _save(run)
@@ -170,6 +181,8 @@ def _loop(run: Run) -> TrainResult:
             run.accelerator.wait_for_everyone()
             discard_file(run.optimizer)
             finished = True
+            if early is not None:
+                run.tell(Event("phase", f"stopped after step {run.state.step} of {run.total_steps}: {early}"))
         except KeyboardInterrupt:
             with interruptible.held():
                 _save(run)
@@ -393,12 +406,14 @@ def _require_finite(run: Run, what: str, value: float, batch: _Batch) -> None:
 
 # ------------------------------------------------------------------------------------------------ between steps
 @torch.no_grad()
-def _evaluate(run: Run, validation: PackedDataset) -> None:
+def _evaluate(run: Run, validation: PackedDataset) -> str | None:
     """Measure the validation loss; shifted attention acts only in train mode, so this one is exact.
 
     Processes may have different numbers of windows, one even none. So nothing is exchanged before all are done: the
     model is called without the wrapper that would. Only shards must be gathered by all: who has no window left takes
     part with one that does not count.
+
+    Returns: why the run ends here, or None.
     """
     num_windows = min(len(validation), run.config.data.validation_windows)
     total, count = 0.0, 0
@@ -418,9 +433,32 @@ def _evaluate(run: Run, validation: PackedDataset) -> None:
     if run.shards is not None:
         run.loss_module.reshard()  # without a backward the outermost module stays gathered
     loss = _over_processes(run, total) / _over_windows(run, count)
-    record = {"step": run.state.step, "eval_loss": loss, "eval_windows": num_windows}
-    run.record(record)
-    run.tell(Event("eval", f"step {run.state.step}: validation loss {loss:.4f}", record))
+    record: dict[str, object] = {"step": run.state.step, "eval_loss": loss, "eval_windows": num_windows}
+    now = Best(run.state.step, loss)
+    # Another process may have written this very line by now, but all must decide alike.
+    before = [line for line in read_metrics(run.metrics.path) if int(str(line["step"])) < now.step]
+    best = best_of([*before, record]) == now
+    run.record({**record, "best": best})
+    run.tell(Event("eval", f"step {now.step}: validation loss {loss:.4f}{', the best so far' * best}", record))
+    if best and run.config.train.keep_best:
+        trained = None if run.shards is None else _whole_trained(run)
+        if run.is_main:
+            save_best(run.run_dir, now, model=run.model, tokenizer=run.tokenizer, trained=trained)
+    reason = reason_to_stop([*before, record], run.config.train.patience)
+    return reason
+
+
+def _sample(run: Run) -> None:
+    """Ask the model what ``train.samples`` says; all processes do, as a sharded model needs them all."""
+    train = run.config.train
+    document = Path(train.samples_document).read_text(encoding="utf-8") if train.samples_document else None
+    with swept_evaluation(run.model):
+        answers = {
+            prompt: answer(run.model, run.tokenizer, prompt, document=document, max_new_tokens=train.samples_tokens)
+            for prompt in train.samples
+        }
+    if run.is_main:
+        write_samples(run.run_dir / "samples.jsonl", run.state.step, answers)
 
 
 def _save(run: Run) -> None:
@@ -455,6 +493,10 @@ def _save_result(run: Run) -> None:
     if run.is_main:
         save = partial(save_adapter, run.model, run.tokenizer, trained=trained)
         run_directory.replace_folder(run.run_dir / "adapter", save)
+        write_cards(run.run_dir, run.config)
+        refused = refused_by_servers(run.config, run.run_dir)
+        if refused is not None:
+            run.tell(Event("warning", refused))
 
 
 def _result(run: Run, *, finished: bool) -> TrainResult:

@@ -290,9 +290,13 @@ def target_config(
 
 
 def open_run(
-    run_dir: str | Path, *, device: torch.device | str | None = None, config: RunConfig | None = None
+    run_dir: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    config: RunConfig | None = None,
+    checkpoint: str | None = None,
 ) -> tuple[Any, Any, RunConfig]:
-    """Load what a run produced: its base, extended as it was, with its adapter (or the newest checkpoint's).
+    """Load what a run produced: its base, extended as it was, with its best adapter (or its last).
 
     It computes in the run's dtype, or in float32 where the run's is a 16-bit one that this processor would emulate.
 
@@ -300,14 +304,13 @@ def open_run(
         run_dir: the directory that ``longfit train`` made.
         device: where the model goes; the first CUDA device if there is one, else the CPU.
         config: the run's settings with changes, from `target_config`.
+        checkpoint: ``"best"``, ``"last"``, or the name of a folder below ``checkpoints/``; default: the best, if kept.
     Returns: the model in eval mode, its tokenizer, the config of the run.
     Raises: RunError: no run there, or nothing saved in it.
     """
     run_dir, device = Path(run_dir), _device(device)
     config = config or run_directory.read_config(run_dir)
-    adapter = run_dir / "adapter"
-    if not adapter.is_dir():
-        adapter = run_directory.last_checkpoint(run_dir) / "adapter"
+    adapter = run_directory.find_adapter(run_dir, checkpoint)
     if device.type == "cpu" and config.model.dtype != "float32" and processor.auto_dtype()[0] == "float32":
         config = config.replace({"model.dtype": "float32"}, origin="auto: fast on this processor")
     model, tokenizer = load_base(config, device)
@@ -317,7 +320,11 @@ def open_run(
 
 
 def open_target(
-    target: str | Path, *, config: RunConfig | None = None, device: torch.device | None = None
+    target: str | Path,
+    *,
+    config: RunConfig | None = None,
+    device: torch.device | None = None,
+    checkpoint: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a run directory with `open_run`, or a base model as it is: not extended, exact attention, in eval mode.
 
@@ -329,7 +336,7 @@ def open_target(
     if device is None and config.model.device != "auto":
         device = torch.device(config.model.device)
     if (Path(target) / "config.yaml").is_file():
-        return open_run(target, device=device, config=config)[:2]
+        return open_run(target, device=device, config=config, checkpoint=checkpoint)[:2]
     return load_base(config, _device(device))
 
 

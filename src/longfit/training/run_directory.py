@@ -8,6 +8,9 @@
         plan.json           the memory plan, and the measured peak at the end
         metrics.jsonl       one line a step
         checkpoints/        the newest few
+        best/               the adapter with the lowest validation loss, if there is validation text
+        samples.jsonl       what the model said while it trained, if it was asked
+        trackers/           what trackers keep and say
         adapter/            the result: PEFT's files, tokenizer, configuration with the extended positions
 
 An existing directory is never written into, except by resuming; and resuming refuses when a setting or the data
@@ -38,6 +41,13 @@ FREE_SETTINGS = frozenset(
         "train.save_every",
         "train.keep_checkpoints",
         "train.eval_every",
+        "train.keep_best",
+        "train.patience",
+        "train.samples",
+        "train.samples_document",
+        "train.samples_every",
+        "train.samples_tokens",
+        "output.track",
         "data.validation_windows",
         "optim.budget",
         "optim.file",
@@ -105,11 +115,13 @@ def find_adapter(run_dir: Path, checkpoint: str | None = None) -> Path:
 
     Args:
         run_dir: of the run.
-        checkpoint: ``"last"``, or the name of a folder below ``checkpoints/``; None for the run's result, or its newest
-            checkpoint while it has none.
+        checkpoint: ``"best"`` (by validation loss), ``"last"``, or the name of a folder below ``checkpoints/``; None
+            for the best, or the last where none was kept.
     Raises: RunError: nothing is saved there yet, or there is no such checkpoint.
     """
-    if checkpoint is None and (run_dir / "adapter").is_dir():
+    if checkpoint in (None, "best") and (run_dir / "best").is_dir():
+        return run_dir / "best"
+    if checkpoint in (None, "last") and (run_dir / "adapter").is_dir():
         return run_dir / "adapter"
     checkpoints = {folder.name: folder for folder in list_checkpoints(run_dir)}
     if not checkpoints:
@@ -120,7 +132,8 @@ def find_adapter(run_dir: Path, checkpoint: str | None = None) -> Path:
     if checkpoint is None or checkpoint == "last":
         return list(checkpoints.values())[-1] / "adapter"
     if checkpoint not in checkpoints:
-        raise RunError(f"{run_dir}: no checkpoint {checkpoint!r}; there are last, {', '.join(checkpoints)}")
+        names = [*(["best"] if (run_dir / "best").is_dir() else []), "last", *checkpoints]
+        raise RunError(f"{run_dir}: no checkpoint {checkpoint!r}; there are {', '.join(names)}")
     return checkpoints[checkpoint] / "adapter"
 
 
@@ -155,7 +168,7 @@ def merge_for_resume(stored: RunConfig, asked: RunConfig) -> tuple[RunConfig, li
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make the paths in a config independent of the current directory; hub ids and missing data stay as they are."""
     flat = config.flat()
-    may_be_hub_ids = ("model.name", "data.path", "data.validation")
+    may_be_hub_ids = ("model.name", "data.path", "data.validation", "adapter.init", "train.samples_document")
     always_paths = ("optim.file", "engine.offload_folder", "engine.stream_folder")
     paths = {key: flat[key] for key in (*may_be_hub_ids, *always_paths) if flat[key] is not None}
     changed = {

@@ -5,6 +5,7 @@ that of the run that goes on.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +31,7 @@ from longfit.parallel.sequence import SequenceParallelLoss, require_shareable, s
 from longfit.parallel.shard import Shards, decoder_layers, shard_model
 from longfit.planning.plan import Plan
 from longfit.training import loss_scale, memory_check, run_directory
+from longfit.training.best import require_validation
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state
 from longfit.training.metrics import Event, MetricsFile, OnEvent, ignore, read_metrics
 from longfit.training.optimizer import PagingMeter, make_optimizer, parameter_groups
@@ -46,6 +48,9 @@ from longfit.training.prepare import (
     stream_frozen,
     sweep_with_less,
 )
+from longfit.training.samples import keep_samples_until
+from longfit.training.trackers import missing
+from longfit.training.warm_start import find_initial_adapter, warm_start
 
 
 @dataclass
@@ -153,6 +158,14 @@ def _start(
     notify(Event("phase", f"reading {config.data.path}"))
     documents, held_out = read_data(config)
     config = resolve_date(config, documents)
+    train = config.train
+    require_validation(keep_best=train.keep_best, patience=train.patience, has_validation=held_out is not None)
+    if config.adapter.init is not None and not resume:
+        find_initial_adapter(config.adapter.init)
+    require_trackers(config.output.track)
+    if held_out is None:
+        offer = "no validation text: learning by heart would not show; data.validation_fraction=0.05 holds some out"
+        notify(Event("phase", offer))
     digest = run_directory.data_digest(training=documents, validation=held_out)
     require_agreement({**versions(), **_settings(config), **_data(digest)})
     if resume:
@@ -188,6 +201,8 @@ def _start(
         origin = "auto: a quarter of the context (LongLoRA, section 3.2)"
         config = config.replace({"context.group_size": report.group_size}, origin=origin)
     model = make_trainable(model, config, on_event=notify)
+    if config.adapter.init is not None and not resume:
+        notify(Event("phase", str(warm_start(model, config.adapter.init))))
     loss_of: Any = training_loss
     if layout.sequence > 1:
         require_shareable(model, engine=config.engine.engine)
@@ -219,6 +234,7 @@ def _start(
         state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, device=accelerator.device, shards=shards)
         if accelerator.is_main_process:  # two would write over each other
             metrics.keep_until(state.step)
+            keep_samples_until(run_dir / "samples.jsonl", state.step)
         seconds = sum(float(str(record["step_s"])) for record in read_metrics(metrics.path) if "step_s" in record)
     accelerator.wait_for_everyone()  # every process has seen the directory as it was
     if not resume and accelerator.is_main_process:
@@ -271,6 +287,16 @@ def _settings(config: RunConfig) -> dict[str, object]:
 
 def _data(digest: dict[str, dict[str, str]]) -> dict[str, object]:
     return {f"{part} data {name}": value for part, files in digest.items() for name, value in files.items()}
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker that is not installed."""
+    lacking = missing(names)
+    if lacking:
+        raise ConfigError(
+            f"output.track: {', '.join(lacking)} is not installed; pip install {' '.join(lacking)}"
+            " (or 'longfit[track]' for tensorboard and trackio), or drop it"
+        )
 
 
 def _new_run_id(accelerator: Accelerator) -> str:

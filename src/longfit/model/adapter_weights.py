@@ -5,7 +5,7 @@
     base_model.model.P.weight, .bias                    trained whole (norms, embeddings): takes the base's place
     base_model.model.P.token_adapter...                 rows of an embedding that were trained
 
-A key that is none of these is refused by name: an adapter that is merged in part is another model.
+A key that is none of these is refused by name: an adapter that is read in part is another model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from longfit.errors import ExportError
+from longfit.errors import ModelError
 
 PREFIX = "base_model.model."
 ROWS = re.compile(r"(?:\.token_adapter)?\.(?:base_layer\.)?trainable_tokens_delta$")
@@ -54,13 +54,13 @@ class AdapterWeights:
     def __init__(self, folder: Path) -> None:
         """Open it.
 
-        Raises: ExportError: it is not plain LoRA, or holds something that longfit cannot merge.
+        Raises: ModelError: it is not plain LoRA, or holds something that longfit cannot merge.
         """
         self.folder = folder
         self.settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         path = folder / "adapter_model.safetensors"
         if not path.is_file():
-            raise ExportError(f"{folder}: no adapter_model.safetensors; longfit reads no pickled adapters")
+            raise ModelError(f"{folder}: no adapter_model.safetensors; longfit reads no pickled adapters")
         self._file = safe_open(str(path), framework="pt")
         self._require_lora()
         self.low_rank: dict[str, dict[str, str]] = {}
@@ -80,7 +80,7 @@ class AdapterWeights:
                 self.whole[name] = key
         unknown += [name for name, parts in self.low_rank.items() if not {"lora_A", "lora_B"} <= parts.keys()]
         if unknown:
-            raise ExportError(f"{path}: {len(unknown)} tensors that longfit cannot merge, first {unknown[0]}")
+            raise ModelError(f"{path}: {len(unknown)} tensors that longfit cannot merge, first {unknown[0]}")
 
     def _require_lora(self) -> None:
         settings = self.settings
@@ -95,7 +95,7 @@ class AdapterWeights:
         if settings.get("peft_type") != "LORA":
             odd.insert(0, f"peft_type={settings.get('peft_type')!r}")
         if odd:
-            raise ExportError(f"{self.folder}: {', '.join(odd)}: longfit merges LoRA, DoRA and modules trained whole")
+            raise ModelError(f"{self.folder}: {', '.join(odd)}: longfit merges LoRA, DoRA and modules trained whole")
 
     @property
     def ties_embeddings(self) -> bool:
@@ -122,14 +122,14 @@ class AdapterWeights:
     def apply(self, name: str, weight: Tensor) -> Tensor:
         """A base's tensor as the adapter changes it: float32 if it was computed, else as it is stored.
 
-        Raises: ExportError: shapes differ, or the result is not finite.
+        Raises: ModelError: shapes differ, or the result is not finite.
         """
         if name in self.whole:
             weight = self._file.get_tensor(self.whole[name])
         update = self.update_of(name)
         if update is not None:
             if weight.shape != (update.B.shape[0], update.A.shape[1]):
-                raise ExportError(
+                raise ModelError(
                     f"{name}: the base has {list(weight.shape)}, the adapter {[len(update.B), update.A.shape[1]]}; "
                     "this adapter belongs to another base"
                 )
@@ -139,7 +139,7 @@ class AdapterWeights:
             rows = self._file.get_tensor(self.rows[name])
             weight[self._row_indices(name)] = rows.to(weight.dtype)
         if name in self.changed() and not is_finite(weight):
-            raise ExportError(f"{name}: the adapter holds values that are not finite; merge an earlier checkpoint")
+            raise ModelError(f"{name}: the adapter holds values that are not finite; merge an earlier checkpoint")
         return weight
 
     def _row_indices(self, name: str) -> list[int]:
