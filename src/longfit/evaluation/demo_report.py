@@ -12,10 +12,13 @@ from typing import Any
 
 from longfit.words import format_bytes
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:right}
+STYLE = """:root{color-scheme:light dark}
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}
+div{overflow-x:auto}table{border-collapse:collapse;margin:1rem 0}
+td,th{padding:.3rem .8rem;border-bottom:1px solid #8886;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left}
-svg{max-width:100%;height:auto}code{background:#f3f3f3;padding:.1rem .3rem}"""
+svg{max-width:100%;height:auto;background:#fff;border-radius:8px}
+code{background:#8882;padding:.1rem .3rem;overflow-wrap:anywhere}"""
 
 
 def write_report(run_dir: Path, result: dict[str, Any], losses: Sequence[float]) -> None:
@@ -37,8 +40,10 @@ def write_report(run_dir: Path, result: dict[str, Any], losses: Sequence[float])
     (run_dir / "demo.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
 
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{style}</style>
-<h1>{title}</h1><p>{summary}</p>{picture}<h2>Perplexity by position, held-out text, exact attention</h2>{table}
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>{style}</style>
+<h1>{title}</h1><p>{summary}</p>{picture}
+<h2>Perplexity by position, held-out text, exact attention</h2><div>{table}</div>
 <h2>Next</h2><ul>{commands}</ul></html>
 """
 

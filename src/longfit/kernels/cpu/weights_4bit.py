@@ -31,8 +31,8 @@ __all__ = [
     "why",
 ]
 
-# In float32 on AVX2, one thread, torch's GEMM with a de-quantised tile in the cache reaches 0.98 of the dense product at
-# 2,048 rows (576 x 1536) and 0.90 at 1,024 rows of 4096 x 4096: no packing of our own is called for.
+# In float32 on AVX2, one thread, torch's GEMM with a de-quantised tile in the cache reaches 0.98 of the dense product
+# at 2,048 rows (576 x 1536) and 0.90 at 1,024 rows of 4096 x 4096: no packing of our own is called for.
 # Up to this many rows of x, dot products of x and rows of W take less time than a GEMM; and than our own GEMM in bf16.
 FEW_ROWS = 16
 FEW_ROWS_BF16 = 1
