@@ -60,6 +60,7 @@ class Size:
         base_steps, arm_steps: optimiser steps.
         asked: sequences at each length.
         seeds: of base, adapters and data.
+        peak: learning rate after the warm-up.
     """
 
     layers: int = 4
@@ -74,6 +75,7 @@ class Size:
     arm_steps: int = 400
     asked: int = 64
     seeds: int = 3
+    peak: float = 1e-3
 
     @property
     def task(self) -> Task:
@@ -86,7 +88,7 @@ class Size:
         return tuple(self.native * factor for factor in (1, 2, 4, 8))
 
 
-PILOT = Size(2, 64, 2, 64, 4, 16, 16, 64, 1500, 60, 64, 1)
+PILOT = Size(2, 64, 2, 32, 3, 8, 8, 32, 1200, 60, 64, 1, 3e-3)
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def trained_base(size: Size, seed: int) -> LlamaForCausalLM:
         model.load_state_dict(load_file(path), strict=False)
         model.tie_weights()
         return model
-    losses = train(model, size, steps=size.base_steps, window=size.native, peak=1e-3, seed=seed)
+    losses = train(model, size, steps=size.base_steps, window=size.native, seed=seed)
     print(f"    base of seed {seed}: loss {losses[-1]:.4f}", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".tmp")
@@ -204,9 +206,7 @@ def extended(model: LlamaForCausalLM, size: Size, arm: Arm, seed: int) -> tuple[
         key = attention_key() if group is None else attention_key("shifted", int(group * window) // 2 * 2)
         base_model(adapted).set_attn_implementation(key)
         first = len(losses)
-        losses += train(
-            adapted, size, steps=steps, window=window, peak=1e-3, seed=seed + 1000 + first, of=size.arm_steps
-        )
+        losses += train(adapted, size, steps=steps, window=window, seed=seed + 1000 + first, of=size.arm_steps)
     return adapted, losses
 
 
@@ -218,16 +218,14 @@ def quantise(model: LlamaForCausalLM, quant_type: str) -> None:
             model.set_submodule(name, Linear4bit.from_linear(module, quant_type=quant_type))
 
 
-def train(
-    model: nn.Module, size: Size, *, steps: int, window: int, peak: float, seed: int, of: int | None = None
-) -> list[float]:
+def train(model: nn.Module, size: Size, *, steps: int, window: int, seed: int, of: int | None = None) -> list[float]:
     """Train on fresh sequences; the same number of tokens in a step whatever the window.
 
     Returns: the loss of each step, in nats an answer.
     """
     generator = torch.Generator().manual_seed(seed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = PagedAdamW(parameters, lr=peak)
+    optimizer = PagedAdamW(parameters, lr=size.peak)
     batch, losses = max(1, size.batch * size.native // window), []
     model.train()
     for step in range(steps):
@@ -235,7 +233,7 @@ def train(
         loss = training_loss(model, sequences.ids, labels=sequences.labels, engine="plain")
         loss.backward()
         clip_gradients(parameters, 1.0)
-        rate = learning_rate(step, peak, total_steps=of or steps, warmup_steps=(of or steps) // 20)
+        rate = learning_rate(step, size.peak, total_steps=of or steps, warmup_steps=(of or steps) // 20)
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
