@@ -169,6 +169,8 @@ class DataSection(Section):
     """Day that a template prints, as 2026-01-31; unset: the day the run begins."""
     long_chat: Literal["error", "split", "truncate_left", "truncate_right", "drop"] = "error"
     """What becomes of chats longer than the context; long texts are always split, and nothing of them is lost."""
+    cache: Literal["auto", "on", "off"] = "auto"
+    """Keep tokens in the user's cache folder for the next run; auto: those of 8 MB of files and more."""
     validation: str | None = None
     """Held-out text, read like path; unset: none, unless validation_fraction is given."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)

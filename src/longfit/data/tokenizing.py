@@ -5,7 +5,7 @@ What this is not: it lays nothing into windows (`packing.py`), and how a chat be
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 
@@ -67,6 +67,14 @@ class TokenizedSet(Sequence[TokenizedDocument]):
         return self.documents[index]
 
 
+class Sink(Protocol):
+    """Where tokenised documents go instead of into memory."""
+
+    def __len__(self) -> int: ...
+    def extend(self, documents: Iterable[TokenizedDocument]) -> None: ...
+    def finish(self, result: TokenizedSet) -> Sequence[TokenizedDocument]: ...
+
+
 def tokenize_documents(
     documents: Iterable[Document],
     tokenizer: "PreTrainedTokenizerBase",
@@ -78,6 +86,7 @@ def tokenize_documents(
     date: str | None = None,
     stop_ids: Collection[int] = (),
     on_document: Callable[[int], None] | None = None,
+    sink: "Sink | None" = None,
 ) -> TokenizedSet:
     """Turn documents into tokens, 4 bytes each, reading one batch of texts at a time.
 
@@ -92,6 +101,7 @@ def tokenize_documents(
         date: for chats: the day that templates print, as 2026-01-31.
         stop_ids: token ids at which the model's own settings stop generation.
         on_document: called with the number of documents done, for progress.
+        sink: collects the tokens elsewhere than in memory; then the documents of the result are its own.
     Returns: one entry a document, in order; several for a chat whose template rewrites turns.
     Raises:
         DataError: chats the template refuses or nothing of which is trained (the first, by place, and their number).
@@ -99,15 +109,16 @@ def tokenize_documents(
     """
     if train_on not in TRAIN_ON:
         raise ConfigError(f"data.train_on {train_on!r}: allowed are {', '.join(TRAIN_ON)}")
-    tokenized: list[TokenizedDocument] = []
-    result = TokenizedSet(tokenized)
+    in_memory: list[TokenizedDocument] = []
+    tokenized = in_memory if sink is None else sink
+    result = TokenizedSet(in_memory)
     problems: list[str] = []
     turn_end: TurnEnd | None = None
     done = 0
     for batch in _batches(documents):
         chat = batch[0].chat
         if chat is None:
-            tokenized += _tokenize_texts(batch, tokenizer)
+            tokenized.extend(_tokenize_texts(batch, tokenizer))
         else:
             if result.template is None:
                 stops = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(stop_ids)) if token]
@@ -128,13 +139,15 @@ def tokenize_documents(
                 problems.append(f"{batch[0].name}: {error}")
             else:
                 result.notes.update(notes)
-                tokenized += [TokenizedDocument(batch[0].name, row.input_ids, row.trained) for row in encoded]
+                tokenized.extend(TokenizedDocument(batch[0].name, row.input_ids, row.trained) for row in encoded)
         done += len(batch)
         if on_document is not None:
             on_document(done)
-    if problems and (bad_rows == "stop" or not tokenized):
+    if problems and (bad_rows == "stop" or not len(tokenized)):
         raise DataError(bad_rows_text(problems, done))
     result.skipped = problems
+    if sink is not None:
+        result.documents = sink.finish(result)
     return result
 
 

@@ -5,6 +5,7 @@ share these steps, so that what is shown and measured is what was trained.
 """
 
 import tempfile
+import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 from pathlib import Path
@@ -18,6 +19,7 @@ from longfit.config.sections import DataSection
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset, pack
 from longfit.data.sources import Documents, read_documents, split_documents
+from longfit.data.token_cache import CACHED_BYTES, TokenWriter, cache_folder, entry_key, read_entry
 from longfit.data.tokenizing import TokenizedSet, tokenize_documents
 from longfit.engine.hf_model import base_model
 from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weights
@@ -30,7 +32,7 @@ from longfit.model.fused import fuse
 from longfit.model.load import auto_dtype, load, read_config, read_tokenizer
 from longfit.model.save import load_adapter, restore_chat
 from longfit.training import run_directory
-from longfit.training.metrics import Event, OnEvent
+from longfit.training.metrics import Event, OnEvent, ignore
 from longfit.words import format_bytes
 
 
@@ -59,19 +61,57 @@ def read_path(path: str, data: DataSection) -> Documents:
 
 
 def tokenize(
-    documents: Documents, tokenizer: Any, data: DataSection, *, stop_ids: Collection[int] = ()
+    documents: Documents,
+    tokenizer: Any,
+    data: DataSection,
+    *,
+    stop_ids: Collection[int] = (),
+    on_event: OnEvent = ignore,
 ) -> TokenizedSet:
-    """Tokenise documents as a run tokenises its own."""
-    return tokenize_documents(
-        documents,
-        tokenizer,
-        template=data.chat_template,
-        train_on=data.train_on,
-        template_drops=data.template_drops,
-        bad_rows=data.bad_rows,
-        date=data.date,
-        stop_ids=stop_ids,
-    )
+    """Tokenise documents as a run tokenises its own; a large set once, and from then on it is mapped from the cache."""
+    settings: dict[str, Any] = {
+        "template": data.chat_template,
+        "train_on": data.train_on,
+        "template_drops": data.template_drops,
+        "bad_rows": data.bad_rows,
+        "date": data.date,
+        "stop_ids": sorted(stop_ids),
+    }
+    told = _Progress(len(documents), on_event)
+    large = data.cache == "on" or (data.cache == "auto" and documents.report.num_bytes >= CACHED_BYTES)
+    key = entry_key(tokenizer, documents=documents.digest(), **settings) if large else None
+    if key is None:
+        return tokenize_documents(documents, tokenizer, **settings, on_document=told)
+    place = cache_folder() / "tokens" / key
+    if (found := read_entry(place)) is not None:
+        on_event(Event("phase", f"tokens of {len(documents):,} documents are in the cache: {place}"))
+        return found
+    writer = TokenWriter(place)
+    try:
+        return tokenize_documents(documents, tokenizer, **settings, on_document=told, sink=writer)
+    except BaseException:
+        writer.abandon()
+        raise
+
+
+class _Progress:
+    """Say every few seconds how many documents are tokenised, and how long the others will take."""
+
+    SECONDS = 5.0
+
+    def __init__(self, total: int, on_event: OnEvent) -> None:
+        self.total, self.on_event = total, on_event
+        self.began = time.monotonic()
+        self.next_at = self.began + self.SECONDS
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if now < self.next_at:
+            return
+        self.next_at = now + self.SECONDS
+        left = (now - self.began) * (self.total - done) / max(1, done)
+        text = f"tokenised {done:,} of {self.total:,} documents, {left:,.0f} s left"
+        self.on_event(Event("phase", text, {"documents": done, "of": self.total}))
 
 
 def stop_ids(name: str) -> tuple[int, ...]:
@@ -92,10 +132,12 @@ def resolve_date(config: RunConfig, documents: Documents) -> RunConfig:
     return config.replace({"data.date": f"{date.today()}"}, origin="auto: the day the run began")
 
 
-def pack_documents(documents: Documents, tokenizer: Any, config: RunConfig) -> PackedDataset:
+def pack_documents(
+    documents: Documents, tokenizer: Any, config: RunConfig, *, on_event: OnEvent = ignore
+) -> PackedDataset:
     data, context = config.data, config.context.context
     assert context is not None, "resolved"
-    tokenized = tokenize(documents, tokenizer, data, stop_ids=stop_ids(config.model.name))
+    tokenized = tokenize(documents, tokenizer, data, stop_ids=stop_ids(config.model.name), on_event=on_event)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return pack(
         tokenized,
@@ -254,7 +296,7 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
         model_config, tokenizer = read_config(name), read_tokenizer(name)
     native = native_context(model_config)
     on_event(Event("phase", "packing the text into windows"))
-    windows = pack_documents(documents, tokenizer, config.resolve(native_context=native))
+    windows = pack_documents(documents, tokenizer, config.resolve(native_context=native), on_event=on_event)
     return Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
 
 

@@ -49,6 +49,7 @@ FREE_SETTINGS = frozenset(
         "train.samples_tokens",
         "output.track",
         "data.validation_windows",
+        "data.cache",
         "optim.budget",
         "optim.file",
         "engine.offload",

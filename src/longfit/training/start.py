@@ -190,7 +190,7 @@ def _start(
     native = native_context(model.config)
     config = config.resolve(native_context=native)
     notify(Event("phase", "packing the text into windows"))
-    windows = pack_documents(documents, tokenizer, config)
+    windows = pack_documents(documents, tokenizer, config, on_event=notify)
     validation = pack_documents(held_out, tokenizer, config) if held_out is not None else None
     remember_chat(model, tokenizer, windows)
     ledger = Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
