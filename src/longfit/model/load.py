@@ -138,6 +138,7 @@ def _load_gguf(path: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
     load = partial(model_class.from_pretrained, None, config=config, state_dict=state_dict)
     model = accounted(str(path), load, **arguments)
     model.config.name_or_path = str(path)
+    require_rows(model, tokenizer, str(path))
     return model, tokenizer
 
 
@@ -158,7 +159,24 @@ def _load_safetensors(name: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
         model = accounted(name, load, **arguments)
     except OSError as error:
         raise ModelError(f"{name}: {first_line(error)}") from error
-    return model, read_tokenizer(name)
+    tokenizer = read_tokenizer(name)
+    require_rows(model, tokenizer, name)
+    return model, tokenizer
+
+
+def require_rows(model: Any, tokenizer: Any, name: str) -> None:
+    """Raise ModelError if a tokenizer makes tokens for which the embedding has no row, before a text runs into one."""
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if needed <= rows:
+        return
+    known = tokenizer.convert_ids_to_tokens([rows])[0]
+    raise ModelError(
+        f"{name}: the tokenizer has {needed:,} tokens, the embedding {rows:,} rows: {known!r} (token {rows:,}) is the"
+        f" first without one. Give the base its rows once, then train them: model ="
+        f" AutoModelForCausalLM.from_pretrained({name!r}); model.resize_token_embeddings({needed}); save model and"
+        " tokenizer into a folder, and train that with --train-embeddings"
+    )
 
 
 def read_tokenizer(name: str | os.PathLike[str]) -> Any:
