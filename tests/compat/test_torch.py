@@ -72,6 +72,14 @@ def test_several_tensors_are_scaled_in_place() -> None:
     assert [x.tolist() for x in tensors] == [[0.5, 0.5], [1.0, 1.0, 1.0]]
 
 
+def test_a_cpu_that_has_no_memory_left_says_so() -> None:
+    """Else a run that could go on with less, or page its optimiser state out, stops."""
+    with pytest.raises((RuntimeError, MemoryError)) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert compat.is_out_of_memory(caught.value)
+    assert not compat.is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
 def test_the_flash_kernel_of_a_cpu_returns_and_takes_the_log_sum_exp() -> None:
     """Else attention in dtypes without a C++ kernel has to run in the slow reference."""
     q, k, v = (torch.randn(1, 2, 5, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))

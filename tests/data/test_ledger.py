@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longfit.data.ledger import Ledger, Span, sample_spans
-from longfit.data.packing import IGNORED, PackedDataset, TokenizedDocument, pack
+from longfit.data.packing import PackedDataset, TokenizedDocument, pack
 from longfit.data.sources import Document, Documents
 from longfit.errors import DataError
+from longfit.numerics.labels import IGNORED
 
 EOS = 0
 

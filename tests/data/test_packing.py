@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longfit.data.packing import IGNORED, TokenizedDocument, pack
+from longfit.data.packing import TokenizedDocument, pack
 from longfit.errors import ConfigError, DataError
+from longfit.numerics.labels import IGNORED
 
 EOS = 0
 
@@ -123,14 +124,14 @@ def test_pieces_that_teach_nothing_are_left_out() -> None:
         pack([chat(5, 1)], context=5, eos_token_id=EOS, long_chat="truncate_right")
 
 
-def test_the_stream_visits_every_window_once_an_epoch_and_resumes_by_position() -> None:
+def test_an_order_visits_every_window_once_an_epoch_and_is_made_again_from_the_seed() -> None:
     packed = pack(texts(*range(5, 45)), context=16, eos_token_id=EOS, seed=3)
-    first = [window["input_ids"].tolist() for window, _ in zip(packed.stream(), range(2 * len(packed)), strict=False)]
-    everything = sorted(packed[i]["input_ids"].tolist() for i in range(len(packed)))
-    assert sorted(first[: len(packed)]) == sorted(first[len(packed) :]) == everything
-    assert first[: len(packed)] != first[len(packed) :]
+    first, second = (packed.order(epoch).tolist() for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(len(packed)))
+    assert first != second
     again = pack(texts(*range(5, 45)), context=16, eos_token_id=EOS, seed=3)
-    assert next(again.stream(len(packed) + 7))["input_ids"].tolist() == first[len(packed) + 7]
+    assert again.order(1).tolist() == second
+    assert torch.equal(again[second[7]]["input_ids"], packed[second[7]]["input_ids"])
     assert again.window_lengths[again.longest] == 16
     other = pack(texts(*range(5, 45)), context=16, eos_token_id=EOS, seed=4)
     assert other.order(0).tolist() != packed.order(0).tolist()

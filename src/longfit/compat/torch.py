@@ -53,6 +53,12 @@ def multiply_all_(tensors: list[Tensor], factor: float) -> None:
     torch._foreach_mul_(tensors, factor)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. torch's CPU allocator says so only in the text of a RuntimeError."""
+    text = "DefaultCPUAllocator: can't allocate"
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or text in str(error)
+
+
 # Attention kernels that take and return the log-sum-exp: torch's public attention function hides it, and without it
 # tiles cannot be merged nor differentiated one by one.
 flash_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

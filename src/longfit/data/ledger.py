@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longfit.data.packing import IGNORED, PackedDataset, document_lengths
+from longfit.data.packing import PackedDataset, document_lengths
 from longfit.data.sources import SourceReport
 from longfit.data.tokenizing import TokenizedSet, note_lines, unread_lines
 from longfit.errors import DataError
+from longfit.numerics.labels import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ pads. And the windows are descriptions: token ids stay where the tokenizer put t
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from longfit.data.tokenizing import TokenizedDocument
 from longfit.errors import ConfigError, DataError
+from longfit.numerics.labels import IGNORED
 
-IGNORED = -100  # label of a token that is not a target: what torch's cross_entropy ignores
 LONG_CHAT = ("error", "split", "truncate_left", "truncate_right", "drop")
 
 
@@ -47,9 +47,9 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Windows ready to train on, made by `pack`.
 
     Indexing gives one window as int64 tensors ``[T]``: `input_ids`; `position_ids`, restarting at 0 in every piece;
-    `labels`, the token itself where it is a target and -100 elsewhere (not shifted: the loss shifts). `at(position)`
-    walks the windows epoch after epoch in a shuffled order that is a function of the seed alone, so resuming is
-    arithmetic: step s of a run that takes n windows a step continues at position s * n.
+    `labels`, the token itself where it is a target and -100 elsewhere (not shifted: the loss shifts). `order(epoch)` is
+    a shuffled order of the windows that is a function of the seed alone, so resuming is arithmetic: step s of a run
+    that takes n windows a step continues at position s * n of the epochs' orders, one behind the other.
     """
 
     def __init__(
@@ -112,17 +112,6 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
             ranks = [_rank(self.seed, epoch, window) for window in range(len(self))]
             self._order = epoch, np.asarray(sorted(range(len(self)), key=ranks.__getitem__), dtype=np.int64)
         return self._order[1]
-
-    def at(self, position: int) -> dict[str, Tensor]:
-        """Return the window at a position of the endless shuffled stream; position len(self) begins epoch 1."""
-        epoch, offset = divmod(position, len(self))
-        return self[int(self.order(epoch)[offset])]
-
-    def stream(self, position: int = 0) -> Iterator[dict[str, Tensor]]:
-        """Yield windows from a position on, without end."""
-        while True:
-            yield self.at(position)
-            position += 1
 
     @property
     def longest(self) -> int:

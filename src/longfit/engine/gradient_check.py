@@ -21,6 +21,7 @@ from longfit.engine.model_state import preserve_state
 from longfit.engine.offload.activations import ActivationOffload
 from longfit.engine.sweep.install import enable_sweep
 from longfit.engine.sweep.sweeper import SweepReport, sweeper_of
+from longfit.numerics.labels import IGNORED
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Relative error that rounding in another order may cause, by the dtype of the hidden states.
@@ -111,7 +112,7 @@ def _plain_loss(
     logits = out.logits.double()  # torch's own float32 cross-entropy over a vocabulary of 49k is off by 9e-6
     targets = shifted_labels(input_ids, labels, position_ids, attention_mask).flatten()
     total = F.cross_entropy(logits.flatten(0, 1), targets.to(logits.device), reduction="sum")
-    return total / (num_items if num_items is not None else (targets != -100).sum()), out.logits.dtype
+    return total / (num_items if num_items is not None else (targets != IGNORED).sum()), out.logits.dtype
 
 
 def _relative_error(value: Tensor | None, reference: Tensor | None) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from longfit.attention.limits import quarter_of
 from longfit.evaluation.perplexity import perplexity
 from longfit.planning.measure import measure_attention
 
@@ -81,4 +82,4 @@ def choose(speed: Speed, *, within_s: float) -> tuple[int, int]:
 
 def group_of(context: int) -> int:
     """Tokens in a group of shifted attention: a quarter of the context, even (LongLoRA, section 3.2)."""
-    return max(2, context // 4 // 2 * 2)
+    return quarter_of(context)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from longfit.attention.hf_attention import attention_key
+from longfit.attention.limits import quarter_of
 from longfit.compat.transformers import attention_of
 from longfit.engine.hf_model import base_model
 from longfit.errors import ContextError, ModelError
@@ -178,7 +179,7 @@ def _group_size(context: int, attention: str, group_size: int | None) -> int | N
     if context < 1:
         raise ContextError(f"context {context}: must be at least 1 token")
     if attention == "shifted" and group_size is None:
-        return max(2, context // 4 // 2 * 2)
+        return quarter_of(context)
     return group_size
 
 

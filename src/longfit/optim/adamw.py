@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from longfit.compat.torch import is_out_of_memory
 from longfit.errors import ConfigError, PagingError
 from longfit.kernels.dispatch import adamw_step
 from longfit.numerics.adamw import RunState, RunUpdate, StepScalars, step_scalars
@@ -258,7 +259,7 @@ class PagedAdamW(torch.optim.Optimizer):
         try:
             return function(*args, **kwargs)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error) or self.evict() == 0:
+            if not is_out_of_memory(error) or self.evict() == 0:
                 raise
         return function(*args, **kwargs)
 
@@ -444,10 +445,3 @@ def _step_runs(states: list[tuple[Run, RunState]], parts: dict[int, _Part]) -> N
 
 def _capacity(budget_bytes: int | None, page_bytes: int) -> int | None:
     return None if budget_bytes is None else budget_bytes // page_bytes
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch's CPU allocator says so only in the text of a RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate" in str(
-        error
-    )

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.hf_model import base_model
-from longfit.engine.loss.linear_cross_entropy import IGNORED
 from longfit.engine.loss.training_loss import shifted_labels, training_loss
 from longfit.engine.sweep.shared_sequence import Asked, Stretch
 from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.errors import ModelError
+from longfit.numerics.labels import IGNORED
 from longfit.parallel.halo import HaloTransport, Segment, Traffic, cut, num_segments
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from longfit.attention.limits import quarter_of
 from longfit.engine.sizes import tile_tokens
 from longfit.errors import ConfigError, ContextError
 from longfit.planning.shapes import ModelShape
@@ -136,7 +137,7 @@ class PlanSettings:
         """Tokens in a group of shifted attention; None for exact attention."""
         if self.attention == "exact":
             return None
-        return self.group_size or max(2, self.context // 4 // 2 * 2)
+        return self.group_size or quarter_of(self.context)
 
     @property
     def aliases(self) -> bool:

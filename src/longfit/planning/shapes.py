@@ -7,12 +7,10 @@ seconds; the few defaults that matter stand in ``FAMILIES``.
 A family is known or it is refused: a plan for an unknown layer would be a guess.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 from longfit.errors import ModelError
 from longfit.files.reading import read_object, reading
@@ -349,18 +347,14 @@ def _configuration(model: str) -> dict[str, Any]:
 
 
 def _from_hub(name: str) -> dict[str, Any]:
-    """Read ``config.json`` of a hub id: from the local cache, else over the network, once and without retries."""
-    from huggingface_hub import hf_hub_url, try_to_load_from_cache
+    """Read ``config.json`` of a hub id: from the local cache, else over the network."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import build_hf_headers
 
     try:
-        cached = try_to_load_from_cache(name, "config.json")
-        if isinstance(cached, str):
-            return read_object(Path(cached), ModelError, what="the configuration")
-        request = Request(hf_hub_url(name, "config.json"), headers=build_hf_headers())
-        with urlopen(request, timeout=HUB_TIMEOUT_S) as answer:
-            return dict(json.load(answer))
-    except (HFValidationError, OSError, ValueError) as error:
+        found = try_to_load_from_cache(name, "config.json")
+        path = found if isinstance(found, str) else hf_hub_download(name, "config.json", etag_timeout=HUB_TIMEOUT_S)
+        return read_object(Path(path), ModelError, what="the configuration")
+    except (HFValidationError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"{name}: neither a folder, nor a .gguf file, nor a reachable hub id ({first})") from error

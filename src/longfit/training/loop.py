@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longfit.compat.torch import is_out_of_memory
 from longfit.config import RunConfig
 from longfit.data.packing import PackedDataset
-from longfit.engine.loss.linear_cross_entropy import IGNORED
 from longfit.engine.loss.training_loss import TrainingLoss, shifted_labels
 from longfit.engine.sweep.evaluation import swept_evaluation
 from longfit.errors import PlanError, RunError
 from longfit.model.save import save_adapter
+from longfit.numerics.labels import IGNORED
 from longfit.parallel.sequence import SequenceParallelLoss
 from longfit.parallel.shard import whole_state, whole_tensor
 from longfit.training import loss_scale, memory_check, run_directory
@@ -305,7 +306,7 @@ def _within_memory(run: Run, differentiate: Callable[[], float]) -> float:
     try:
         return differentiate()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not memory_check.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise PlanError(f"out of memory ({error}); choose a smaller engine.tile or engine.offload=file") from error
 

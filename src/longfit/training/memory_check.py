@@ -19,6 +19,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from longfit.compat.torch import is_out_of_memory
 from longfit.config import RunConfig
 from longfit.errors import ModelError, PlanError
 from longfit.kernels.cpu import processor
@@ -213,9 +214,3 @@ class StepDown:
         if self._plan is None:
             return "shorten --context, or free memory, and resume the run"
         return "free memory, or choose a smaller engine.tile, engine.offload=file or optim.budget, and resume the run"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch's CPU allocator says so only in the text of a RuntimeError."""
-    text = "DefaultCPUAllocator: can't allocate"
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or text in str(error)

@@ -28,9 +28,7 @@ from longfit.engine.sweep.grad_donation import donate, receiver_of
 from longfit.errors import DataError
 from longfit.kernels.cpu import elementwise as cpu_elementwise
 from longfit.kernels.elementwise import runs_kernel
-
-IGNORED = -100
-"""The label of a token that is not trained on (the convention of torch and transformers)."""
+from longfit.numerics.labels import IGNORED
 
 
 class LogitsBuffers:

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from longfit.attention.visibility import document_starts
 from longfit.engine.hf_model import base_model, hidden_states, output_head
 from longfit.engine.host_memory import give_back
-from longfit.engine.loss.linear_cross_entropy import IGNORED, linear_cross_entropy
+from longfit.engine.loss.linear_cross_entropy import linear_cross_entropy
 from longfit.engine.sweep.install import sweep_by_default
 from longfit.engine.sweep.sweeper import Sweeper, sweeper_of
+from longfit.numerics.labels import IGNORED
 
 
 def shifted_labels(

@@ -1,0 +1,3 @@
+"""The label of a token that is not trained on, by the convention of torch and transformers."""
+
+IGNORED = -100
