@@ -194,7 +194,8 @@ def quantisation_rows(weight: Weight, repeats: int) -> list[Row]:
         {"memory copy of as many bytes": COPY},
     )
     rows += versus(
-        f"de-quantise NF4 + double quantisation to {NARROW}, reused workspace (the peer always allocates)",
+        f"de-quantise NF4 + double quantisation to {NARROW}, reused workspace "
+        "(the peer's public call always allocates)",
         weight.shape,
         weight.fill_result,
         {"bitsandbytes": lambda: bnb.dequantize_4bit(weight.bnb_packed, weight.bnb_state)},
