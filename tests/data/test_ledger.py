@@ -126,3 +126,16 @@ def test_a_damaged_ledger_is_refused() -> None:
         Ledger.from_json(json.dumps({k: v for k, v in json.loads(text).items() if k != "cut_tokens"}))
     with pytest.raises(DataError, match="bad JSON at line 1 column 2"):
         Ledger.from_json("{")
+
+
+def test_lengths_are_shown_by_powers_of_two_and_the_longest_by_name() -> None:
+    documents = [TokenizedDocument(f"d{n}", np.arange(n, dtype=np.int32)) for n in [3, 4, 5, 40, *[7] * 30]]
+    ledger = Ledger.of(pack(documents, context=16, eos_token_id=None), num_validation_seen=2)
+    assert ledger.histogram == ((4, 2), (8, 31), (16, 0), (32, 0), (64, 1))
+    assert ledger.longest[:2] == (("d40", 40), ("d7", 7))
+    assert len(ledger.longest) == 20
+    lines = ledger.lengths_view()
+    assert sum("█" in line for line in lines) == 3
+    assert [line for line in lines if "longer than the context" in line][-1].split()[2:4] == ["64", "1"]
+    assert any("2 validation documents are trained on too" in line for line in ledger.warnings)
+    assert Ledger.from_json(ledger.to_json()) == ledger

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from longfit.cli.output import print_json, print_lines, show_progress
+from longfit.cli.output import print_json, print_lines, print_spans, show_progress
 
 
 def data(
@@ -19,6 +19,7 @@ def data(
     long_chat: Annotated[str | None, typer.Option(help="error, split, truncate_left, truncate_right, drop.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="chatml, a file, or Jinja text.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Show a window's beginning, trained text marked.")] = False,
+    lengths: Annotated[bool, typer.Option("--lengths", help="Show how long documents are, and the longest.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON.")] = False,
 ) -> None:
     """Read, tokenise and pack DATA as a training run would, and account for every token."""
@@ -43,7 +44,8 @@ def data(
         return
     print_lines(*ledger.summary())
     if sample:
-        print_lines("", "sample ([[...]] is trained):")
-        print_lines("".join(f"[[{span.text}]]" if span.trained else span.text for span in ledger.sample))
+        print_spans([(span.text, span.trained) for span in ledger.sample])
+    if lengths:
+        print_lines("", *ledger.lengths_view())
     given = " ".join([*(settings or []), *([f"--context {context}"] if context else [])])
     print_lines("next:", f"  longfit train {model} {path} {given}".rstrip())

@@ -41,6 +41,19 @@ def print_lines(*lines: str) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 
 
+def print_spans(spans: Sequence[tuple[str, bool]]) -> None:
+    """Print a text of which some is trained: in colour on a terminal, in double brackets elsewhere."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        print_lines("", "sample ([[...]] is trained):")
+        print_lines("".join(f"[[{text}]]" if trained else text for text, trained in spans))
+        return
+    console.print("\nsample:", "[bold green]trained[/]", "[dim]masked[/]")
+    for text, trained in spans:
+        console.print(text, style="bold green" if trained else "dim", markup=False, end="")
+    console.print()
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns; nothing is cut, so that what is shown can be pasted."""
     lines = [columns, *rows]

@@ -12,6 +12,7 @@ counted from the packed pieces themselves, not from what the packing meant to do
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,14 @@ import numpy as np
 
 from longfit.data.packing import PackedDataset, document_lengths
 from longfit.data.sources import SourceReport
-from longfit.data.tokenizing import TokenizedSet, note_lines, unread_lines
+from longfit.data.tokenizing import TokenizedDocument, TokenizedSet, note_lines, unread_lines
 from longfit.errors import DataError
 from longfit.numerics.labels import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LONGEST_SHOWN = 20
 FEW_LONG_DOCUMENTS = 20  # below this many documents beyond the native window there is little to learn long context from
 MUCH_PADDING = 0.1  # share of the windows' places that hold nothing
 
@@ -80,6 +82,10 @@ class Ledger:
     unread_keys: dict[str, int] = field(default_factory=dict)
     num_bad_rows: int = 0  # left out, as data.bad_rows allowed
     num_decomposed_words: int = 0
+    num_validation_seen: int = 0  # documents that are validated on and trained on as well
+    # lengths once more: (at most so many tokens, documents), powers of two; (name, tokens) of the longest
+    histogram: tuple[tuple[int, int], ...] = ()
+    longest: tuple[tuple[str, int], ...] = ()
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()  # how the data were read, where that is a choice
     sample: tuple[Span, ...] = ()
@@ -104,6 +110,7 @@ class Ledger:
         native_context: int | None = None,
         report: SourceReport | None = None,
         tokenizer: "PreTrainedTokenizerBase | None" = None,
+        num_validation_seen: int = 0,
     ) -> "Ledger":
         """Count a packed set.
 
@@ -112,6 +119,7 @@ class Ledger:
             native_context: tokens the base model was made for; None if unknown.
             report: of the documents, for what was skipped before there were tokens.
             tokenizer: to put a readable sample into the ledger.
+            num_validation_seen: documents that are held out and trained on as well.
         """
         documents, pieces = packed.documents, packed.pieces
         lengths = document_lengths(documents, eos_token_id=packed.eos_token_id)
@@ -153,6 +161,9 @@ class Ledger:
             "native_context": native_context,
             "num_longer_than_context": int((lengths > packed.context).sum()),
             "num_longer_than_native": None if native_context is None else int((lengths > native_context).sum()),
+            "num_validation_seen": num_validation_seen,
+            "histogram": _histogram(lengths),
+            "longest": _longest(documents, lengths),
             "num_windows": len(packed),
             "slack_tokens": slack,
         }
@@ -190,8 +201,21 @@ class Ledger:
             wrong = sorted(set(values) ^ names) if isinstance(values, dict) else type(values).__name__
             raise DataError(f"ledger: missing or unknown keys: {wrong}; was it written by another version?")
         values["warnings"], values["notes"] = tuple(values["warnings"]), tuple(values["notes"])
+        for name in ("histogram", "longest"):
+            values[name] = tuple(tuple(pair) for pair in values[name])
         values["sample"] = tuple(Span(**span) for span in values["sample"])
         return cls(**values)
+
+    def lengths_view(self) -> list[str]:
+        """Show how long the documents are: a bar for each power of two, and the longest by name."""
+        most = max((count for _, count in self.histogram), default=1)
+        lines = ["documents by length in tokens:"]
+        for bound, count in self.histogram:
+            bar = "█" * max(1, round(40 * count / most)) if count else ""
+            beyond = "  longer than the context" if bound // 2 >= self.context else ""
+            lines.append(f"  up to {bound:>11,} {count:>11,} {bar}{beyond}")
+        lines.append(f"the {len(self.longest)} longest:")
+        return lines + [f"  {tokens:>13,}  {name}" for name, tokens in self.longest]
 
     def summary(self) -> list[str]:
         """Say it in plain lines, warnings last, each beginning with ``warning:``."""
@@ -259,6 +283,18 @@ def sample_spans(
     return tuple(spans)
 
 
+def _histogram(lengths: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Count lengths by the power of two that they do not exceed, from the shortest to the longest."""
+    powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    counts = np.bincount(powers)
+    return tuple((1 << power, int(counts[power])) for power in range(int(powers.min()), len(counts)))
+
+
+def _longest(documents: Sequence[TokenizedDocument], lengths: np.ndarray) -> tuple[tuple[str, int], ...]:
+    order = np.argsort(-lengths, kind="stable")[:LONGEST_SHOWN]
+    return tuple((documents[int(index)].name, int(lengths[index])) for index in order)
+
+
 def _percentile(lengths: np.ndarray, percent: int) -> int:
     """Nearest rank: the shortest length that at least `percent` of the documents do not exceed."""
     return int(np.percentile(lengths, percent, method="inverted_cdf"))
@@ -294,6 +330,11 @@ def _warnings(numbers: dict[str, Any]) -> list[str]:
     if numbers["padded_tokens"] > MUCH_PADDING * places:
         lines.append(
             f"padding wastes {numbers['padded_tokens'] / places:.0%} of every step; a smaller context wastes less"
+        )
+    if numbers["num_validation_seen"]:
+        lines.append(
+            f"{numbers['num_validation_seen']:,} validation documents are trained on too, so their loss says nothing; "
+            "remove them, or hold out with data.validation_fraction"
         )
     if numbers["num_answers_without_end"]:
         lines.append(f"{numbers['num_answers_without_end']:,} answers lost their end: the model does not see them stop")

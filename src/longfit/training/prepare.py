@@ -125,6 +125,11 @@ def stop_ids(name: str) -> tuple[int, ...]:
     return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
 
 
+def num_shared(held_out: Documents | None, documents: Documents) -> int:
+    """How many held-out documents are among those that are trained on."""
+    return 0 if held_out is None else len(set(held_out.fingerprints) & set(documents.fingerprints))
+
+
 def resolve_date(config: RunConfig, documents: Documents) -> RunConfig:
     """Hold the day that chat templates may print, so that a run that goes on later sees the same tokens."""
     if not documents.is_chat or config.data.date is not None:
@@ -288,7 +293,7 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
     """
     name = config.model.name
     on_event(Event("phase", f"reading {config.data.path}"))
-    documents, _ = read_data(config)
+    documents, held_out = read_data(config)
     config = resolve_date(config, documents)
     if gguf.is_gguf(Path(name)):
         model_config, tokenizer = gguf.read_config(Path(name)), gguf.read_tokenizer(Path(name))
@@ -297,7 +302,13 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
     native = native_context(model_config)
     on_event(Event("phase", "packing the text into windows"))
     windows = pack_documents(documents, tokenizer, config.resolve(native_context=native), on_event=on_event)
-    return Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
+    return Ledger.of(
+        windows,
+        native_context=native,
+        report=documents.report,
+        tokenizer=tokenizer,
+        num_validation_seen=num_shared(held_out, documents),
+    )
 
 
 def target_config(

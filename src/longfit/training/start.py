@@ -40,6 +40,7 @@ from longfit.training.prepare import (
     load_base,
     make_trainable,
     native_context,
+    num_shared,
     pack_documents,
     read_data,
     remember_chat,
@@ -193,7 +194,13 @@ def _start(
     windows = pack_documents(documents, tokenizer, config, on_event=notify)
     validation = pack_documents(held_out, tokenizer, config) if held_out is not None else None
     remember_chat(model, tokenizer, windows)
-    ledger = Ledger.of(windows, native_context=native, report=documents.report, tokenizer=tokenizer)
+    ledger = Ledger.of(
+        windows,
+        native_context=native,
+        report=documents.report,
+        tokenizer=tokenizer,
+        num_validation_seen=num_shared(held_out, documents),
+    )
     config = config.resolve_steps(num_windows=len(windows), num_processes=layout.data)
 
     report = extend(model, tokenizer, config)
