@@ -6,7 +6,8 @@ eight times the native context, always with exact attention. The answer to a que
 random place; whoever has not read it is right as often as chance.
 
 Decided beforehand: an arm *uses its context* if at distances beyond the native context it answers 20 points more than
-YaRN without training; *shifted is close to exact* if it is within 5 points there.
+YaRN without training; *shifted is close to exact* if it is within 5 points there. Neither is judged where a base
+answers less than 95 % at its native context: such a model has not learned to recall at all.
 
     python -m benchmarks.experiments.context_use            some core-hours; context_use.json, figure, page
     python -m benchmarks.experiments.context_use --quick    a small pilot of all arms, context_use_quick.*
@@ -45,6 +46,7 @@ from longfit.training.optimizer import clip_gradients
 from longfit.training.schedule import learning_rate
 
 FACTOR, DEPTHS = 4, 8
+LEARNED = 0.95  # of the bases' answers, before anything is judged
 TRAINED_BASES = ROOT / "build" / "context_use"
 
 
@@ -331,9 +333,17 @@ def verdicts(found: Cells, size: Size) -> str:
         if not arm.trained or arm.name not in points:
             continue
         gain, behind = points[arm.name] - points[UNTRAINED], points[EXACT] - points[arm.name]
-        close = "-" if arm.group is None else ("yes" if behind <= 5 else "no")
-        body.append([arm.name, f"{gain:+.0f}", "yes" if gain >= 20 else "no", f"{-behind:+.0f}", close])
+        close = "-" if arm.group is None else verdict(found, size, behind <= 5)
+        body.append([arm.name, f"{gain:+.0f}", verdict(found, size, gain >= 20), f"{-behind:+.0f}", close])
     return rows(["arm", "points over YaRN untrained", "uses its context", "points from exact", "close to exact"], body)
+
+
+def verdict(found: Cells, size: Size, holds: bool) -> str:
+    """Yes or no, where every base has learned the task."""
+    counts = [record["result"]["asked"][0]["right"] for record in found.select(part="base", size=asdict(size))]
+    if not counts or any(right < LEARNED * asked for right, asked in counts):
+        return "not judged: base below 95 %"
+    return "yes" if holds else "no"
 
 
 def bases(found: Cells, size: Size) -> str:
@@ -355,6 +365,7 @@ def page_values(found: Cells, size: Size) -> dict[str, str]:
         ),
         "bases": bases(found, size),
         "chance": f"{100 * size.task.chance:.1f}",
+        "seen": f"{100 / size.pairs:.0f}",
         "arms": table(found, size),
         "verdicts": verdicts(found, size),
     }
