@@ -5,7 +5,9 @@
 
 #include "attention.h"
 
-#include <stdlib.h>
+// Memory at a 64-byte boundary, or null; and its return. (runtime/scratch.cpp)
+extern "C" void* longfit_allocate(int64_t num_bytes);
+extern "C" void longfit_release(void* memory);
 
 namespace {
 
@@ -58,8 +60,8 @@ inline Seen seen_of_block(const longfit_attention_tile& tile, const Segment& seg
 // One allocation from which one thread takes its buffers, each on a cache line of its own.
 class Scratch {
   public:
-    explicit Scratch(int64_t bytes) : data_(static_cast<char*>(aligned_alloc(64, size_t(blocks_of(bytes, 64)) * 64))) {}
-    ~Scratch() { free(data_); }
+    explicit Scratch(int64_t bytes) : data_(static_cast<char*>(longfit_allocate(bytes))) {}
+    ~Scratch() { longfit_release(data_); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
     bool failed() const { return data_ == nullptr; }

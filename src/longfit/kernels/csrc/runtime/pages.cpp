@@ -2,7 +2,9 @@
 // de-quantising the same bytes.
 #include "../longfit.h"
 
+#if defined(__linux__)
 #include <sys/mman.h>
+#endif
 
 // A hint about freshly allocated memory; refused without harm where the system has no such pages.
 LONGFIT_EXPORT void longfit_advise_huge_pages(void* memory, int64_t num_bytes) {

@@ -9,24 +9,28 @@
 #include "../longfit.h"
 
 #include <atomic>
-#include <dlfcn.h>
-#include <pthread.h>
 #include <thread>
 #include <vector>
+#if !defined(_WIN32)  // which neither forks nor finds a symbol in the whole process
+#include <dlfcn.h>
+#include <pthread.h>
+#endif
 
 namespace {
 
 std::atomic<bool> forked{false};
 
 struct OpenMP {
-    void (*fork_join)(void (*)(void*), void*, unsigned, unsigned);
-    int (*thread_number)();
+    void (*fork_join)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+    int (*thread_number)() = nullptr;
 
     OpenMP() {
+#if !defined(_WIN32)
         pthread_atfork(nullptr, nullptr, [] { forked = true; });
         fork_join = reinterpret_cast<decltype(fork_join)>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
         thread_number = reinterpret_cast<decltype(thread_number)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
         if (!thread_number) fork_join = nullptr;
+#endif
     }
 };
 
@@ -84,5 +88,3 @@ extern "C" void longfit_parallel(void (*work)(void*, int64_t, int64_t), void* co
     job.take_parts(0);
     for (std::thread& helper : helpers) helper.join();
 }
-
-LONGFIT_EXPORT int longfit_borrows_openmp() { return dlsym(RTLD_DEFAULT, "GOMP_parallel") != nullptr; }

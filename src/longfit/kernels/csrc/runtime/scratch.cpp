@@ -5,10 +5,18 @@
 
 namespace {
 
+#if defined(_WIN32)  // whose C library has no aligned_alloc, and frees such memory by another name
+void* allocate(int64_t num_bytes) { return _aligned_malloc(static_cast<size_t>(num_bytes), 64); }
+void release(void* memory) { _aligned_free(memory); }
+#else
+void* allocate(int64_t num_bytes) { return aligned_alloc(64, static_cast<size_t>(num_bytes)); }
+void release(void* memory) { free(memory); }
+#endif
+
 struct Scratch {
     void* memory = nullptr;
     int64_t size = 0;
-    ~Scratch() { free(memory); }
+    ~Scratch() { release(memory); }
 };
 
 thread_local Scratch scratch;
@@ -17,10 +25,14 @@ thread_local Scratch scratch;
 
 extern "C" void* longfit_scratch(int64_t num_bytes) {
     if (num_bytes > scratch.size) {
-        free(scratch.memory);
+        release(scratch.memory);
         scratch.size = (num_bytes + 63) / 64 * 64;
-        scratch.memory = aligned_alloc(64, static_cast<size_t>(scratch.size));
+        scratch.memory = allocate(scratch.size);
         if (!scratch.memory) abort();  // less than a MiB: nothing else would work either
     }
     return scratch.memory;
 }
+
+// Memory at a 64-byte boundary, a multiple of 64 bytes, or null; and its return.
+extern "C" void* longfit_allocate(int64_t num_bytes) { return allocate((num_bytes + 63) / 64 * 64); }
+extern "C" void longfit_release(void* memory) { release(memory); }
