@@ -70,7 +70,7 @@ def test_what_is_left_free_is_chosen_so_that_it_fits(make_config: MakeConfig, mo
     ("settings", "parallelism", "told"),
     [
         ({"engine.engine": "plain"}, "NO", "engine plain"),
-        ({}, "FSDP", "FSDP: of several processes only whole replicas"),
+        ({}, "FSDP", "FSDP: of several processes only those that longfit divides"),
         ({"adapter.targets": ["q_proj", "lm_head"]}, "NO", "targets lm_head: an adapter there is not planned"),
     ],
 )
