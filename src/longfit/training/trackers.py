@@ -115,7 +115,7 @@ def numbers_of(record: dict[str, Any]) -> dict[str, float]:
 def open_sink(name: str, run_dir: Path) -> Iterator[Sink]:
     """The function that tells a tracker the numbers of a step."""
     if name == "tensorboard":
-        from tensorboard.summary import Writer  # type: ignore[import-not-found]
+        from tensorboard.summary import Writer
 
         writer = Writer(str(run_dir / "trackers" / "tensorboard"))
 
