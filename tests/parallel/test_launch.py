@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from tests.training.conftest import MakeConfig
 import longfit
 from longfit.config import RunConfig
 from longfit.errors import ConfigError, DataError, LongfitError, ProcessesError
-from longfit.parallel.launch import Place, _error_of, _order, is_started, leave_reason
+from longfit.parallel.launch import GRACE_S, Place, _error_of, _order, is_started, leave_reason
 from longfit.training.loop import train
 
 SOURCES = str(Path(longfit.__file__).parent.parent)
@@ -100,19 +101,30 @@ def losses(run: Path) -> list[object]:
     return [(record["step"], record["loss"], record["grad_norm"]) for record in records if "loss" in record]
 
 
+KILLS = int(os.environ.get("LONGFIT_TEST_KILLS", "1"))
+"""Kills of a random process at a random step; 30 on request."""
+
+
 def go_on(rank: int, config: RunConfig, resume: bool) -> bool:
     return train(config, resume=resume).finished
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes of a run through Linux's /proc")
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="finds the processes of a run through Linux's /proc"
+)
+
+
+@needs_proc
+@pytest.mark.parametrize("number", range(KILLS))
 def test_a_killed_process_ends_the_run_with_one_message_and_the_run_goes_on_as_it_would_have(
-    make_config: MakeConfig, tmp_path: Path
+    make_config: MakeConfig, tmp_path: Path, number: int
 ) -> None:
-    settings = {"train__steps": 60, "train__save_every": 1, "train__batch_size": 1}
+    chance = random.Random(number)
+    settings: dict[str, object] = {"train__steps": 30, "train__save_every": 3, "parallel__shard": 1 + number % 2}
     broken = start(make_config(**settings))
-    wait_for_step(tmp_path / "run", 2, broken)
+    wait_for_step(tmp_path / "run", chance.randint(4, 10), broken)
     began = time.monotonic()
-    os.kill(workers_of(broken)[1], signal.SIGKILL)
+    os.kill(chance.choice(workers_of(broken)), signal.SIGKILL)
     told = broken.communicate(timeout=60)[1]
     assert time.monotonic() - began < 60  # parallel.timeout
     assert broken.returncode == 2
@@ -120,8 +132,22 @@ def test_a_killed_process_ends_the_run_with_one_message_and_the_run_goes_on_as_i
     assert len(errors) == 1
     assert re.search(r"process \d of 2 was ended by SIGKILL", errors[0])
     assert "Traceback" not in told
-    assert 2 <= len(losses(tmp_path / "run")) < 60
+    assert 4 <= len(losses(tmp_path / "run")) < 30
     assert run_in_processes(go_on, 2, make_config(**settings), True, group=False) == [True, True]
     whole = make_config(**settings, output__run_dir=str(tmp_path / "whole"))
     assert run_in_processes(go_on, 2, whole, False, group=False) == [True, True]
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@needs_proc
+@pytest.mark.skipif("LONGFIT_TEST_KILLS" not in os.environ, reason="takes half a minute: set LONGFIT_TEST_KILLS")
+def test_a_frozen_process_ends_the_run_within_the_time_out(make_config: MakeConfig, tmp_path: Path) -> None:
+    timeout = 10
+    frozen = start(make_config(train__steps=2000, parallel__timeout=timeout))
+    wait_for_step(tmp_path / "run", 2, frozen)
+    began = time.monotonic()
+    os.kill(workers_of(frozen)[1], signal.SIGSTOP)
+    told = frozen.communicate(timeout=60)[1]
+    assert time.monotonic() - began < timeout + GRACE_S + 5  # the system takes the frozen one away after the grace
+    assert "process 1 of 2" in told.splitlines()[-1]
+    assert "frozen or gone" in told.splitlines()[-1]

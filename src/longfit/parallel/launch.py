@@ -22,6 +22,7 @@ from typing import Any
 
 from longfit import errors
 from longfit.errors import ConfigError, LongfitError, ProcessesError
+from longfit.kernels.cpu.threads import usable_cores
 
 GRACE_S = 10
 """Seconds between asking the other processes to end and making them: enough to finish a file, or to save the adapters
@@ -71,7 +72,9 @@ def start_processes(arguments: Sequence[str], *, devices: int) -> int:
 
     _require_cards(devices)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it logs is told below, once
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads is None or int(threads) == usable_cores():  # the user's own number stays
+        os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // devices))
     os.environ[_STARTED] = "1"
     try:
         with _patient_with_interrupts():

@@ -14,27 +14,26 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from longfit.config import RunConfig
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset
-from longfit.engine.loss.training_loss import TrainingLoss, training_loss
-from longfit.errors import ConfigError, RunError
+from longfit.errors import ConfigError
 from longfit.model.load import load_report
 from longfit.parallel.agreement import require_agreement, versions
 from longfit.parallel.heartbeat import Heartbeat
 from longfit.parallel.layout import Layout, choose_layout
-from longfit.parallel.processes import exchange_timeout, start_heartbeat
-from longfit.parallel.sequence import SequenceParallelLoss, require_shareable, sequence_group
-from longfit.parallel.shard import Shards, decoder_layers, shard_model
+from longfit.parallel.processes import start_heartbeat
+from longfit.parallel.shard import Shards
 from longfit.planning.plan import Plan
 from longfit.training import loss_scale, memory_check, run_directory
 from longfit.training.best import require_validation
 from longfit.training.checkpoint import RunState, load_checkpoint, read_state
+from longfit.training.distribute import choose_loss, make_accelerator, require_shardable, same_windows, wrap
 from longfit.training.metrics import Event, MetricsFile, OnEvent, ignore, read_metrics
-from longfit.training.optimizer import PagingMeter, make_optimizer, parameter_groups
+from longfit.training.optimizer import PagingMeter, make_optimizer
 from longfit.training.prepare import (
     extend,
     load_base,
@@ -126,7 +125,7 @@ class Run:
 
 def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) -> Run:
     """Do everything that can fail before anything is written: read, load, pack; then make or open the run directory."""
-    accelerator = _accelerator(config.model.device, timeout=config.parallel.timeout)
+    accelerator = make_accelerator(config.model.device, timeout=config.parallel.timeout)
     heartbeat = start_heartbeat(timeout=config.parallel.timeout)
     try:
         return _start(config, run_dir, notify, accelerator, heartbeat, resume=resume)
@@ -172,9 +171,9 @@ def _start(
     if resume:
         run_directory.require_same_data(run_dir, digest)
 
-        config = _same_windows(config, read_state(run_directory.last_checkpoint(run_dir)), layout, notify)
+        config = same_windows(config, read_state(run_directory.last_checkpoint(run_dir)), layout, notify)
     if layout.shard > 1:
-        _require_shardable(config)
+        require_shardable(config)
     config = resolve_dtype(config, accelerator.device, on_event=notify)
     config, plan = memory_check.plan_run(
         config,
@@ -210,21 +209,8 @@ def _start(
     model = make_trainable(model, config, on_event=notify)
     if config.adapter.init is not None and not resume:
         notify(Event("phase", str(warm_start(model, config.adapter.init))))
-    loss_of: Any = training_loss
-    if layout.sequence > 1:
-        require_shareable(model, engine=config.engine.engine)
-        group = sequence_group(layout.sharers_of_window(), accelerator.process_index)
-        loss_of = SequenceParallelLoss(group, balanced=config.context.attention == "exact")
-    loss_module: Any = TrainingLoss(model, engine=config.engine.engine, loss=loss_of)
-    if layout.shard == 1:
-        loss_module = accelerator.prepare(loss_module)
-    else:
-        shard_model(loss_module, decoder_layers(model), layout, torch.device(accelerator.device.type))
-    groups, shards = parameter_groups(model, weight_decay=config.train.weight_decay), None
-    if layout.shard > 1:
-        shards = Shards([p for group in groups for p in group["params"]], num_devices=layout.devices)
-        groups = shards.groups(groups)
-    loss_module.train()
+    loss_of = choose_loss(model, config, layout, accelerator)
+    loss_module, groups, shards = wrap(model, loss_of, config, layout, accelerator)
     stream_frozen(model, config, accelerator.device, on_event=notify)
     run_id = read_state(run_directory.last_checkpoint(run_dir)).run_id if resume else _new_run_id(accelerator)
     optimizer = make_optimizer(
@@ -270,23 +256,6 @@ def _start(
     )  # fmt: skip
 
 
-def _accelerator(device: str, *, timeout: float) -> Accelerator:
-    if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ConfigError(f"model.device={device}: this machine has no CUDA device; try model.device=cpu")
-        if ":" in device:
-            torch.cuda.set_device(torch.device(device))
-    elif device not in ("auto", "cpu"):
-        raise ConfigError(f"model.device={device}: must be auto, cpu, cuda or cuda:N")
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    handlers = [
-        InitProcessGroupKwargs(timeout=exchange_timeout(timeout, on_cpu=on_cpu)),
-        DistributedDataParallelKwargs(broadcast_buffers=False),  # rotary tables and block constants never change
-    ]
-    # Layers compute in model.dtype by themselves.
-    return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
-
-
 def _settings(config: RunConfig) -> dict[str, object]:
     """Every setting that decides what is computed, by the name that the user knows."""
     return {key: value for key, value in config.flat().items() if key != "model.device"}
@@ -312,39 +281,3 @@ def _new_run_id(accelerator: Accelerator) -> str:
     if accelerator.num_processes > 1:
         broadcast_object_list(names)
     return names[0]
-
-
-def _same_windows(config: RunConfig, state: RunState, layout: Layout, notify: OnEvent) -> RunConfig:
-    """Keep the windows of a step when a run goes on with more or fewer of them at once.
-
-    Raises: RunError: they cannot be divided so.
-    """
-    windows = state.num_processes * (state.gradient_accumulation or config.train.gradient_accumulation)
-    if windows % layout.data:
-        raise RunError(
-            f"cannot resume with {layout.data} windows at once: a step of this run has {windows} x train.batch_size"
-            f" windows; take a divisor of {windows} as parallel.data, such as {state.num_processes}"
-        )
-    if layout.data != state.num_processes:
-        told = f"{layout.data} windows at once instead of {state.num_processes}: losses may differ in rounding"
-        notify(Event("warning", told))
-    return config.replace({"train.gradient_accumulation": windows // layout.data}, origin="resume")
-
-
-def _require_shardable(config: RunConfig) -> None:
-    """Refuse what needs whole weights or a state that cannot be cut into rows.
-
-    Raises: ConfigError: naming the setting and what works.
-    """
-    refused = {
-        "engine.stream": (config.engine.stream != "none", "shards are gathered, not streamed; use none"),
-        "optim.optim": (config.optim.optim == "adamw8bit", "8-bit blocks cross the rows of shards; use adamw"),
-        "optim.file": (config.optim.file is not None, "a file belongs to one division into shards; drop it"),
-        "model.dtype": (
-            config.model.dtype == "float16",
-            "losses are not scaled there; use bfloat16 or float32",
-        ),
-    }
-    problems = [f"{key}={config.flat()[key]} with parallel.shard: {why}" for key, (bad, why) in refused.items() if bad]
-    if problems:
-        raise ConfigError("\n  ".join(problems))
