@@ -40,7 +40,7 @@ def oracle_key(group_size: int | None) -> str:
     AttentionInterface.register(
         key, lambda *args, **kwargs: dense_in_transformers(*args, group_size=group_size, **kwargs)
     )
-    AttentionMaskInterface.register(key, hf_attention.padding_mask)
+    AttentionMaskInterface.register(key, hf_attention.visible_keys)
     return key
 
 
@@ -224,8 +224,6 @@ def test_the_sweep_is_handed_everything() -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"dropout": 0.1}, ModelError, "attention_dropout=0.0"),
-        ({"s_aux": torch.zeros(4)}, ModelError, "attention sinks"),
         ({"output_attentions": True}, ModelError, "never exist"),
         ({"is_causal": False}, ModelError, "both directions"),
         ({"attention_mask": torch.ones(2, 1, 8, 8)}, ModelError, r"allowed is \[batch, keys\]"),
@@ -237,6 +235,15 @@ def test_what_it_does_not_do_is_refused(settings, error, message: str) -> None:
     module = SimpleNamespace(training=True, is_causal=True)
     with pytest.raises(error, match=message):
         attend(module, q, k, v, settings.pop("attention_mask", None), **settings)
+
+
+def test_dropout_is_trained_with_zero_and_said() -> None:
+    (q, k, v), _ = random_tensors(4, 2, 8)
+    module = SimpleNamespace(training=True, is_causal=True)
+    expected, _ = attend(module, q, k, v, None)
+    with pytest.warns(UserWarning, match="attention dropout 0.1 of SimpleNamespace is trained with 0"):
+        found, _ = attend(module, q, k, v, None, dropout=0.1)
+    assert torch.equal(found, expected)
 
 
 def test_shifting_with_a_cache_is_refused() -> None:

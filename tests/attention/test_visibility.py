@@ -48,7 +48,10 @@ def test_a_tile_is_a_view_with_global_keys() -> None:
     [
         ({}, [0, 0, 0, 0, 0, 0]),
         ({"position_ids": [[0, 1, 2, 0, 1, 0]]}, [0, 0, 0, 3, 3, 5]),
-        ({"position_ids": [[5, 6, 9, 10, 3, 4]]}, [0, 0, 0, 0, 4, 4]),  # a jump forward is no new document
+        (
+            {"position_ids": [[5, 6, 9, 10, 3, 4]]},
+            [0, 0, 2, 2, 4, 4],
+        ),  # a jump forward begins one too, as in transformers
         ({"attention_mask": [[0, 0, 1, 1, 1, 1]]}, [0, 0, 2, 2, 2, 2]),
         ({"attention_mask": [[1, 1, 1, 1, 0, 0]]}, [0, 0, 0, 0, 4, 4]),
         ({"attention_mask": [[0, 1, 1, 1, 1, 0]]}, [0, 1, 1, 1, 1, 5]),

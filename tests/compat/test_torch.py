@@ -108,3 +108,13 @@ def test_the_kernels_of_a_card_take_what_they_are_given(name: str, arguments: tu
     """Else attention on a card has to run in the slow reference."""
     names = {argument.name for argument in getattr(compat, name)._schema.arguments}
     assert names >= set(arguments)
+
+
+def test_tensors_without_numbers_are_told_from_others() -> None:
+    """Else a model on fake tensors, with which memory is counted, would be asked for numbers that it lacks."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert compat.holds_values(torch.zeros(2))
+    assert not compat.holds_values(torch.zeros(2, device="meta"))
+    with FakeTensorMode():
+        assert not compat.holds_values(torch.zeros(2))

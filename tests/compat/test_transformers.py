@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from tests.families.tiny_family import tiny_family
 from tests.tiny_models import tiny_model
 
 from longfit.compat import transformers as compat
@@ -68,3 +69,9 @@ def test_what_is_filled_by_us_is_marked() -> None:
     compat.do_not_initialize(module)
     assert list(vars(module)) == ["_is_hf_initialized"]
     assert "_is_hf_initialized" in Path(modeling_utils.__file__).read_text(encoding="utf-8")
+
+
+def test_a_family_says_whether_it_runs_with_torchs_attention() -> None:
+    """Else a model that does not run with longfit's attention could be given one that it does not run with either."""
+    assert compat.supports_sdpa(tiny_model("llama"))
+    assert not compat.supports_sdpa(tiny_family("gpt_oss").model)

@@ -17,9 +17,10 @@ class AttentionSpec:
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma-2); None is off.
         group_size: tokens per group of shifted attention; None is exact.
         sliding_window: keys a query sees, itself included; None is no window.
-        position_ids: integer ``[B or 1, T]``; a document begins where it does not increase.
-        attention_mask: ``[B, T]``, 0 is padding; None is no padding.
+        position_ids: integer ``[B or 1, T]``; a document begins where it is not the next one.
+        attention_mask: ``[B, T]``, 0 is padding, or ``[B, 1, T, 2]`` of ``read_mask``; None is no padding.
         cu_seqlens: integer ``[documents + 1]``, cumulated lengths of the documents of a single row.
+        sinks: ``[H]``, one more logit a head in the softmax, whose value is zero (gpt-oss); None is off.
     """
 
     scaling: float
@@ -29,6 +30,7 @@ class AttentionSpec:
     position_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     cu_seqlens: Tensor | None = None
+    sinks: Tensor | None = None
 
     def with_positions(self, position_ids: Tensor | None) -> "AttentionSpec":
         """The same with other positions."""

@@ -19,6 +19,8 @@ class QueryTile:
         start: first token of the tile.
         scaling: of the scores.
         softcap: scores become ``softcap * tanh(score / softcap)``; None is off.
+        sinks: ``[H]``, one more logit a head in the softmax, whose value is zero (gpt-oss); None is off. Backends know
+            nothing of them: ``backends.tile_forward`` adds them to what a backend returns.
 
     Raises: ValueError: shapes, dtypes or devices do not fit each other.
     """
@@ -30,6 +32,7 @@ class QueryTile:
     start: int
     scaling: float
     softcap: float | None = None
+    sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
         q, k, v, schedule = self.q, self.k, self.v, self.schedule

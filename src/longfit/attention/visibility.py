@@ -112,10 +112,11 @@ def document_starts(
 
     Args:
         batch_size, num_tokens: B and T.
-        position_ids: integer ``[B, T]`` or ``[1, T]``; a document starts where the position does not increase. A jump
-            forward starts none, so that skipped positions may be trained.
+        position_ids: integer ``[B, T]`` or ``[1, T]``; a document starts where the position is not the next one, as
+            transformers has it.
         attention_mask: bool or integer ``[B, T]``, 0 is padding, to the left, to the right or both. Each run of equal
             values is a document of its own: real tokens never see padding, and padding sees itself, so it stays finite.
+            Or int32 ``[B, 1, T, 2]`` from ``mask_reading.read_mask``: the first key that a token sees.
         cu_seqlens: integer ``[documents + 1]``, cumulated lengths of the documents of a single row, 0 first and T last.
         device: of the result; by default that of the first hint given.
     Returns: int32 ``[B, T]``, never decreasing along T.
@@ -131,8 +132,13 @@ def document_starts(
             or position_ids.shape[1] != num_tokens
         ):
             raise _wrong_shape("position_ids", position_ids, f"[{batch_size} or 1, {num_tokens}]")
-        begins[:, 1:] |= (position_ids[:, 1:] <= position_ids[:, :-1]).to(begins.device)
-    if attention_mask is not None:
+        begins[:, 1:] |= (position_ids.diff() != 1).to(begins.device)
+    read: Tensor | None = None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        if attention_mask.shape != (batch_size, 1, num_tokens, 2):
+            raise _wrong_shape("attention_mask", attention_mask, f"[{batch_size}, 1, {num_tokens}, 2]")
+        read = attention_mask[:, 0, :, 0].to(begins.device)
+    elif attention_mask is not None:
         if attention_mask.shape != begins.shape:
             raise _wrong_shape("attention_mask", attention_mask, f"[{batch_size}, {num_tokens}]")
         attention_mask = attention_mask.to(begins.device)
@@ -147,7 +153,13 @@ def document_starts(
             )
         begins[0, [bound for bound in bounds if bound < num_tokens]] = True
     t = torch.arange(num_tokens, dtype=torch.int32, device=device)
-    return torch.where(begins, t, 0).cummax(-1).values.to(torch.int32)
+    starts = torch.where(begins, t, 0).cummax(-1).values.to(torch.int32)
+    return starts if read is None else torch.maximum(starts, read)
+
+
+def keeps_own_structure(attention_mask: Tensor | None) -> bool:
+    """Whether a mask that was read says that the layer has a window or chunks of its own."""
+    return attention_mask is not None and attention_mask.dim() == 4 and bool(attention_mask[..., 1].any())
 
 
 def _refuse_holes(real: Tensor) -> None:

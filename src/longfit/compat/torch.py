@@ -67,3 +67,10 @@ flash_forward = torch.ops.aten._flash_attention_forward.default
 flash_backward = torch.ops.aten._flash_attention_backward.default
 efficient_forward = torch.ops.aten._efficient_attention_forward.default
 efficient_backward = torch.ops.aten._efficient_attention_backward.default
+
+
+def holds_values(tensor: Tensor) -> bool:
+    """Whether a tensor has numbers, or only a shape: meta and fake tensors, with which memory is counted."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not (isinstance(tensor, FakeTensor) or tensor.is_meta)

@@ -36,6 +36,11 @@ def attention_of(model: Any) -> str:
     return str(model.config.get_text_config()._attn_implementation)
 
 
+def supports_sdpa(model: Any) -> bool:
+    """Whether a family says that its layers run with torch's scaled_dot_product_attention."""
+    return bool(model._supports_sdpa)
+
+
 def forget_attention(config: Any) -> None:
     """Let a configuration that was read from a file choose no attention: a name there may be code on the hub."""
     config._attn_implementation = None

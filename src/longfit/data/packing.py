@@ -127,6 +127,7 @@ def pack(
     split: bool = True,
     long_chat: str = "error",
     pad_token_id: int | None = None,
+    alone: bool = False,
     seed: int = 0,
 ) -> PackedDataset:
     """Lay documents into windows of at most `context` tokens.
@@ -143,6 +144,7 @@ def pack(
             "truncate_right" (keep the beginning) or "drop". A policy that loses answers is the user's to choose.
         pad_token_id: fill every window up to `context` with it, so that windows stack; None leaves windows as long as
             they are.
+        alone: give each piece a window of its own, for models in which packed documents see each other.
         seed: order of equally long pieces, and of the windows in each epoch.
     Raises:
         ConfigError: context below 2, an unknown policy.
@@ -164,7 +166,7 @@ def pack(
         ]
     if not runs:
         raise DataError(f"{len(tokenized):,} documents, but no token to train on is left at context {context:,}")
-    windows = _best_fit_decreasing(runs, context, seed)
+    windows = [[run] for run in runs] if alone else _best_fit_decreasing(runs, context, seed)
     table = np.asarray([run for window in windows for run in window], dtype=np.int64)  # [P, 3]
     bounds = np.cumsum([0] + [len(window) for window in windows], dtype=np.int64)
     pieces = Pieces(*(np.ascontiguousarray(column) for column in table.T))

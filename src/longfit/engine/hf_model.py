@@ -55,27 +55,37 @@ def decoder(model: nn.Module) -> Any:
 
     Raises: ModelError: ``model`` is no causal language model.
     """
+    from transformers import PreTrainedModel
+
     base = base_model(model)
     found = base.get_decoder()
+    if not isinstance(found, PreTrainedModel):  # some heads have a Linear of that name
+        found = base.base_model
     if found is base:
         raise ModelError(f"{type(base).__name__} has no output matrix: load it with AutoModelForCausalLM")
     return found
 
 
-def hidden_states(model: nn.Module, **inputs: Any) -> tuple[Tensor, nn.Module | None]:
+def last_norm(entered: nn.Module) -> nn.Module | None:
+    """The module of a decoder that may make its last hidden state."""
+    children = dict(entered.named_children())
+    return next((children[name] for name in LAST_NORMS if name in children), None)
+
+
+def hidden_states(model: nn.Module, *, defer_norm: bool = True, **inputs: Any) -> tuple[Tensor, nn.Module | None]:
     """Run the decoder up to, not through, its last norm.
 
     Args:
         model: a transformers causal language model, or a PeftModel around one.
+        defer_norm: whether the decoder is known to end in its norm; if not, it runs through it.
         inputs: of the decoder's forward.
     Returns: the hidden states ``[B, T, D]``, and the norm that the caller has still to apply; None when it is applied,
         which happens, with a warning, where the decoder does not end in one of ``LAST_NORMS``.
     Raises: ModelError: as :func:`decoder`.
     """
     entered = decoder(model)
-    children = dict(entered.named_children())
-    norm = next((children[name] for name in LAST_NORMS if name in children), None)
-    if norm is None:
+    norm = last_norm(entered)
+    if norm is None or not defer_norm:
         return entered(**inputs).last_hidden_state, None
     caught: list[Tensor] = []
     made: list[Any] = []
@@ -161,22 +171,23 @@ def _with_lora(head: Any) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-_UNKNOWN_LOGITS = ("lm_head_multiplier", "dim_model_base", "logits_soft_cap", "output_logit_soft_cap")
+_SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def _logit_rule(config: Any) -> tuple[float | None, float]:
     """Soft cap and factor on the logits, from the config keys by which families announce them.
 
-    Gemma-2/3/4, nanochat: ``final_logit_softcapping``. Cohere: times ``logit_scale``. Granite: divided by
-    ``logits_scaling``; HyperCLOVA X multiplies by the same key.
+    Gemma-2/3/4, nanochat: ``final_logit_softcapping``; RecurrentGemma, xLSTM: names of their own. Cohere: times
+    ``logit_scale``; Falcon-H1: times ``lm_head_multiplier``. Granite: divided by ``logits_scaling``; HyperCLOVA X
+    multiplies by the same key. MiniCPM3 divides by ``hidden_size / dim_model_base``. That the model has no other rule
+    is what the probe checks (``sweep/probe.py``).
     """
     keys = config.to_dict()
-    for key in _UNKNOWN_LOGITS:
-        if keys.get(key) is not None:
-            raise ModelError(
-                f"{config.model_type}: config key {key!r} changes the logits in a way longfit does not know; "
-                "train this model with its own loss"
-            )
+    softcap = next((keys[key] for key in _SOFT_CAPS if keys.get(key) is not None), None)
     scale, scaling = keys.get("logit_scale") or 1.0, keys.get("logits_scaling") or 1.0
     multiplies = config.model_type.startswith("hyperclovax")
-    return keys.get("final_logit_softcapping"), float(scale * scaling if multiplies else scale / scaling)
+    scale = scale * scaling if multiplies else scale / scaling
+    scale *= keys.get("lm_head_multiplier") or 1.0
+    if keys.get("dim_model_base"):
+        scale *= keys["dim_model_base"] / config.hidden_size
+    return softcap, float(scale)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from longfit.engine.hf_model import hidden_states, output_head
 from longfit.engine.loss.linear_cross_entropy import token_losses
+from longfit.engine.sweep.probe import nature_of
 from longfit.errors import ConfigError, DataError
 from longfit.evaluation.evaluation_mode import measured, require_known
 
@@ -183,10 +184,13 @@ def _unread(documents: Sequence[Tensor], plan: Sequence[Window]) -> int:
 
 def _score(model: nn.Module, ids: Tensor, first: int) -> Tensor:
     """Negative log-likelihood of the tokens ``[first, len(ids))``."""
+    nature = nature_of(model)
+    nature.require_head()
     head = output_head(model)
     require_known(ids, head.weight.shape[0])
     ids = ids.to(head.weight.device)
-    hidden, norm = hidden_states(model, input_ids=ids[None], use_cache=False)  # [1, T, D]
+    inputs = {"input_ids": ids[None], "use_cache": False}
+    hidden, norm = hidden_states(model, defer_norm=nature.ends_in_norm, **inputs)  # [1, T, D]
     return token_losses(
         hidden[0, first - 1 : -1],
         head.weight,

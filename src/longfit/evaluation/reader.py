@@ -11,19 +11,25 @@ Keys and values lie in storage with room for more, so that one more token does n
 Not here: sampling (``generate.py``), and measuring a window of given text (``perplexity.py``), which needs no cache.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from longfit.engine.hf_model import output_head
-from longfit.errors import DataError
+from longfit.engine.hf_model import base_model, output_head
+from longfit.errors import DataError, ModelError
 from longfit.evaluation.evaluation_mode import measured, require_known
 
 CHUNK_TOKENS = 2048
 """Tokens read at once: enough for full speed of the matmuls, and for SmolLM2-135M about 60 MB of activations."""
+
+
+ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Relative difference of logits that reading in another order may cause; 1e-4 in wider dtypes. A layer that forgets
+what it has read changes them by tens of per cent."""
 
 
 class RoomyLayer(DynamicLayer):
@@ -59,7 +65,8 @@ class Reader:
         self.model, self.chunk_tokens = model, chunk_tokens
         self.num_words, self.device = output_head(model).weight.shape[0], output_head(model).weight.device
         self.token_ids = torch.zeros(0, dtype=torch.int64)
-        self.cache = _empty_cache()
+        self.cache = _empty_cache(model)
+        self.continues = not isinstance(self.cache, DynamicCache) or self._continues_in_chunks()
 
     def read(self, token_ids: Tensor, *, keep: int = 1, on_progress: Callable[[int, int], Any] | None = None) -> Tensor:
         """Read tokens, reusing what the last text began with.
@@ -77,18 +84,23 @@ class Reader:
         token_ids = token_ids.to("cpu", torch.int64)
         first_kept = len(token_ids) - keep
         done = min(shared_prefix(self.token_ids, token_ids), first_kept)
+        if done < len(self.token_ids) and not _forgets(self.cache):
+            done = 0  # a recurrent state cannot go back to an earlier token: all is read again
+        if not self.continues and len(token_ids) - done > 1:
+            done = 0
         self._forget_after(done)
         kept = []
         with measured(self.model):
             while done < len(token_ids):
-                end = min(done + self.chunk_tokens, len(token_ids))
+                end = min(done + self.chunk_tokens, len(token_ids)) if self.continues else len(token_ids)
                 wanted = end - max(done, min(end, first_kept))
+                kept_here = max(1, wanted)
                 logits = self.model(
                     input_ids=token_ids[None, done:end].to(self.device),
                     past_key_values=self.cache,
                     use_cache=True,
-                    logits_to_keep=max(1, wanted),
-                ).logits[0]
+                    **self._keep(end - done, kept_here),
+                ).logits[0, -kept_here:]
                 if wanted:
                     kept.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
                 done = end
@@ -97,10 +109,37 @@ class Reader:
                     on_progress(done, len(token_ids))
         return torch.cat(kept)
 
+    def _continues_in_chunks(self) -> bool:
+        """Whether a second chunk goes on from the state of the first, tried on six tokens: some layers begin anew.
+
+        Raises: ModelError: not even a single token goes on from it.
+        """
+        ids = torch.arange(6, device=self.device)[None] % self.num_words
+        with measured(self.model):
+            whole = self.model(input_ids=ids, use_cache=False).logits[0, -1]
+            found = []
+            for cut in (3, 5):
+                cache = _empty_cache(self.model)
+                for part in (ids[:, :cut], ids[:, cut:]):
+                    last = self.model(input_ids=part, past_key_values=cache, use_cache=True).logits[0, -1]
+                found.append(bool((last - whole).norm() <= ROUNDING.get(whole.dtype, 1e-4) * whole.norm()))
+        if not found[1]:
+            raise ModelError(
+                f"{type(base_model(self.model)).__name__} does not go on from its cache: a token after five read gives"
+                " other logits than six tokens read at once; longfit cannot talk to this model"
+            )
+        return found[0]
+
+    def _keep(self, num_tokens: int, wanted: int) -> dict[str, Tensor]:
+        """Which logits to make: positions, as a number would let some families drop tokens in their upper layers."""
+        if "logits_to_keep" not in inspect.signature(base_model(self.model).forward).parameters:
+            return {}
+        return {"logits_to_keep": torch.arange(num_tokens - wanted, num_tokens, device=self.device)}
+
     def _forget_after(self, num_tokens: int) -> None:
         surplus = len(self.token_ids) - num_tokens
         if num_tokens == 0:
-            self.cache = _empty_cache()
+            self.cache = _empty_cache(self.model)
         elif surplus:
             for layer in self.cache.layers:
                 layer.crop(-surplus)
@@ -114,5 +153,14 @@ def shared_prefix(one: Tensor, other: Tensor) -> int:
     return int(differ[0]) if len(differ) else length
 
 
-def _empty_cache() -> Cache:
-    return Cache(layer_class_to_replicate=RoomyLayer)
+def _empty_cache(model: nn.Module) -> Cache:
+    """Roomy layers where a model only attends; its own kind of cache where some layers keep a state."""
+    own = DynamicCache(config=base_model(model).config.get_text_config(decoder=True))
+    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in own.layers):
+        return Cache(layer_class_to_replicate=RoomyLayer)
+    return own
+
+
+def _forgets(cache: Cache) -> bool:
+    """Whether the last tokens can be taken out of a cache again."""
+    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)

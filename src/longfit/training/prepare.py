@@ -23,7 +23,8 @@ from longfit.data.token_cache import CACHED_BYTES, TokenWriter, cache_folder, en
 from longfit.data.tokenizing import TokenizedSet, tokenize_documents
 from longfit.engine.hf_model import base_model
 from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weights
-from longfit.errors import ConfigError
+from longfit.engine.sweep.probe import nature_of
+from longfit.errors import ConfigError, ModelError
 from longfit.kernels.cpu import processor
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters
@@ -137,8 +138,16 @@ def resolve_date(config: RunConfig, documents: Documents) -> RunConfig:
     return config.replace({"data.date": f"{date.today()}"}, origin="auto: the day the run began")
 
 
+def why_not_packed(model: Any) -> str | None:
+    """Say why documents must not share a window in this model; None when they may."""
+    try:
+        return nature_of(model).packs
+    except ModelError as error:  # it will be trained with its own attention, of which nothing is known yet
+        return str(error)
+
+
 def pack_documents(
-    documents: Documents, tokenizer: Any, config: RunConfig, *, on_event: OnEvent = ignore
+    documents: Documents, tokenizer: Any, config: RunConfig, *, alone: bool = False, on_event: OnEvent = ignore
 ) -> PackedDataset:
     data, context = config.data, config.context.context
     assert context is not None, "resolved"
@@ -150,6 +159,7 @@ def pack_documents(
         eos_token_id=tokenizer.eos_token_id,
         long_chat=data.long_chat,
         pad_token_id=None if config.train.batch_size == 1 else padding or 0,  # windows of a batch must stack
+        alone=alone,
         seed=config.train.seed,
     )
 

@@ -47,6 +47,7 @@ from longfit.training.prepare import (
     resolve_dtype,
     stream_frozen,
     sweep_with_less,
+    why_not_packed,
 )
 from longfit.training.samples import keep_samples_until
 from longfit.training.trackers import missing
@@ -189,9 +190,17 @@ def _start(
         notify(Event("phase", line))
     native = native_context(model.config)
     config = config.resolve(native_context=native)
+    report = extend(model, tokenizer, config)
+    if report.group_size != config.context.group_size:
+        origin = "auto: a quarter of the context (LongLoRA, section 3.2)"
+        config = config.replace({"context.group_size": report.group_size}, origin=origin)
     notify(Event("phase", "packing the text into windows"))
-    windows = pack_documents(documents, tokenizer, config, on_event=notify)
-    validation = pack_documents(held_out, tokenizer, config) if held_out is not None else None
+    mixing = why_not_packed(model)
+    if mixing is not None:
+        notify(Event("phase", f"one document a window: {mixing}", {"mixing": mixing}))
+    alone = mixing is not None
+    windows = pack_documents(documents, tokenizer, config, alone=alone, on_event=notify)
+    validation = pack_documents(held_out, tokenizer, config, alone=alone) if held_out is not None else None
     remember_chat(model, tokenizer, windows)
     ledger = Ledger.of(
         windows,
@@ -202,10 +211,6 @@ def _start(
     )
     config = config.resolve_steps(num_windows=len(windows), num_processes=layout.data)
 
-    report = extend(model, tokenizer, config)
-    if report.group_size != config.context.group_size:
-        origin = "auto: a quarter of the context (LongLoRA, section 3.2)"
-        config = config.replace({"context.group_size": report.group_size}, origin=origin)
     model = make_trainable(model, config, on_event=notify)
     if config.adapter.init is not None and not resume:
         notify(Event("phase", str(warm_start(model, config.adapter.init))))

@@ -413,14 +413,33 @@ def test_nothing_is_swept_where_nothing_trains():
 
 
 def test_a_model_that_cannot_be_swept_is_left_as_it_was_and_the_way_out_is_named():
-    model, ids = tiny_model("llama", attention_dropout=0.1), batch()
-    with pytest.raises(
-        ModelError, match=r"attention dropout 0\.1 .* or train it plainly: training_loss\(\.\.\., engine="
-    ):
+    model, ids = tiny_model("llama", attn_implementation=attention_key("shifted", 4)), batch()
+    model.model.layers[1].self_attn.is_causal = False
+    with pytest.raises(ModelError, match=r"both directions.* or train it plainly: training_loss\(\.\.\., engine="):
         training_loss(model, ids)
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "longfit-shifted-4"
     assert sweeper_of(model) is None
-    training_loss(model, ids, engine="plain").backward()
+
+
+def test_attention_dropout_is_trained_with_zero_and_said():
+    ids = batch()
+    expected = plain(exact_norms(tiny_model("llama", attn_implementation=attention_key())), ids)
+    model = exact_norms(tiny_model("llama", attention_dropout=0.1))
+    with pytest.warns(UserWarning, match=r"attention dropout 0\.1 of LlamaAttention is trained with 0"):
+        assert worst(gradients(model, ids), expected)[1] < EXACT
+
+
+def test_a_model_that_does_not_run_with_longfits_attention_keeps_its_own_and_says_so():
+    model, ids = exact_norms(tiny_model("llama", attn_implementation=attention_key())), batch()
+    expected = plain(model, ids)
+    model.model.layers[1].self_attn.is_causal = False  # which transformers' eager attention does not ask
+    with pytest.warns(
+        UserWarning, match=r"both directions.*; attention 'sdpa' is used instead, and layers are not swept"
+    ):
+        report = enable_sweep(model, tile=7)
+    assert report.layers == ()
+    model.model.layers[1].self_attn.is_causal = True
+    assert worst(gradients(model, ids), expected)[1] < EXACT
 
 
 # ------------------------------------------------------------------------------------------------ what is not swept

@@ -36,8 +36,10 @@ def attended(monkeypatch):
     return sizes
 
 
-def gradients(model, ids, saved_attention_bytes):
+def gradients(model, ids, saved_attention_bytes, attended=None):
     enable_sweep(model, tile=TILE, saved_attention_bytes=saved_attention_bytes)
+    if attended is not None:
+        attended.clear()  # what the probe of enable_sweep attended
     model.zero_grad()
     training_loss(model, ids).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -45,13 +47,12 @@ def gradients(model, ids, saved_attention_bytes):
 
 def test_what_is_kept_is_not_computed_again_and_changes_no_bit(ids, attended):
     model = tiny_model("llama", dtype=torch.float32)
-    recomputed = gradients(model, ids, 0)
+    recomputed = gradients(model, ids, 0, attended)
     layer_tiles = 2 * NUM_TILES
     assert len(attended) == 2 * layer_tiles
     one_layer = sum(attended[:NUM_TILES])
     for allowed, num_recomputed in ((1 << 30, 0), (one_layer, NUM_TILES), (one_layer - 1, NUM_TILES + 1)):
-        attended.clear()
-        saved = gradients(model, ids, allowed)
+        saved = gradients(model, ids, allowed, attended)
         assert len(attended) == layer_tiles + num_recomputed
         assert all(torch.equal(saved[name], gradient) for name, gradient in recomputed.items())
         assert sweeper_of(model).saved_attention.left == allowed

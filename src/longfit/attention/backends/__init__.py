@@ -111,7 +111,30 @@ def tile_forward(tile: QueryTile, *, backend: str | None = None) -> tuple[Tensor
         scores, float32 (float64 for float64) ``[B, H, t]``.
     Raises: BackendError: as ``choose_backend``.
     """
-    return choose_backend(tile.q, tile.k, tile.v, softcap=tile.softcap, name=backend).forward(tile)
+    out, lse = choose_backend(tile.q, tile.k, tile.v, softcap=tile.softcap, name=backend).forward(tile)
+    return (out, lse) if tile.sinks is None else _with_sinks(out, lse, tile.sinks)
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of a softmax with one more logit of value zero: every weight shrinks by the same factor.
+
+    Given the new log-sum-exp, ``tile_backward`` is exact as it is: it weighs keys by ``exp(score - lse)``, and the sink
+    adds nothing to ``rowsum(grad_out * out)``.
+    """
+    both = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])  # [B, H, t]
+    return out.mul_((lse - both).exp_().to(out.dtype)[..., None]), both
+
+
+def sinks_grad(grad_out: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Gradient ``[H]`` of the sinks, in float32 (float64 for float64): minus their weight times what the row lost.
+
+    Args:
+        grad_out: ``[B, H, t, D]``.
+        out, lse: what ``tile_forward`` returned with the sinks.
+        sinks: ``[H]``.
+    """
+    weight = (sinks.to(lse.dtype)[:, None] - lse).exp_()  # [B, H, t]
+    return -(weight * (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).sum((0, 2))
 
 
 def tile_backward(
@@ -129,7 +152,7 @@ def tile_backward(
     Args:
         tile: that of the forward.
         grad_out: ``[B, H, t, D]``.
-        out, lse: what the forward returned, by whichever backend.
+        out, lse: what the forward returned, by whichever backend, with sinks or without.
         grad_k, grad_v: float32 (float64 for float64) ``[B, K, n, D]``; the tile's share is **added in place**.
         backend: forces one by name.
     Returns: grad_q ``[B, H, t, D]`` in the dtype of the queries.

@@ -20,7 +20,9 @@ from longfit.engine.hf_model import base_model, hidden_states, output_head
 from longfit.engine.host_memory import give_back
 from longfit.engine.loss.linear_cross_entropy import linear_cross_entropy
 from longfit.engine.sweep.install import sweep_by_default
+from longfit.engine.sweep.probe import nature_of
 from longfit.engine.sweep.sweeper import Sweeper, sweeper_of
+from longfit.errors import ModelError
 from longfit.numerics.labels import IGNORED
 
 
@@ -76,17 +78,27 @@ def training_loss(
         engine: ``"plain"`` runs the layers as the model itself does, with ordinary checkpointing if that is on.
         shift_labels: ``[B, T]``, the label of each token itself, instead of ``labels``: for a part of a sequence.
     Returns: the loss, float32 (float64 for float64), 0-dim.
-    Raises: ModelError: the model's head cannot be entered, or its attention cannot be swept. DataError: no token is
-        trained on. ValueError: shapes, or an unknown ``engine``.
+    Raises: ModelError: the model's head cannot be entered, its attention cannot be swept, or it mixes packed documents.
+        DataError: no token is trained on. ValueError: shapes, or an unknown ``engine``.
     """
     targets = shift_labels
     if targets is None:
         targets = shifted_labels(input_ids, labels, position_ids, attention_mask)
     sweeper = _sweeper(model, engine)
+    nature = nature_of(model)
+    nature.require_head()
+    if nature.packs is not None and position_ids is not None and _trains_later_documents(targets, position_ids):
+        raise ModelError(
+            f"{nature.packs}: packed documents would see each other; give each row one document, shorter ones padded"
+            " behind (labels -100)"
+        )
+    if attention_mask is not None and nature.causal is None and not bool((attention_mask.int().diff() > 0).any()):
+        attention_mask = None  # padding behind the text: nothing before it sees it, and it has no target
     give_back(input_ids.device)
     with nullcontext() if sweeper is None or engine == "sweep" else sweeper.aside():
         hidden, norm = hidden_states(
             model,
+            defer_norm=nature.ends_in_norm,
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
@@ -126,6 +138,12 @@ def _sweeper(model: nn.Module, engine: str) -> Sweeper | None:
         )
         return sweeper_of(model)
     return sweep_by_default(model)
+
+
+def _trains_later_documents(targets: Tensor, position_ids: Tensor) -> bool:
+    """Whether a document that does not begin its row has a target; padding behind a document has none."""
+    starts = document_starts(*targets.shape, position_ids=position_ids, device=targets.device)
+    return bool(((starts > 0) & (targets != IGNORED)).any())
 
 
 class TrainingLoss(nn.Module):

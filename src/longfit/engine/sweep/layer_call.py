@@ -4,7 +4,8 @@ Whatever the layer is given per token (rotary tables, positions, per-layer input
 sequence is passed on whole, because the attention function wants it so.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -77,16 +78,23 @@ def _cut(value: Any, *, start: int, end: int, num_tokens: int) -> Any:
 
 
 def layer_call(function: Any, args: tuple[Any, ...]) -> tuple[LayerCall, Tensor]:
-    """Take apart ``partial(forward, layer, **keywords)`` and its arguments."""
+    """Take apart ``partial(forward, layer, **keywords)`` and its arguments, which get their names."""
     keywords = dict(function.keywords)
     if not args:
         args = (keywords.pop("hidden_states"),)
-    hidden = args[0]
-    return LayerCall(function.args[0], function.func, args[1:], keywords, hidden.shape[1]), hidden
+    hidden, rest = args[0], args[1:]
+    names = _positional(function.func)[2:]  # after self and the hidden states
+    keywords |= dict(zip(names, rest, strict=False))
+    return LayerCall(function.args[0], function.func, rest[len(names) :], keywords, hidden.shape[1]), hidden
+
+
+def _positional(function: Callable[..., Any]) -> list[str]:
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD,)
+    return [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
 
 
 def _carries_gradient(value: Any) -> bool:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return any(map(_carries_gradient, value.values()))
     if isinstance(value, (tuple, list)):
         return any(map(_carries_gradient, value))

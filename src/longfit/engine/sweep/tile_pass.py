@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from longfit.attention.backends import tile_backward, tile_forward
+from longfit.attention.backends import sinks_grad, tile_backward, tile_forward
 from longfit.attention.spec import AttentionSpec
 from longfit.attention.tile import QueryTile
-from longfit.attention.visibility import Schedule
+from longfit.attention.visibility import Schedule, keeps_own_structure
 from longfit.engine.sweep.kv_window import KeyValueWindow
 from longfit.engine.sweep.saved_attention import SavedAttention
 from longfit.engine.sweep.shared_sequence import Asked, Stretch, TileLeft, num_tiles
@@ -89,8 +89,17 @@ class _SeenKeys:
 
     def tile(self, query: Tensor) -> QueryTile:
         """These keys and the tile's queries ``[B, H, t, D]``."""
-        spec = self.spec
-        return QueryTile(query, self.key, self.value, self.schedule, self.start, spec.scaling, spec.softcap)
+        spec, keys = self.spec, (self.key, self.value)
+        return QueryTile(query, *keys, self.schedule, self.start, spec.scaling, spec.softcap, spec.sinks)
+
+
+def _spec_says_all(spec: AttentionSpec) -> bool:
+    """Whether positions and window say as much as the mask, which covers the tokens of this process alone."""
+    if spec.attention_mask is None:
+        return True
+    if spec.attention_mask.dim() == 2:
+        return False
+    return spec.sliding_window is not None or not keeps_own_structure(spec.attention_mask)
 
 
 class _Pass:
@@ -134,7 +143,7 @@ class _Pass:
 
     def schedule(self, query: Tensor, spec: AttentionSpec) -> Schedule:
         """What every token sees, made at the first call unless a halo has brought it."""
-        if self._halo is not None and spec.attention_mask is not None:
+        if self._halo is not None and not _spec_says_all(spec):
             raise ModelError("a padding mask and a window shared by processes do not go together: pad with labels -100")
         if self._schedule is None:
             whole = spec.with_positions(None if spec.position_ids is None else self._position_ids)
@@ -250,7 +259,9 @@ class BackwardPass(_Pass):
         """Attend with a graph from a tile's q, whose k, v are stored too; returns ``[B, H, t, D]``."""
         schedule = self.schedule(query, spec)
         self.store(index, key, value)
-        out: Tensor = _TileAttention.apply(query, key, value, self, index, self._seen(index, schedule, spec))
+        out: Tensor = _TileAttention.apply(
+            query, key, value, spec.sinks, self, index, self._seen(index, schedule, spec)
+        )
         return out
 
     def saved(self, index: int) -> tuple[Tensor, Tensor] | None:
@@ -358,20 +369,28 @@ class _TileAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, backward: BackwardPass, index: int, seen: _SeenKeys
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        backward: BackwardPass,
+        index: int,
+        seen: _SeenKeys,
     ) -> Tensor:
         out, lse = backward.saved(index) or tile_forward(seen.tile(query))
-        ctx.save_for_backward(query, out, lse)
+        ctx.save_for_backward(query, out, lse, sinks)
         ctx.backward_pass, ctx.seen, ctx.dtypes = backward, seen, (key.dtype, value.dtype)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        query, out, lse = ctx.saved_tensors
+        query, out, lse, sinks = ctx.saved_tensors
         seen: _SeenKeys = ctx.seen
         sums = ctx.backward_pass.gradient_sums(seen, lse.dtype)
         grad_query = tile_backward(seen.tile(query), grad_out, out, lse, grad_k=sums[0], grad_v=sums[1])
         own = slice(seen.start, None)
         finished = (total[:, :, own].to(dtype, copy=True) for total, dtype in zip(sums, ctx.dtypes, strict=True))
-        return grad_query, *finished, None, None, None
+        grad_sinks = sinks_grad(grad_out, out, lse, sinks).to(sinks.dtype) if ctx.needs_input_grad[3] else None
+        return grad_query, *finished, grad_sinks, None, None, None
