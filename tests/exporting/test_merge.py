@@ -209,6 +209,19 @@ def test_a_base_that_was_never_quantised_has_one_merge(make_run: MakeRun, tmp_pa
     assert [row.name for row in result.drift][-1] == "merged onto 16bit"
 
 
+@pytest.mark.parametrize(
+    "quant",
+    [{"model.quant": "int8"}, {"model.int8_modules": ["model.layers.0.mlp.up_proj"]}],
+    ids=lambda q: next(iter(q)),
+)
+def test_a_base_in_8_bits_is_merged_as_it_was_trained(
+    quant: dict[str, object], make_run: MakeRun, tmp_path: Path
+) -> None:
+    trained = make_run(train__steps=2, **quant)
+    merge(trained, tmp_path / "merged", onto="4bit", measure=False)
+    assert_equal_up_to_rounding(plain_logits(tmp_path / "merged", tmp_path), trained_logits(trained))
+
+
 def test_a_bitsandbytes_checkpoint_has_no_originals(make_run: MakeRun, tmp_path: Path) -> None:
     from longfit.model.load import load
 

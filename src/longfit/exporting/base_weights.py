@@ -23,6 +23,7 @@ from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit
 from longfit.model import gguf
 from longfit.model.hf_quantizer import skipped_linears
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes
+from longfit.numerics.vectorwise import dequantize_vectors, quantize_vectors
 
 
 class BaseWeights(Protocol):
@@ -70,6 +71,9 @@ class FolderWeights:
         for path in _safetensors_files(folder):
             file = safe_open(str(path), framework="pt")
             self._where.update(dict.fromkeys(file.keys(), file))
+        eight = [key for key in self._where if key.endswith(".SCB")]
+        if eight:
+            raise ExportError(f"{folder}: {eight[0]}: a checkpoint in 8 bits; merge onto the original with --base PATH")
         # "p.weight.absmax" and its kin belong to the 4-bit tensor "p.weight" (numerics/bitsandbytes_format.py).
         self._parts: dict[str, list[str]] = {}
         for key in self._where:
@@ -147,12 +151,19 @@ class GgufWeights:
 
 
 class QuantizedWeights:
-    """See the module; ``quantized`` names the weights that pass through 4 bits."""
+    """See the module; ``quantized`` names the weights that pass through few bits, ``int8`` those of them through 8."""
 
     def __init__(
-        self, inner: BaseWeights, quantized: set[str], *, quant: str, double_quant: bool, block_size: int
+        self,
+        inner: BaseWeights,
+        quantized: set[str],
+        *,
+        quant: str,
+        double_quant: bool,
+        block_size: int,
+        int8: set[str],
     ) -> None:
-        self.inner, self.quantized = inner, quantized
+        self.inner, self.quantized, self.int8 = inner, quantized, quantized if quant == "int8" else int8
         self._settings: dict[str, Any] = {"quant_type": quant, "double_quant": double_quant, "block_size": block_size}
 
     def names(self) -> list[str]:
@@ -165,6 +176,8 @@ class QuantizedWeights:
         weight = self.inner.read(name)
         if name not in self.quantized:
             return weight
+        if name in self.int8:
+            return dequantize_vectors(*quantize_vectors(weight), dtype=torch.float32)
         packed, state = quantize_4bit(weight, **self._settings)
         del weight
         return dequantize_4bit(packed, state, torch.float32)

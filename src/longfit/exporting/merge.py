@@ -250,6 +250,7 @@ class MergePlan:
             quant=trained.quant,
             double_quant=trained.double_quant,
             block_size=trained.block_size,
+            int8={f"{name}.weight" for name in trained.int8_modules},
         )
 
     def make(self, name: str, weights: BaseWeights) -> Tensor:

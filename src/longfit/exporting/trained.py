@@ -32,6 +32,8 @@ class Trained:
         quant, double_quant, block_size: what the base's linear layers were in while the adapter was trained.
         compute_dtype: of the training.
         config: of the run; None for an adapter folder.
+        int8_modules: layers that were in 8 bits in a base of 4.
+        int8_threshold: of LLM.int8().
     """
 
     path: Path
@@ -42,6 +44,8 @@ class Trained:
     block_size: int
     compute_dtype: torch.dtype
     config: RunConfig | None = None
+    int8_modules: tuple[str, ...] = ()
+    int8_threshold: float | None = None
 
     def load(self, device: torch.device, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
         """The model as it was trained, in eval mode, and its tokenizer; ``dtype`` to compute in another."""
@@ -50,6 +54,8 @@ class Trained:
             quant=self.quant,
             double_quant=self.double_quant,
             block_size=self.block_size,
+            int8_modules=list(self.int8_modules) or None,
+            int8_threshold=self.int8_threshold,
             dtype=dtype or self.compute_dtype,
             device=device,
         )
@@ -89,6 +95,8 @@ def open_trained(path: str | Path, *, checkpoint: str | None = None, base: str |
         block_size=section.block_size,
         compute_dtype=torch.bfloat16 if section.dtype == "auto" else getattr(torch, section.dtype),
         config=config,
+        int8_modules=tuple(section.int8_modules or ()),
+        int8_threshold=section.int8_threshold,
     )
 
 
