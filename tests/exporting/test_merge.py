@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.exporting.conftest import MakeRun
 from tests.model_folders import byte_tokenizer, llama, save_model
 
-from longfit.errors import ExportError, LongfitError
+from longfit.errors import ExportError, LongfitError, ModelError
 from longfit.exporting import merge as merging
 from longfit.exporting.merge import merge
 from longfit.exporting.trained import open_trained
@@ -90,7 +90,8 @@ def test_the_chat_template_and_its_end_token_come_along(make_run: MakeRun, tmp_p
     trained = make_run(train__steps=1)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
-    tokenizer.save_pretrained(trained / "adapter")
+    for folder in ("adapter", "best"):  # the best is merged where there is one
+        tokenizer.save_pretrained(trained / folder)
     (trained.parent / "model" / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     merge(trained, tmp_path / "merged", measure=False)
     from transformers import AutoTokenizer
@@ -174,14 +175,14 @@ def test_what_cannot_be_merged_is_named(run: Path, tmp_path: Path) -> None:
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True))
     model.peft_config["default"].base_model_name_or_path = str(run.parent / "model")
     save_adapter(model, byte_tokenizer(), tmp_path / "adapter")
-    with pytest.raises(ExportError, match=r"tensors that longfit cannot merge, first .*lora_B\.bias"):
+    with pytest.raises(ModelError, match=r"tensors that longfit cannot merge, first .*lora_B\.bias"):
         merge(tmp_path / "adapter", tmp_path / "merged")
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "LOHA"}))
-    with pytest.raises(ExportError, match="peft_type='LOHA': longfit merges LoRA"):
+    with pytest.raises(ModelError, match="peft_type='LOHA': longfit merges LoRA"):
         merge(tmp_path / "adapter", tmp_path / "merged")
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings | {"init_lora_weights": "pissa"}))
-    with pytest.raises(ExportError, match=r"init_lora_weights='pissa' .the base that it changed is in no file"):
+    with pytest.raises(ModelError, match=r"init_lora_weights='pissa' .the base that it changed is in no file"):
         merge(tmp_path / "adapter", tmp_path / "merged")
     with pytest.raises(ExportError, match="neither a run"):
         merge(tmp_path, tmp_path / "merged")

@@ -74,4 +74,7 @@ def _allowed(annotation: Any) -> tuple[str, str]:
     kind = origin or annotation
     if kind is tuple:
         return "a list", "[0.9, 0.999]"
+    if kind is list and parts and get_origin(parts[0]) is Literal:
+        allowed, example = _allowed(parts[0])
+        return f"a list of {allowed}", f"[{example}]"
     return KINDS.get(kind, getattr(kind, "__name__", str(kind))), EXAMPLES.get(kind, "VALUE")

@@ -102,6 +102,12 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
 
 
+def num_tokens(path: Path) -> int | None:
+    """Tokens in the file's vocabulary; None where it has none."""
+    tokens = read_header(path).keys.get("tokenizer.ggml.tokens")
+    return None if tokens is None else len(tokens) if isinstance(tokens, list) else int(tokens)
+
+
 def require_whole(path: Path) -> None:
     """Raise ModelError unless the header is sound and every tensor lies where the format says, in a known type."""
     header = read_header(path)

@@ -138,7 +138,7 @@ def _load_gguf(path: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
     load = partial(model_class.from_pretrained, None, config=config, state_dict=state_dict)
     model = accounted(str(path), load, **arguments)
     model.config.name_or_path = str(path)
-    require_rows(model, tokenizer, str(path))
+    require_rows(model, tokenizer, str(path), num_tokens=gguf.num_tokens(path))
     return model, tokenizer
 
 
@@ -164,10 +164,14 @@ def _load_safetensors(name: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def require_rows(model: Any, tokenizer: Any, name: str) -> None:
-    """Raise ModelError if a tokenizer makes tokens for which the embedding has no row, before a text runs into one."""
+def require_rows(model: Any, tokenizer: Any, name: str, *, num_tokens: int | None = None) -> None:
+    """Raise ModelError if a tokenizer makes tokens for which the embedding has no row, before a text runs into one.
+
+    Args:
+        num_tokens: of the tokenizer's file, where transformers adds default tokens of its own behind them; None: all.
+    """
     rows = int(model.get_input_embeddings().weight.shape[0])
-    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    needed = num_tokens or max(tokenizer.get_vocab().values(), default=-1) + 1
     if needed <= rows:
         return
     known = tokenizer.convert_ids_to_tokens([rows])[0]
