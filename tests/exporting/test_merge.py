@@ -186,7 +186,7 @@ def test_what_cannot_be_merged_is_named(run: Path, tmp_path: Path) -> None:
         merge(tmp_path / "adapter", tmp_path / "merged")
     with pytest.raises(ExportError, match="neither a run"):
         merge(tmp_path, tmp_path / "merged")
-    with pytest.raises(LongfitError, match=r"no checkpoint 'step-9'; there are last, step-000004"):
+    with pytest.raises(LongfitError, match=r"no checkpoint 'step-9'; there are best, last, step-000004"):
         merge(run, tmp_path / "merged", checkpoint="step-9")
     with pytest.raises(ExportError, match="must be one of auto, 16bit, 4bit"):
         merge(run, tmp_path / "merged", onto="8bit")
