@@ -6,6 +6,7 @@
     ├── DataError (ValueError)          the text cannot be read, or nothing in it can be trained on
     ├── ModelError (ValueError)         the model cannot be loaded, quantised, extended, adapted or saved
     ├── RunError                        a run directory is missing, incomplete, or belongs to another run
+    │   └── SaveError                   a run cannot be saved: the disk is full, or may not be written
     ├── PlanError                       the run cannot fit the memory it is given
     ├── ProcessesError                  of the processes of a run one has gone, hangs, or sees what the others do not
     ├── ExportError                     what was trained cannot be merged, exported, or written where it should be
@@ -38,6 +39,10 @@ class ModelError(LongfitError, ValueError):
 
 class RunError(LongfitError):
     """A run directory is missing, incomplete, or belongs to another run."""
+
+
+class SaveError(RunError):
+    """A run cannot be saved; what was saved before stays."""
 
 
 class PlanError(LongfitError):

@@ -120,9 +120,9 @@ def test_settings_that_do_not_go_together_are_refused(overrides: list[str], told
     [
         (b"train:\n  steps: 1\n  steps: 2\n", ":3: steps was already given in line 2"),
         (b"train: [1\n", "not valid YAML"),
-        (b"\xff\xfe\x00", "not a text file"),
+        (b"\xff\xfe\x00", "is not text: byte 0"),
         (b"- 1\n", "a config holds sections"),
-        (b"a: *b\n", "not valid YAML"),
+        (b"a: *b\n", ":1: *b repeats a value"),
     ],
 )
 def test_a_damaged_file_is_told_with_its_line(tmp_path: Path, content: bytes, told: str) -> None:
@@ -155,3 +155,53 @@ def test_resolved_settings_survive_yaml(tmp_path: Path) -> None:
 
 def test_every_setting_says_what_it_does() -> None:
     assert [key for key in known_keys() if not meaning(key).strip().endswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[" * 100_000, ":1: nested more than 8 deep"),
+        (b"train: " + b"{a: " * 5000, ":1: nested more than 8 deep"),
+        (b"train:\n  steps: &a 3\n  seed: *a\n", ":3: *a repeats a value"),
+        (b"train:\n  steps: 2024-13-45\n", ":2: '2024-13-45' cannot be read"),
+        (b"train:\n  steps: 0x_\n", ":2: '0x_' cannot be read"),
+        (b"train:\n  steps: " + b"9" * 5000 + b"\n", ":2: '9999"),
+        (b"train:\n  steps: !!python/object/apply:os.getcwd []\n", ":2: "),
+        (b"train:\n  steps: 1000000000000\n", "at most 1000000000"),
+        (b"train:\n  seed: " + b"9" * 40 + b"\n", "seed"),
+        (b"context:\n  context: " + b"9" * 400 + b"k\n", "context"),
+        (b"optim:\n  betas: [0.9]\n", "betas"),
+        (b"? [a, b]\n: c\n", ":1"),
+        (b"x" * (2 << 20), "allowed are 1,048,576"),
+    ],
+)
+def test_odd_yaml_is_told_with_its_line(tmp_path: Path, content: bytes, told: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_config(file)
+    assert told in str(caught.value)
+    assert len(str(caught.value)) < 3000
+
+
+@pytest.mark.parametrize(
+    "text", ["adapter.targets=[" + "[" * 5000, "adapter.targets=[0x_]", "adapter.targets=[&a 1, *a]"]
+)
+def test_an_odd_list_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"adapter\.targets"):
+        load_config(overrides=[text])
+
+
+def test_a_wrong_value_is_told_although_a_later_one_replaces_it() -> None:
+    with pytest.raises(ConfigError, match=r"override: train.steps = 'two'") as caught:
+        load_config(
+            overrides=["train.steps=two", "train.seed=1", "train.seed=2"],
+            flags=NEEDED | {"--steps": ("train.steps", "2")},
+        )
+    assert str(caught.value).startswith("1 setting is wrong")
+
+
+def test_the_largest_amounts_are_those_of_a_machine() -> None:
+    for text in ("9" * 400 + "GiB", "2000000TiB"):
+        with pytest.raises(ConfigError, match="no more than any machine has"):
+            load_config(overrides=[f"optim.budget={text}"], flags=NEEDED)

@@ -30,7 +30,7 @@ PAGED = {"adapter__rank": 32, "optim__budget": "128KiB", "train__steps": 4, "tra
 
 DYING = """
 import os, resource, signal, sys
-import longfit.optim.adamw as adamw, longfit.training.checkpoint as checkpoint
+import longfit.optim.adamw as adamw, longfit.files.writing as writing
 from longfit.cli.app import main
 
 def before(place, name, function):
@@ -56,7 +56,7 @@ def in_step_3():
 steps = 0
 before(adamw.PagedAdamW, "_parts", in_step_3)
 """,
-    "between the file's commit and the checkpoint's name": "before(checkpoint, '_flush', die_at_call(3))",
+    "between the file's commit and the checkpoint's name": "before(writing, 'flush_tree', die_at_call(3))",
 }
 
 

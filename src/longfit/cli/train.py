@@ -165,7 +165,7 @@ def read_settings(words: list[str], flags: Mapping[str, tuple[str, object]], *, 
     """
     from longfit.config import load_config
 
-    overrides = [word for word in words if re.match(r"\w+(\.\w+)?=", word)]
+    overrides = [word for word in words if re.match(r"\w+(\.\w+)?=", word) and not os.path.lexists(word)]
     files = [word for word in words if word not in overrides and Path(word).suffix in (".yaml", ".yml")]
     names = [word for word in words if word not in overrides and word not in files]
     if len(names) > 2 or len(files) > 1:

@@ -99,7 +99,7 @@ def wrong_values(section: str, errors: list[Any], latest: Mapping[str, Given]) -
             rules.setdefault(f"{section} ({', '.join(origins)})", []).append(error["msg"])
             continue
         key = f"{section}.{error['loc'][0]}"
-        if error["type"] == "missing":
+        if error["type"] == "missing" and len(error["loc"]) == 1:
             rules.setdefault(_MISSING[key], [])
             continue
         item = latest[key]

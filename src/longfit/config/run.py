@@ -149,9 +149,27 @@ def _build(given: Sequence[Given]) -> RunConfig:
             sections[name] = section.model_validate(values)
         except ValidationError as error:
             problems += wrong_values(name, list(error.errors()), latest)
+        problems += _wrong_though_replaced(name, section, values, given, latest)
     if problems:
         heading = "1 setting is wrong:" if len(problems) == 1 else f"{len(problems)} settings are wrong:"
         raise ConfigError("\n  ".join([heading, *problems]))
     config = RunConfig(**sections)
     config._origins.update({key: item.origin for key, item in latest.items()})
     return config
+
+
+def _wrong_though_replaced(
+    name: str, section: type[Section], values: Mapping[str, object], given: Sequence[Given], latest: Mapping[str, Given]
+) -> list[str]:
+    """Describe values of one section that are wrong, although a later one replaced them: nobody meant to write them."""
+    problems = []
+    for item in given:
+        _, _, key = item.key.partition(".")
+        if not item.key.startswith(f"{name}.") or item.key not in latest or latest[item.key] is item:
+            continue
+        try:
+            section.model_validate({**values, key: item.value})
+        except ValidationError as error:
+            wrong = [problem for problem in error.errors() if problem["loc"][:1] == (key,)]
+            problems += wrong_values(name, wrong, {**latest, item.key: item})
+    return problems

@@ -8,12 +8,16 @@ Defaults follow QLoRA (NF4 with double quantisation, adapters on all linear laye
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 COLUMN_NAMES = ("text", "messages", "prompt", "answer", "context", "system", "tools")  # what data.columns may name
+LARGEST_AMOUNT = 1 << 60
+LARGEST_COUNT = 10**9
+"""Of steps, windows, epochs: more is a slip of the finger, and would be counted up to."""
 TOKEN_UNITS = {"": 1, "k": 1024, "m": 1024**2}
 BYTE_UNITS = {
     **{"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
@@ -37,7 +41,9 @@ def _parse_amount(value: object, units: Mapping[str, int], allowed: str) -> obje
     match = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(value).strip())
     if match is None or match[2].lower() not in units:
         raise PydanticCustomError("amount", "must be {allowed}", {"allowed": allowed})
-    amount = float(re.sub("[_,]", "", match[1])) * units[match[2].lower()]
+    amount = Decimal(re.sub("[_,]", "", match[1])) * units[match[2].lower()]
+    if amount > LARGEST_AMOUNT:
+        raise PydanticCustomError("amount", "must be {allowed}, and no more than any machine has", {"allowed": allowed})
     if amount != int(amount):
         raise PydanticCustomError("amount", "must be {allowed}, a whole number", {"allowed": allowed})
     return int(amount)
@@ -55,9 +61,9 @@ def _power_of_two(value: int) -> int:
     return value
 
 
-Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1)]
-EvenTokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1), AfterValidator(_even)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1)]
+Tokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1, le=1 << 40)]
+EvenTokens = Annotated[int, BeforeValidator(parse_tokens), Field(ge=1, le=1 << 40), AfterValidator(_even)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, le=LARGEST_AMOUNT)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -125,7 +131,7 @@ class ContextSection(Section):
 
 
 class AdapterSection(Section):
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=65_536)
     """Rank of the low-rank update; alpha / rank scales it."""
     alpha: float = Field(default=32.0, gt=0)
     """Numerator of the scaling alpha / rank."""
@@ -175,7 +181,7 @@ class DataSection(Section):
     """Held-out text, read like path; unset: none, unless validation_fraction is given."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the documents held out for validation, chosen by train.seed."""
-    validation_windows: int = Field(default=16, ge=1)
+    validation_windows: int = Field(default=16, ge=1, le=LARGEST_COUNT)
     """At most this many windows are evaluated each time."""
 
     @model_validator(mode="after")
@@ -203,17 +209,17 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    steps: int | None = Field(default=None, ge=1)
+    steps: int | None = Field(default=None, ge=1, le=LARGEST_COUNT)
     """Optimiser steps; unset: as many as epochs needs."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=LARGEST_COUNT)
     """Passes over the data; unset: 1, unless steps is given."""
-    batch_size: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=1, ge=1, le=LARGEST_COUNT)
     """Windows in one forward pass, for each of the windows trained at once (parallel.data)."""
-    gradient_accumulation: int = Field(default=1, ge=1)
+    gradient_accumulation: int = Field(default=1, ge=1, le=LARGEST_COUNT)
     """Forward passes per optimiser step; every trained token weighs the same."""
     learning_rate: float = Field(default=2e-4, gt=0)
     """Peak learning rate."""
-    warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_steps: int | None = Field(default=None, ge=0, le=LARGEST_COUNT)
     """Steps of linear warm-up; unset: 20 (LongLoRA), or a tenth of a shorter run."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate after the warm-up; cosine falls to zero at the end of the run."""
@@ -221,13 +227,13 @@ class TrainSection(Section):
     """Decoupled weight decay; never on norms and biases."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients with a larger global norm are scaled down to it."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Decides adapter initialisation, held-out documents, order of windows and dropout."""
-    save_every: int = Field(default=50, ge=1)
+    save_every: int = Field(default=50, ge=1, le=LARGEST_COUNT)
     """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, le=LARGEST_COUNT)
     """Newest checkpoints kept."""
-    eval_every: int = Field(default=50, ge=1)
+    eval_every: int = Field(default=50, ge=1, le=LARGEST_COUNT)
     """Steps between validation losses, if there is validation text."""
     keep_best: bool = True
     """Keep the adapter with the lowest validation loss in best/, for eval, chat, merge and export to use."""

@@ -11,6 +11,10 @@ from pathlib import Path
 import yaml
 
 from longfit.errors import ConfigError
+from longfit.files.reading import NOT_OURS, read_text, reason
+
+LARGEST_BYTES = 1 << 20
+DEEPEST = 8  # of nested brackets; a setting is at most a list below a section
 
 
 @dataclass(frozen=True)
@@ -46,23 +50,24 @@ def read_override(text: str) -> Given:
         value = None
     elif raw.startswith(("[", "{")) and not raw.startswith(("{{", "{%", "{#")):  # Jinja text is a text
         try:
+            _require_plain(raw, text)
             value = yaml.safe_load(raw)
-        except yaml.YAMLError as error:
+        except ConfigError:
+            raise
+        except Exception as error:  # what a number or date looks like decides what PyYAML raises
             form = "a list; write {}=[first, second]" if raw[0] == "[" else "a map; write {}={{name: value}}"
-            raise ConfigError(f"{text!r}: not {form.format(key)}") from error
+            raise ConfigError(f"{text!r}: cannot be read ({reason(error)}): not {form.format(key)}") from error
     return Given(key.strip(), value, "override")
 
 
 def read_yaml(path: Path) -> Iterator[Given]:
     """Yield every setting of a YAML file with its line."""
+    text = read_text(
+        path, ConfigError, what="this config file", do="give the path of a .yaml file", largest_bytes=LARGEST_BYTES
+    )
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot read this config file ({error.strerror}); give the path of a .yaml file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8); give a .yaml file") from error
+        _require_plain(text, str(path))
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem or error.context}") from error
@@ -70,15 +75,40 @@ def read_yaml(path: Path) -> Iterator[Given]:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if root is None:
         return
-    loader = yaml.SafeLoader("")
     for section, node, line in _entries(root, path):
         if not isinstance(node, yaml.MappingNode):
-            value = loader.construct_object(node, deep=True)
+            value = _value(node, f"{path}:{line}")
             if value is not None:  # "train:" with nothing below it is an empty section
                 yield Given(section, value, f"{path}:{line}")
             continue
         for key, value_node, key_line in _entries(node, path):
-            yield Given(f"{section}.{key}", loader.construct_object(value_node, deep=True), f"{path}:{key_line}")
+            yield Given(f"{section}.{key}", _value(value_node, f"{path}:{key_line}"), f"{path}:{key_line}")
+
+
+def _require_plain(text: str, name: str) -> None:
+    """Raise ConfigError for what no settings need: aliases, which a few lines multiply for ever, and deep nesting."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark is not None else 1
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigError(f"{name}:{line}: *{event.anchor} repeats a value; write the value out")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ConfigError(f"{name}:{line}: nested more than {DEEPEST} deep; a setting is a value or a list")
+
+
+def _value(node: yaml.Node, origin: str) -> object:
+    """What a node stands for.
+
+    Raises: ConfigError: it looks like a number or date and is none, or has a tag that is not read.
+    """
+    try:
+        return yaml.SafeLoader("").construct_object(node, deep=True)
+    except NOT_OURS:
+        raise
+    except Exception as error:
+        shown = repr(node.value) if isinstance(node, yaml.ScalarNode) else node.tag
+        raise ConfigError(f"{origin}: {shown[:60]} cannot be read ({reason(error)}); put a text in quotes") from error
 
 
 def _entries(node: yaml.Node, path: Path) -> Iterator[tuple[str, yaml.Node, int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 1 << 20
+NAME = "checksums.json"  # of a sealed folder
 
 
 def file_digest(path: Path) -> str:
@@ -21,9 +22,14 @@ def file_digest(path: Path) -> str:
     return state.hexdigest()
 
 
+def text_digest(text: str) -> str:
+    """Return what `file_digest` returns for a UTF-8 file of this text."""
+    return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Return the digest of every file below a folder, by its path relative to it, with ``/`` between parts."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
@@ -47,6 +53,29 @@ def damage(folder: Path, expected: Mapping[str, str], names: Iterable[str] | Non
         except OSError as error:
             lines.append(f"{name} cannot be read ({error.strerror})")
     return lines
+
+
+def seal_folder(folder: Path) -> None:
+    """Write the checksums of all files of a folder into it."""
+    (folder / NAME).write_text(sealed({"files": digests(folder)}), encoding="utf-8")
+
+
+def folder_damage(folder: Path, *, ignore: Iterable[str] = ()) -> list[str]:
+    """Say what is wrong with the files of a folder that `seal_folder` has sealed, a line each; nothing if all is well.
+
+    Args:
+        ignore: files that may have been changed.
+    """
+    try:
+        values = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        if not is_whole(values):
+            return [f"{NAME} is damaged (its checksum differs)"]
+        expected = dict(values["files"])
+    except FileNotFoundError:
+        return [f"{NAME} is missing"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [f"{NAME} cannot be read ({error})"]
+    return damage(folder, expected, names=[name for name in expected if name not in set(ignore)])
 
 
 def sealed(values: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from longfit.errors import LongfitError, RunError
 
 UNFINISHED, REMOVED = ".unfinished", ".removed"
+LEFTOVERS = (UNFINISHED, REMOVED)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -99,11 +100,7 @@ def sweep(folder: Path) -> list[Path]:
 
     Call it only while the folder is locked: another process may be writing. Returns: what was removed.
     """
-    found = [
-        path
-        for path in folder.glob(".*")
-        if path.name.endswith((UNFINISHED, REMOVED)) or path.name.endswith(".rewritten")
-    ]
+    found = [path for path in folder.glob(".*") if path.name.endswith(LEFTOVERS)]
     for path in found:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

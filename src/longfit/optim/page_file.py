@@ -21,7 +21,6 @@ mapping 30 times faster than single pages of 4 KiB.
 """
 
 import errno
-import fcntl
 import json
 import mmap
 import os
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor
 
 from longfit.errors import PagingError
+from longfit.files.lock import try_lock, unlock
 
 _FORMAT = "longfit paged state 1"
 _HEADER_BYTES = 4096  # what of the header is read: its page may be of any size
@@ -197,7 +197,7 @@ class PageFile:
             return
         if self.record is None and self._is_ours():
             self.path.unlink(missing_ok=True)
-        fcntl.flock(self._file, fcntl.LOCK_UN)  # a mapping holds the open file, and its lock, until it is collected
+        unlock(self._file)  # a mapping holds the open file, and its lock, until it is collected
         os.close(self._file)
         self._file = -1
 
@@ -255,12 +255,14 @@ class PageFile:
 
     def _lock(self) -> None:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            locked = try_lock(self._file)
+        except OSError:  # a file system without locks: nobody can know
+            return
+        if not locked:
             raise PagingError(
                 f"{self.path}: another process (or another optimiser of this one) is using this file; allowed: one "
                 "optimiser per file. Give each process its own path, with its rank in it"
-            ) from None
+            )
 
     def _write_header(self) -> None:
         header = json.dumps({"format": _FORMAT, "run": self.run, "page_bytes": self.page_bytes})

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from longfit.planning import constant_bytes, devices, per_token_bytes
 from longfit.planning.components import Component
+from longfit.planning.disk_bytes import run_bytes
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
@@ -252,10 +253,10 @@ def _files(settings: PlanSettings, parts: constant_bytes.Trained) -> list[Compon
     saved = 4 * (parts.adapter_params + parts.idle_adapters)
     saved += settings.element_bytes * (parts.whole_params + parts.idle_norms)
     state = constant_bytes.state_bytes(parts, settings)
-    checkpoints = (settings.keep_checkpoints + 1) * (2 * saved + state)
+    written = run_bytes(trained=saved, state=state, keep=settings.keep_checkpoints)
     return [
         Component("tensors being saved", "host", {"save": saved}),
-        Component("checkpoints and adapter", "disk", _in(TRAINING, checkpoints + saved)),
+        Component("checkpoints and adapter", "disk", _in(TRAINING, written)),
     ]
 
 

@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from longfit.errors import ConfigError
+from longfit.files.checksums import seal_folder
+from longfit.files.writing import replace_folder, writing
 from longfit.model.save import save_adapter
-from longfit.training import run_directory
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ def save_best(
     def write(folder: Path) -> None:
         save_adapter(model, tokenizer, folder, trained=trained)
         (folder / "best.json").write_text(json.dumps(asdict(best)) + "\n", encoding="utf-8")
+        seal_folder(folder)
 
-    run_directory.replace_folder(run_dir / "best", write)
+    with writing(run_dir / "best"):
+        replace_folder(run_dir / "best", write)
 
 
 def read_best(run_dir: Path) -> Best | None:

@@ -1,15 +1,18 @@
-"""Checkpoints that a kill, a full disk or a second run cannot break.
+"""Checkpoints that a kill, a full disk, a flipped bit or a second run cannot break.
 
     checkpoints/step-000123/
         adapter/                PEFT's files, tokenizer and config: usable by itself
         trainable.safetensors   the trained tensors exactly as they are in memory, by parameter name
         optimizer.pt            the optimiser's state
+        metrics.jsonl           the run's metrics up to this step
         state.json              step, windows seen, versions, number of processes
+        checksums.json          of all of these
 
 A checkpoint is written under a hidden name and renamed when every byte is on the disk, so whatever has the name of a
-checkpoint is complete. There is no schedule to save (`schedule.py` is a function of the step), no data position beyond
-the number of windows seen (their order is a function of seed and epoch) and no random state: every micro-batch seeds
-the generators from (seed, step, number, process), so a dropout mask depends on its place, not on what ran before.
+checkpoint is complete; what happened to it since then, its checksums tell. There is no schedule to save (`schedule.py`
+is a function of the step), no data position beyond the number of windows seen (their order is a function of seed and
+epoch) and no random state: every micro-batch seeds the generators from (seed, step, number, process), so a dropout mask
+depends on its place, not on what ran before.
 """
 
 import errno
@@ -23,13 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longfit.errors import RunError
+from longfit.errors import RunError, SaveError
+from longfit.files import checksums
+from longfit.files.reading import read_object, reading
+from longfit.files.writing import FULL, flush_folder, remove_folder, replace_folder, why
 from longfit.optim.adamw import PagedAdamW
 from longfit.parallel.shard import Shards, local_rows, own_rows, own_state
+from longfit.planning.disk_bytes import adapter_bytes, checkpoint_bytes, run_bytes
 from longfit.words import format_bytes
 
-FORMAT = 1
-DISK_RESERVE_BYTES = 16 << 20  # tokenizer, configuration and file-system overhead
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,12 @@ def save_checkpoint(
     """Write the checkpoint of ``state.step``, then drop all but the newest ``keep``.
 
     Args:
-        run_dir: directory of the run.
+        run_dir: directory of the run, which must exist.
         model: a PeftModel; its parameters that require gradients are saved.
         keep: checkpoints that stay, this one included.
         whole: trained tensors and optimiser state, where the model and the optimiser have only rows of them.
     Returns: the checkpoint's folder.
-    Raises: RunError: the disk is full or cannot be written; earlier checkpoints stay untouched.
+    Raises: SaveError: the disk is full or cannot be written; earlier checkpoints stay untouched.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -85,32 +91,131 @@ def save_checkpoint(
     final = checkpoint_dir(run_dir, state.step)
     if final.exists():
         return final  # the state after a step is a function of the run: it is this one
-    unfinished = final.with_name(f".{final.name}.unfinished")
     trained, optimizer_state = whole or (trained_tensors(model), optimizer.state_dict())
-    needed = 2 * _num_bytes(trained) + _num_bytes(optimizer_state) + DISK_RESERVE_BYTES
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        remove_folder(unfinished)
-        if shutil.disk_usage(final.parent).free < needed:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        unfinished.mkdir()
-        save_adapter(model, tokenizer, unfinished / "adapter", trained=whole[0] if whole else None)
-        save_file({name: tensor.contiguous() for name, tensor in trained.items()}, unfinished / "trainable.safetensors")
-        torch.save(optimizer_state, unfinished / "optimizer.pt")
+    needed = checkpoint_bytes(trained=num_bytes(trained), state=num_bytes(optimizer_state))
+
+    def write(folder: Path) -> None:
+        save_adapter(model, tokenizer, folder / "adapter", trained=whole[0] if whole else None)
+        save_file({name: tensor.contiguous() for name, tensor in trained.items()}, folder / "trainable.safetensors")
+        torch.save(optimizer_state, folder / "optimizer.pt")
         commit_optimizer(optimizer, state)
-        (unfinished / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-        _flush(unfinished)
-        unfinished.rename(final)
-        _flush_folder(final.parent)
+        metrics = run_dir / "metrics.jsonl"
+        (folder / "metrics.jsonl").write_bytes(metrics.read_bytes() if metrics.exists() else b"")
+        (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
+        checksums.seal_folder(folder)
+
+    try:
+        final.parent.mkdir(exist_ok=True)  # not its parents: a run that somebody removed is not begun again
+        require_free(final.parent, needed)
+        replace_folder(final, write)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch.save and safetensors hide a full disk behind errors of their own.
-        remove_folder(unfinished)
-        if isinstance(error, OSError) or shutil.disk_usage(run_dir).free < needed:
-            raise RunError(_cannot_save(final, error, needed)) from error
+        if isinstance(error, OSError) or not has_free(run_dir, needed):
+            raise SaveError(_cannot_save(final, error, needed)) from error
         raise
     for old in list_checkpoints(run_dir)[:-keep]:
         remove_folder(old)
+    flush_folder(final.parent)
     return final
+
+
+def save_result(
+    run_dir: Path, *, model: Any, tokenizer: Any, trained: dict[str, Tensor] | None = None
+) -> Path:
+    """Write the adapter that a run is for, in the place of an older one.
+
+    Args:
+        trained: its tensors, where the model has only rows of them.
+    Returns: its folder.
+    Raises: SaveError: the disk is full or cannot be written; checkpoints stay untouched.
+    """
+    from safetensors import SafetensorError
+
+    from longfit.model.save import save_adapter
+
+    final = run_dir / "adapter"
+    needed = adapter_bytes(num_bytes(trained or trained_tensors(model)))
+
+    def write(folder: Path) -> None:
+        save_adapter(model, tokenizer, folder, trained=trained)
+        checksums.seal_folder(folder)
+
+    try:
+        require_free(run_dir, needed)
+        replace_folder(final, write)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, OSError) or not has_free(run_dir, needed):
+            raise SaveError(_cannot_save(final, error, needed)) from error
+        raise
+    return final
+
+
+def require_disk_room(run_dir: Path, *, trained: int, state: int, keep: int) -> None:
+    """Raise SaveError before the first step if the run's checkpoints and result cannot be written where it is.
+
+    Args:
+        trained, state: bytes of what is trained and of its optimiser state.
+        keep: checkpoints kept.
+    """
+    needed = run_bytes(trained=trained, state=state, keep=keep) - folder_bytes(run_dir)
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        each = format_bytes(checkpoint_bytes(trained=trained, state=state))
+        raise SaveError(
+            f"{run_dir}: the run will write {format_bytes(needed)} ({keep} checkpoints of {each}, one more while it is "
+            f"written, the result), the disk has {format_bytes(free)} free; free some space, lower "
+            "train.keep_checkpoints, or choose a --run-dir on another disk"
+        )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files below a folder; 0 if it is not there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def require_free(folder: Path, needed: int) -> None:
+    """Raise the OSError of a full disk before anything is written to it."""
+    if not has_free(folder, needed):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def has_free(folder: Path, needed: int) -> bool:
+    """Whether the disk that a folder is on has room; a folder that is gone has none."""
+    try:
+        return shutil.disk_usage(folder).free >= needed
+    except OSError:
+        return False
+
+
+def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """Find the newest checkpoint that is as it was written.
+
+    Returns: its folder, None if there is none; for each damaged one after it what is wrong.
+    """
+    problems: list[str] = []
+    for folder in reversed(list_checkpoints(run_dir)):
+        found = damage(folder)
+        if not found:
+            return folder, problems
+        problems.append(f"{folder} is damaged: {'; '.join(found[:3])}")
+    return None, problems
+
+
+def damage(folder: Path) -> list[str]:
+    """Say what is wrong with a checkpoint's files; nothing if every byte is as it was written."""
+    try:
+        read_state(folder)
+    except RunError as error:
+        return [str(error)]
+    return checksums.folder_damage(folder)
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged checkpoint another name, so that the run may write that step again; returns the new place."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return folder.rename(aside)
 
 
 def load_checkpoint(
@@ -128,6 +233,11 @@ def load_checkpoint(
     Returns: where the run stands.
     Raises: RunError: the checkpoint does not belong to this model or to this version of longfit.
     """
+    with reading(folder, "the checkpoint", RunError, do="delete it to resume from an earlier one"):
+        return _load(folder, model=model, optimizer=optimizer, device=device)
+
+
+def _load(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> RunState:
     from safetensors.torch import load_file
 
     state = read_state(folder)
@@ -172,13 +282,12 @@ def read_state(folder: Path) -> RunState:
     Raises: RunError: it is missing, damaged, or of another format.
     """
     path = folder / "state.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(f"{path}: not readable ({error}); delete {folder} to resume from an earlier one") from error
+    do = f"delete {folder} to resume from an earlier one"
+    values = read_object(path, RunError, what="the state of the run", do=do)
     if values.get("format") != FORMAT:
-        raise RunError(f"{path}: format {values.get('format')}, this version of longfit reads {FORMAT}")
-    return RunState(**values)
+        raise RunError(f"{path}: format {values.get('format')}, this version of longfit reads {FORMAT}; {do}")
+    with reading(path, "the state of the run", RunError, do=do):
+        return RunState(**values)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -186,46 +295,20 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _num_bytes(tree: Any) -> int:
+def num_bytes(tree: Any) -> int:
     """Add up the bytes of the tensors in nested dicts and lists."""
     if isinstance(tree, Tensor):
         return tree.nbytes
     values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ()
-    return sum(_num_bytes(value) for value in values)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder; first it loses its name, so that a kill halfway leaves no half checkpoint."""
-    if not folder.exists():
-        return
-    hidden = folder.with_name(f".{folder.name.lstrip('.')}.removed")
-    if hidden.exists():
-        shutil.rmtree(hidden)
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
-
-
-def _flush(folder: Path) -> None:
-    """Wait until every file below the folder is on the disk: a rename may reach it before the bytes do."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    return sum(num_bytes(value) for value in values)
 
 
 def _cannot_save(final: Path, error: Exception, needed: int) -> str:
-    earlier = list_checkpoints(final.parent.parent)
+    run_dir = final.parent if final.name == "adapter" else final.parent.parent
+    earlier = list_checkpoints(run_dir)
     stays = f"{earlier[-1]} stays valid" if earlier else "there is no earlier one"
     advice = "resume the run with --resume" if earlier else "start again in a new --run-dir"
-    full = not isinstance(error, OSError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
-    what = f"the disk is full, a checkpoint needs {format_bytes(needed)}" if full else str(error)
-    return f"{final}: cannot save: {what}; {stays}. Free some space and {advice}"
+    what = f"the disk is full, it needs {format_bytes(needed)}: free some space"
+    if isinstance(error, OSError) and error.errno not in FULL:
+        what = why(error)
+    return f"{final}: cannot save: {what}; {stays}. Then {advice}"

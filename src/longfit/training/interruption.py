@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a step, without losing the run or tearing what must be whole.
+"""Ctrl-C, or a closed terminal, in the middle of a step, without losing the run or tearing what must be whole.
 
 Forward and backward change nothing that is saved, so they may be broken off anywhere, even in an hour-long step. Only
 the optimiser's step and the writing of files must finish: there a signal waits.
@@ -13,15 +13,20 @@ from typing import Any
 
 
 class Interruptible:
-    """While entered, SIGINT and SIGTERM raise KeyboardInterrupt, at once or, inside `held`, at its end.
+    """While entered, SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, at once or, inside `held`, at its end.
 
-    Outside the main thread, where Python allows no signal handlers, it does nothing.
+    A signal that is ignored stays so: ``nohup`` runs go on when their terminal closes. Outside the main thread, where
+    Python allows no signal handlers, it does nothing.
 
     Args:
         deferred: raise nothing; somebody asks ``requested`` where all processes of the run can stop together.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = tuple(
+        getattr(signal, name)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
+        if hasattr(signal, name)  # SIGHUP: a closed terminal; Windows has SIGBREAK in its place
+    )
 
     def __init__(self, *, deferred: bool = False) -> None:
         self.requested = False
@@ -31,7 +36,8 @@ class Interruptible:
 
     def __enter__(self) -> "Interruptible":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
+            heard = [number for number in self.SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._on_signal) for number in heard}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -31,14 +31,14 @@ from longfit.config import RunConfig
 from longfit.data.packing import PackedDataset
 from longfit.engine.loss.training_loss import TrainingLoss, shifted_labels
 from longfit.engine.sweep.evaluation import swept_evaluation
-from longfit.errors import PlanError, RunError
-from longfit.model.save import save_adapter
+from longfit.errors import PlanError, RunError, SaveError
+from longfit.files.writing import why
 from longfit.numerics.labels import IGNORED
 from longfit.parallel.sequence import SequenceParallelLoss
 from longfit.parallel.shard import whole_state, whole_tensor
 from longfit.training import loss_scale, memory_check, run_directory
 from longfit.training.best import Best, best_of, reason_to_stop, save_best
-from longfit.training.checkpoint import RunState, save_checkpoint, trained_tensors
+from longfit.training.checkpoint import RunState, save_checkpoint, save_result, trained_tensors
 from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, OnEvent, ignore, peak_memory_bytes, read_metrics
 from longfit.training.model_card import refused_by_servers, write_cards
@@ -83,38 +83,37 @@ class TrainResult:
 def train(config: RunConfig, *, on_event: OnEvent | None = None, resume: bool = False) -> TrainResult:
     """Fine-tune as the config says and leave a complete run directory.
 
-    SIGINT and SIGTERM end the run early with a checkpoint; the result then has ``finished=False``.
+    SIGINT, SIGTERM and SIGHUP end the run early with a checkpoint; the result then has ``finished=False``.
 
     Args:
         config: from `load_config` or `RunConfig.of`.
         on_event: called for everything worth showing, in this process only.
-        resume: continue the run in ``output.run_dir`` from its newest checkpoint.
+        resume: continue the run in ``output.run_dir`` from its newest sound checkpoint, or from its start if none was
+            saved yet.
     Raises:
         PlanError: the run cannot fit this machine, or ran out of memory twice; then its state is saved.
-        RunError: the run directory exists (or, resuming, does not); data or settings changed; the loss is not finite;
-            the disk is full.
+        RunError: the run directory exists (or, resuming, does not), or another process writes there; data, settings or
+            the base model changed, or every checkpoint is damaged; the loss is not finite; the disk is full.
         ConfigError, DataError, ModelError: before anything is written.
     """
     notify = on_event or ignore
-    run_dir = run_directory.choose_run_dir(config)
     config = run_directory.with_absolute_paths(config)
     if resume:
-        stored = run_directory.read_config(run_dir)
-        run_directory.last_checkpoint(run_dir)
+        stored = run_directory.read_config(run_directory.choose_run_dir(config))
+        run_directory.require_own_files(run_directory.choose_run_dir(config))
         config, warnings = run_directory.merge_for_resume(stored, config)
         for warning in warnings:
             notify(Event("warning", warning))
-    else:
-        run_directory.require_new(run_dir)
-    run = start(config, run_dir, notify, resume=resume)
-    trackers = Trackers(config.output.track if run.is_main else [], run_dir, from_step=run.state.step)
-    try:
-        return _loop(run)
-    finally:
-        for problem in trackers.finish():
-            notify(Event("warning", problem))
-        if run.heartbeat is not None:
-            run.heartbeat.stop()
+    with run_directory.claimed(config, resume=resume, on_event=notify) as run_dir:
+        run = start(config, run_dir, notify, resume=resume)
+        trackers = Trackers(config.output.track if run.is_main else [], run.run_dir, from_step=run.state.step)
+        try:
+            return _loop(run)
+        finally:
+            for problem in trackers.finish():
+                notify(Event("warning", problem))
+            if run.heartbeat is not None:
+                run.heartbeat.stop()
 
 
 @dataclass(frozen=True)
@@ -144,6 +143,7 @@ def rehearse(config: RunConfig, *, on_event: OnEvent | None = None) -> Rehearsal
     with tempfile.TemporaryDirectory(prefix="longfit-dry-run-") as folder:
         if config.optim.file is not None:
             config = config.replace({"optim.file": str(Path(folder) / "optim")}, origin="dry run")
+        (Path(folder) / "run").mkdir()
         run = start(config, Path(folder) / "run", on_event or ignore, resume=False)
         if run.heartbeat is not None:
             run.heartbeat.stop()
@@ -199,6 +199,11 @@ def _loop(run: Run) -> TrainResult:
                 _save(run)
             checkpoint = run_directory.last_checkpoint(run.run_dir)
             raise RunError(f"{error}. Nothing of it was learned; the state before it is in {checkpoint}") from None
+        except SaveError:
+            raise
+        except (RunError, OSError) as error:  # of the disk: metrics, offloaded inputs, streamed weights
+            what = why(error) if isinstance(error, OSError) else str(error)
+            raise RunError(f"step {run.state.step + 1}: {what}. {_keep(run, interruptible)}") from error
     return _result(run, finished=finished)
 
 
@@ -484,6 +489,17 @@ def _save_checkpoint(run: Run) -> None:
         run.tell(Event("checkpoint", f"saved {path}", {"step": run.state.step, "path": str(path)}))
 
 
+def _keep(run: Run, interruptible: Interruptible) -> str:
+    """Save the state if that can be done; say what is kept and how to go on."""
+    try:
+        with interruptible.held():
+            _save(run)
+        checkpoint = run_directory.last_checkpoint(run.run_dir)
+    except RunError as error:
+        return str(error)
+    return f"The state is saved in {checkpoint}: resume the run with --resume"
+
+
 def _whole_trained(run: Run) -> dict[str, Tensor]:
     """The trained tensors, whole, in host memory; every process must call it."""
     return {name: whole_tensor(tensor.detach()).cpu() for name, tensor in trained_tensors(run.model).items()}
@@ -492,8 +508,7 @@ def _whole_trained(run: Run) -> dict[str, Tensor]:
 def _save_result(run: Run) -> None:
     trained = None if run.shards is None else _whole_trained(run)
     if run.is_main:
-        save = partial(save_adapter, run.model, run.tokenizer, trained=trained)
-        run_directory.replace_folder(run.run_dir / "adapter", save)
+        save_result(run.run_dir, model=run.model, tokenizer=run.tokenizer, trained=trained)
         write_cards(run.run_dir, run.config)
         refused = refused_by_servers(run.config, run.run_dir)
         if refused is not None:
@@ -503,7 +518,7 @@ def _save_result(run: Run) -> None:
 def _result(run: Run, *, finished: bool) -> TrainResult:
     peak = peak_memory_bytes(run.accelerator.device)
     if run.plan is not None and run.is_main:
-        run_directory.write_text(run.run_dir / "plan.json", memory_check.plan_json(run.plan, measured_bytes=peak))
+        run_directory.write_plan(run.run_dir, memory_check.plan_json(run.plan, measured_bytes=peak))
         run.tell(Event("phase", memory_check.compare(run.plan, peak)))
     records = read_metrics(run.metrics.path)
     losses = [float(str(record["loss"])) for record in records if "loss" in record]

@@ -30,6 +30,7 @@ from longfit.planning.memory import HOST_BASE_BYTES
 from longfit.planning.plan import Plan, ladder_lines, plan_shape
 from longfit.planning.settings import PlanSettings, UnplannedError
 from longfit.planning.shapes import ModelShape, read_shape
+from longfit.training.checkpoint import folder_bytes
 from longfit.training.metrics import Event, OnEvent
 from longfit.words import format_bytes
 
@@ -131,7 +132,7 @@ def machine_limits(device: torch.device, run_dir: Path, *, processes: int = 1) -
     if device.type == "cuda":
         limits["accelerator"] = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     existing = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
-    limits["disk"] = shutil.disk_usage(existing).free
+    limits["disk"] = shutil.disk_usage(existing).free + folder_bytes(run_dir)  # a resumed run has its files already
     return limits
 
 

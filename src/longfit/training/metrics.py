@@ -4,14 +4,21 @@ The file is the truth: every viewer, tracker and report reads it. A line is writ
 killed run leaves at most one torn line at the end, which readers skip and a resumed run removes.
 """
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
+
+from longfit.errors import RunError
+from longfit.files.reading import reading
+from longfit.files.writing import write_text, writing
 
 
 @dataclass(frozen=True)
@@ -37,27 +44,50 @@ class MetricsFile:
         self.path = path
 
     def append(self, record: Mapping[str, object]) -> None:
-        """Add one line and hand it to the operating system."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=True) + "\n")
+        """Add one line and hand it to the operating system.
 
-    def keep_until(self, step: int) -> None:
-        """Drop lines after ``step``, which a resumed run will write again, and a torn last line."""
-        kept = [record for record in read_metrics(self.path) if int(str(record["step"])) <= step]
-        rewritten = self.path.with_suffix(".rewritten")
-        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        rewritten.replace(self.path)
+        Raises: RunError: it cannot be written; the lines before it stay whole.
+        """
+        line = (json.dumps(record, allow_nan=True) + "\n").encode()
+        with writing(self.path), self.path.open("ab", buffering=0) as file:
+            before = file.seek(0, 2)
+            try:
+                if file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(before)
+                raise
+
+    def restore(self, saved: Path | None) -> bool:
+        """Go back to the metrics that belong to a checkpoint; later lines will be written again.
+
+        Args:
+            saved: the checkpoint's copy; None: those of a run that starts from the beginning.
+        Returns: False if the file had not all of these lines, because somebody removed or changed it.
+        Raises: RunError: it cannot be written.
+        """
+        text = b"" if saved is None else saved.read_bytes()
+        with writing(self.path):
+            had = self.path.read_bytes().startswith(text) if self.path.exists() else not text
+            write_text(self.path, text.decode())
+        return had
 
 
 def read_metrics(path: Path) -> list[dict[str, object]]:
     """Read ``metrics.jsonl``; a torn last line, left by a killed process, is skipped.
 
-    Raises: json.JSONDecodeError: another line is damaged.
+    Raises: RunError: another line is damaged.
     """
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last line break is torn or empty
+    with reading(path, "the run's metrics", RunError, do="resume the run, which restores them from its checkpoint"):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        records = [json.loads(line) for line in lines[:-1] if line]  # what follows the last line break is torn or empty
+        for number, record in enumerate(records, start=1):
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise RunError(f"{path}: line {number} is damaged; resume the run, which restores its metrics")
+        return records
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from longfit.config import RunConfig
+from longfit.files.checksums import seal_folder
 from longfit.model.gguf import is_gguf
 from longfit.training.best import best_of
 from longfit.training.metrics import read_metrics
@@ -58,6 +59,7 @@ def write_cards(run_dir: Path, config: RunConfig) -> None:
             settings["gguf_base"] = {"file": base.file, "sha256": base.sha256}
             path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(run_dir, folder, config, base), encoding="utf-8")
+        seal_folder(folder)
 
 
 def model_card(run_dir: Path, folder: Path, config: RunConfig, base: GgufBase | None) -> str:

@@ -2,6 +2,7 @@
 
     runs/NAME/
         config.yaml         every setting, resolved
+        run.json            who this run is: its id, its base model; checksums of the files beside it
         data.json           a digest of each source of documents
         documents.digests   the first bytes of the digest of each document that is trained on
         ledger.json         what became of every token
@@ -13,14 +14,16 @@
         trackers/           what trackers keep and say
         adapter/            the result: PEFT's files, tokenizer, configuration with the extended positions
 
-An existing directory is never written into, except by resuming; and resuming refuses when a setting or the data
-changed, because the losses would silently be those of another run.
+An existing directory is never written into, except by resuming, and by one process at a time, which holds its lock.
+Resuming refuses when a setting, the data or the base model changed, because the losses would silently be those of
+another run.
 """
 
 import json
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -30,9 +33,14 @@ import numpy as np
 from longfit.config import RunConfig, load_config
 from longfit.data.ledger import Ledger
 from longfit.data.sources import Documents, FileSource
-from longfit.errors import RunError
-from longfit.training.checkpoint import list_checkpoints, remove_folder
-from longfit.training.metrics import read_metrics
+from longfit.errors import LongfitError, RunError
+from longfit.files import checksums
+from longfit.files.lock import NAME as LOCK
+from longfit.files.lock import FolderLock
+from longfit.files.reading import read_object, reading
+from longfit.files.writing import LEFTOVERS, sweep, write_text, writing
+from longfit.training.checkpoint import list_checkpoints
+from longfit.training.metrics import Event, OnEvent, read_metrics
 
 # Settings that do not change what is learned, so a resumed run may change them.
 FREE_SETTINGS = frozenset(
@@ -77,15 +85,79 @@ def choose_run_dir(config: RunConfig) -> Path:
     return path
 
 
+@contextmanager
+def claimed(config: RunConfig, *, resume: bool, on_event: OnEvent) -> Iterator[Path]:
+    """Hold the directory of a run for this process alone: a new one, or that of the run that goes on.
+
+    What killed processes left behind in it is removed. A new directory that is still empty at the end is, too. Of
+    several processes of one run the first holds it for all.
+
+    Returns: the directory.
+    Raises: RunError: it exists already (or, resuming, does not), another process has it, or it cannot be made.
+    """
+    if int(os.environ.get("RANK", "0")):  # of torchrun: the first process claims, and tells the others (`start.py`)
+        yield choose_run_dir(config)
+        return
+    run_dir, lock, made = (_claim_existing if resume else _claim_new)(config)
+    try:
+        if lock.doubt is not None:
+            on_event(Event("warning", lock.doubt))
+        for folder in (run_dir, run_dir / "checkpoints"):
+            sweep(folder)
+        yield run_dir
+    finally:
+        lock.release()
+        for folder in made:
+            with suppress(OSError):  # it is not empty: the run is in it
+                folder.rmdir()
+
+
+def _claim_existing(config: RunConfig) -> tuple[Path, FolderLock, list[Path]]:
+    run_dir = choose_run_dir(config)
+    with writing(run_dir):
+        return run_dir, FolderLock(run_dir).take(), []
+
+
+def _claim_new(config: RunConfig) -> tuple[Path, FolderLock, list[Path]]:
+    """Make and lock a directory; of two processes that choose a name at once, the second takes the next one."""
+    while True:
+        run_dir = choose_run_dir(config)
+        if run_dir.exists() and not run_dir.is_dir():
+            raise RunError(f"{run_dir}: is a file; choose another --run-dir")
+        missing = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+        try:
+            with writing(run_dir):
+                run_dir.mkdir(parents=True, exist_ok=config.output.run_dir is not None)
+                lock = FolderLock(run_dir).take()
+        except RunError as error:
+            if isinstance(error.__cause__, FileExistsError) and config.output.run_dir is None:
+                continue
+            raise
+        try:
+            require_new(run_dir)
+        except RunError:
+            lock.release()
+            raise
+        for name in BEGUN:
+            (run_dir / name).unlink(missing_ok=True)
+        return run_dir, lock, missing
+
+
+BEGUN = frozenset({"documents.digests", "ledger.json", "data.json", "run.json"})
+"""What is written before ``config.yaml``: a directory with nothing else is a start that was cut off."""
+
+
 def require_new(run_dir: Path) -> None:
-    """Raise RunError if there is something in the directory already."""
+    """Raise RunError if there is something in the directory that a start which was cut off has not left behind."""
     if not run_dir.exists():
         return
     if not run_dir.is_dir():
         raise RunError(f"{run_dir}: is a file; choose another --run-dir")
-    if any(run_dir.iterdir()):
-        advice = "add --resume to continue it, or choose" if (run_dir / "config.yaml").exists() else "choose"
-        raise RunError(f"{run_dir}: already exists and is not overwritten; {advice} another --run-dir")
+    found = {path.name for path in run_dir.iterdir()} - {LOCK}
+    if all(name in BEGUN or name.endswith(LEFTOVERS) for name in found):
+        return
+    advice = "add --resume to continue it, or choose" if "config.yaml" in found else "choose"
+    raise RunError(f"{run_dir}: already exists and is not overwritten; {advice} another --run-dir")
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -95,8 +167,11 @@ def read_config(run_dir: Path) -> RunConfig:
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
-        there = "is not there" if not run_dir.exists() else "holds no config.yaml"
-        raise RunError(f"{run_dir}: no run to read: the directory {there}")
+        if not run_dir.exists():
+            raise RunError(f"{run_dir}: no run to read: the directory is not there; longfit runs lists those there are")
+        begun = run_dir.is_dir() and any((run_dir / name).exists() for name in BEGUN)
+        cut_off = "; its start was cut off: start it again, without --resume" if begun else ""
+        raise RunError(f"{run_dir}: no run to read: the directory holds no config.yaml{cut_off}")
     return load_config(path, flags={"--run-dir": ("output.run_dir", str(run_dir))})
 
 
@@ -107,7 +182,7 @@ def last_checkpoint(run_dir: Path) -> Path:
     """
     checkpoints = list_checkpoints(run_dir)
     if not checkpoints:
-        raise RunError(f"{run_dir}: no checkpoint to resume from; delete the directory and start the run again")
+        raise RunError(f"{run_dir}: nothing was saved yet; longfit train --run-dir {run_dir} --resume goes on with it")
     return checkpoints[-1]
 
 
@@ -209,14 +284,10 @@ def data_digest(**parts: Documents | None) -> dict[str, dict[str, str]]:
 
 def require_same_data(run_dir: Path, digest: dict[str, dict[str, str]]) -> None:
     """Raise RunError naming the sources that changed since the run began."""
-    path = run_dir / "data.json"
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise RunError(f"{path}: not readable ({error}); the run cannot be resumed safely") from error
+    before = read_object(run_dir / "data.json", RunError, what="the digest of the data", do=UNSAFE)
     lines = []
     for part, now in digest.items():
-        then = before.get(part, {})
+        then = dict(before.get(part) or {})
         for name in sorted(then.keys() | now.keys()):
             if then.get(name) != now.get(name):
                 what = "new" if name not in then else "missing" if name not in now else "changed"
@@ -245,33 +316,93 @@ def _as_numbers(digests: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(digests[:, :SEEN_BYTES]).view(np.uint64)[:, 0]
 
 
+UNSAFE = "without it the run cannot be resumed safely: start a new one in another --run-dir"
+IDENTITY_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who a run is, from its first moment on.
+
+    Attributes:
+        run_id: the same in all its checkpoints, and in its file of paged optimiser state.
+        num_processes: windows trained at once; they decide the windows of a step.
+        model: fingerprints of the files of its base model, by name; empty where they are not on this machine's disk.
+    """
+
+    run_id: str
+    num_processes: int
+    model: Mapping[str, str] = field(default_factory=dict)
+
+
 def create(
-    run_dir: Path, config: RunConfig, *, digest: dict[str, dict[str, str]], ledger: Ledger, training: Documents
+    run_dir: Path,
+    config: RunConfig,
+    *,
+    identity: Identity,
+    digest: dict[str, dict[str, str]],
+    ledger: Ledger,
+    training: Documents,
 ) -> None:
-    """Make the directory of a new run and write what is known before the first step."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _as_numbers(training.digests).tofile(run_dir / "documents.digests")
-    write_text(run_dir / "ledger.json", ledger.to_json())
-    write_text(run_dir / "data.json", json.dumps(digest, indent=1) + "\n")
-    # Last, because its presence makes the directory a run. Its own place is not written: a run may be moved.
-    write_text(run_dir / "config.yaml", config.replace({"output.run_dir": None}).to_yaml())
+    """Write what is known before the first step into the directory of a new run.
+
+    Raises: RunError: it cannot be written.
+    """
+    texts = {
+        "ledger.json": ledger.to_json(),
+        "data.json": json.dumps(digest, indent=1) + "\n",
+        # Its own place is not written: a run may be moved.
+        "config.yaml": config.replace({"output.run_dir": None}).to_yaml(),
+    }
+    seen = run_dir / "documents.digests"
+    with writing(seen, then="nothing was trained yet"):
+        _as_numbers(training.digests).tofile(seen)
+    files = {name: checksums.text_digest(text) for name, text in texts.items()}
+    files[seen.name] = checksums.file_digest(seen)
+    run = checksums.sealed({"format": IDENTITY_FORMAT, **asdict(identity), "files": files})
+    for name in ("ledger.json", "data.json", "run.json", "config.yaml"):  # the last makes the directory a run
+        with writing(run_dir / name, then="nothing was trained yet"):
+            write_text(run_dir / name, run if name == "run.json" else texts[name])
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+def write_plan(run_dir: Path, text: str) -> None:
+    """Write ``plan.json``. Raises: RunError: it cannot be written."""
+    with writing(run_dir / "plan.json", then="the run itself is not touched"):
+        write_text(run_dir / "plan.json", text)
 
 
-def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a new folder and put it in the place of the old one when it is whole."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    write(unfinished)
-    if folder.exists():
-        remove_folder(folder)
-    unfinished.rename(folder)
+def require_own_files(run_dir: Path) -> Identity:
+    """Check that the files which a run wrote when it began are as they were.
+
+    Returns: who the run is.
+    Raises: RunError: a file is missing, damaged or was changed.
+    """
+    path = run_dir / "run.json"
+    values = read_object(path, RunError, what="the identity of the run", do=UNSAFE)
+    if not checksums.is_whole(values) or values.get("format") != IDENTITY_FORMAT:
+        raise RunError(f"{path}: is damaged, or of another version of longfit; {UNSAFE}")
+    found = checksums.damage(run_dir, values["files"])
+    if found:
+        raise RunError(
+            f"cannot resume {run_dir}: {'; '.join(found)}. Put back what the run wrote (settings are changed on the "
+            "command line), or start a new run in another --run-dir"
+        )
+    return Identity(values["run_id"], values["num_processes"], values["model"])
+
+
+def require_same_model(run_dir: Path, before: Mapping[str, str], model: Mapping[str, str]) -> None:
+    """Raise RunError naming the file of the base model that changed since the run began.
+
+    Args:
+        before, model: fingerprints of its files then and now.
+    """
+    changed = sorted(name for name in before.keys() & model.keys() if before[name] != model[name])
+    if changed or (before and model and before.keys() != model.keys()):
+        name = (changed or sorted(before.keys() ^ model.keys()))[0]
+        raise RunError(
+            f"cannot resume {run_dir}: the base model changed ({name}); put back the one the run began with, or start "
+            "a new run in another --run-dir"
+        )
 
 
 @dataclass(frozen=True)
@@ -288,15 +419,25 @@ class RunSummary:
     eval_loss: float | None
     finished: bool
     changed_at: float
+    problem: str | None = None  # why its files cannot be read; then the numbers are missing
 
 
 def list_runs(directory: Path) -> list[RunSummary]:
-    """Summarise the runs directly below a directory, the latest changed first."""
+    """Summarise the runs directly below a directory, the latest changed first; a damaged one says what is wrong."""
     found = [_summarise(path.parent) for path in directory.glob("*/config.yaml")]
     return sorted(found, key=lambda run: run.changed_at, reverse=True)
 
 
 def _summarise(run_dir: Path) -> RunSummary:
+    try:
+        with reading(run_dir, "the run", RunError, do="look at its files"):
+            return _read_summary(run_dir)
+    except LongfitError as error:
+        changed_at = run_dir.stat().st_mtime
+        return RunSummary(run_dir, "?", "?", None, 0, None, None, None, False, changed_at, " ".join(str(error).split()))
+
+
+def _read_summary(run_dir: Path) -> RunSummary:
     config, metrics = read_config(run_dir), run_dir / "metrics.jsonl"
     records = read_metrics(metrics)
     steps = [record for record in records if "loss" in record]

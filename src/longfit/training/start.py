@@ -20,7 +20,9 @@ from torch import Tensor
 from longfit.config import RunConfig
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset
-from longfit.errors import ConfigError
+from longfit.errors import ConfigError, ModelError, RunError
+from longfit.files.reading import reading
+from longfit.model import weight_files
 from longfit.model.load import load_report
 from longfit.parallel.agreement import require_agreement, versions
 from longfit.parallel.heartbeat import Heartbeat
@@ -30,7 +32,17 @@ from longfit.parallel.shard import Shards
 from longfit.planning.plan import Plan
 from longfit.training import loss_scale, memory_check, run_directory
 from longfit.training.best import require_validation
-from longfit.training.checkpoint import RunState, load_checkpoint, read_state
+from longfit.training.checkpoint import (
+    RunState,
+    list_checkpoints,
+    load_checkpoint,
+    newest_sound,
+    num_bytes,
+    read_state,
+    require_disk_room,
+    set_aside,
+    trained_tensors,
+)
 from longfit.training.distribute import choose_loss, make_accelerator, require_shardable, same_windows, wrap
 from longfit.training.metrics import Event, MetricsFile, OnEvent, ignore, read_metrics
 from longfit.training.optimizer import PagingMeter, make_optimizer
@@ -121,12 +133,16 @@ class Run:
     def tell(self, event: Event) -> None:
         """Show something to who watches."""
         if self.is_main:
-            self.notify(event)
+            try:
+                self.notify(event)
+            except OSError:  # the terminal has gone: nobody watches, the run goes on
+                self.notify = ignore
 
 
 def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) -> Run:
     """Do everything that can fail before anything is written: read, load, pack; then make or open the run directory."""
     accelerator = make_accelerator(config.model.device, timeout=config.parallel.timeout)
+    run_dir = Path(_same_everywhere(accelerator, str(run_dir)))
     heartbeat = start_heartbeat(timeout=config.parallel.timeout)
     try:
         return _start(config, run_dir, notify, accelerator, heartbeat, resume=resume)
@@ -169,10 +185,16 @@ def _start(
         notify(Event("phase", offer))
     digest = run_directory.data_digest(training=documents, validation=held_out)
     require_agreement({**versions(), **_settings(config), **_data(digest)})
+    fingerprints = weight_files.fingerprints(config.model.name)
+    identity = run_directory.Identity(_same_everywhere(accelerator, new_run_id()), layout.data, fingerprints)
+    sound: tuple[Path | None, list[str]] = (None, [])
     if resume:
+        identity = run_directory.require_own_files(run_dir)
+        run_directory.require_same_model(run_dir, identity.model, fingerprints)
         run_directory.require_same_data(run_dir, digest)
-
-        config = same_windows(config, read_state(run_directory.last_checkpoint(run_dir)), layout, notify)
+        sound = newest_sound(run_dir)
+        begun = RunState(0, 0, 0, num_processes=identity.num_processes)
+        config = same_windows(config, begun if sound[0] is None else read_state(sound[0]), layout, notify)
     if layout.shard > 1:
         require_shardable(config)
     config = resolve_dtype(config, accelerator.device, on_event=notify)
@@ -190,7 +212,8 @@ def _start(
         notify(Event("phase", line))
     native = native_context(model.config)
     config = config.resolve(native_context=native)
-    report = extend(model, tokenizer, config)
+    with reading(config.model.name, "the model", ModelError, do="give another model (--debug shows where it failed)"):
+        report = extend(model, tokenizer, config)
     if report.group_size != config.context.group_size:
         origin = "auto: a quarter of the context (LongLoRA, section 3.2)"
         config = config.replace({"context.group_size": report.group_size}, origin=origin)
@@ -217,28 +240,37 @@ def _start(
     loss_of = choose_loss(model, config, layout, accelerator)
     loss_module, groups, shards = wrap(model, loss_of, config, layout, accelerator)
     stream_frozen(model, config, accelerator.device, on_event=notify)
-    run_id = read_state(run_directory.last_checkpoint(run_dir)).run_id if resume else _new_run_id(accelerator)
     optimizer = make_optimizer(
         config,
         groups,
-        run_id=run_id,
+        run_id=identity.run_id,
         process=accelerator.process_index if accelerator.num_processes > 1 else None,
     )
+    if accelerator.is_main_process:
+        trained = trained_tensors(model)
+        moments = (2 if config.optim.optim == "adamw8bit" else 8) * sum(tensor.numel() for tensor in trained.values())
+        require_disk_room(run_dir, trained=num_bytes(trained), state=moments, keep=config.train.keep_checkpoints)
     metrics = MetricsFile(run_dir / "metrics.jsonl")
     scale, seconds = loss_scale.first_scale(model.get_input_embeddings().weight.dtype), 0.0
-    state = RunState(0, 0, 0, num_processes=layout.data, run_id=run_id, loss_scale=scale)
+    state = RunState(0, 0, 0, num_processes=layout.data, run_id=identity.run_id, loss_scale=scale)
     if resume:
-        checkpoint = run_directory.last_checkpoint(run_dir)
-        state = load_checkpoint(checkpoint, model=model, optimizer=optimizer, device=accelerator.device, shards=shards)
-        if accelerator.is_main_process:  # two would write over each other
-            metrics.keep_until(state.step)
-            keep_samples_until(run_dir / "samples.jsonl", state.step)
+        state = _go_on(
+            run_dir,
+            metrics,
+            state,
+            sound=sound,
+            model=model,
+            optimizer=optimizer,
+            shards=shards,
+            accelerator=accelerator,
+            notify=notify,
+        )
         seconds = sum(float(str(record["step_s"])) for record in read_metrics(metrics.path) if "step_s" in record)
     accelerator.wait_for_everyone()  # every process has seen the directory as it was
     if not resume and accelerator.is_main_process:
-        run_directory.create(run_dir, config, digest=digest, ledger=ledger, training=documents)
+        run_directory.create(run_dir, config, identity=identity, digest=digest, ledger=ledger, training=documents)
     if plan is not None and accelerator.is_main_process:
-        run_directory.write_text(run_dir / "plan.json", memory_check.plan_json(plan))
+        run_directory.write_plan(run_dir, memory_check.plan_json(plan))
     scaling = loss_scale.describe(state.loss_scale, on_card=config.origin("model.dtype").startswith("auto"))
     for line in ledger.notes:
         notify(Event("phase", f"note: {line}"))
@@ -280,9 +312,51 @@ def require_trackers(names: Sequence[str]) -> None:
         )
 
 
-def _new_run_id(accelerator: Accelerator) -> str:
-    """Return a name that no other run has, the same in all processes."""
-    names = [os.urandom(8).hex()]
+def new_run_id() -> str:
+    """Return a name that no other run has."""
+    return os.urandom(8).hex()
+
+
+def _same_everywhere(accelerator: Accelerator, text: str) -> str:
+    """Return the text of the first process in all processes."""
+    texts = [text]
     if accelerator.num_processes > 1:
-        broadcast_object_list(names)
-    return names[0]
+        broadcast_object_list(texts)
+    return texts[0]
+
+
+def _go_on(
+    run_dir: Path,
+    metrics: MetricsFile,
+    start: RunState,
+    *,
+    sound: tuple[Path | None, list[str]],
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    shards: Shards | None,
+    accelerator: Accelerator,
+    notify: OnEvent,
+) -> RunState:
+    """Take up the newest checkpoint that is sound, or the start of a run that was stopped before its first one.
+
+    Args:
+        sound: from `newest_sound`.
+    Returns: where the run stands.
+    Raises: RunError: there are checkpoints, and every one is damaged.
+    """
+    checkpoint, damaged = sound
+    accelerator.wait_for_everyone()  # every process has seen the checkpoints as they were
+    if checkpoint is None and damaged:
+        raise RunError("\n  ".join([f"cannot resume {run_dir}: no checkpoint is sound", *damaged]))
+    if accelerator.is_main_process:
+        for folder, problem in zip(reversed(list_checkpoints(run_dir)), damaged, strict=False):
+            text = f"{problem}; it is kept as {set_aside(folder).name}, the run goes on from {checkpoint}"
+            notify(Event("warning", text))
+        if not metrics.restore(None if checkpoint is None else checkpoint / "metrics.jsonl"):
+            notify(Event("warning", f"{metrics.path}: was removed or changed; restored from {checkpoint}"))
+        keep_samples_until(run_dir / "samples.jsonl", start.step if checkpoint is None else read_state(checkpoint).step)
+    accelerator.wait_for_everyone()
+    if checkpoint is None:
+        notify(Event("warning", f"{run_dir}: nothing was saved yet; the run starts from the beginning"))
+        return start
+    return load_checkpoint(checkpoint, model=model, optimizer=optimizer, device=accelerator.device, shards=shards)

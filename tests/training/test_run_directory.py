@@ -1,0 +1,250 @@
+"""Two runs never mix, a damaged file is found, a run that was cut off anywhere can go on."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.training.conftest import MakeConfig
+from tests.training.tiny import read_losses
+
+import longfit
+from longfit.config import RunConfig
+from longfit.errors import RunError
+from longfit.files.lock import NAME as LOCK
+from longfit.training.checkpoint import damage, list_checkpoints
+from longfit.training.loop import train
+from longfit.training.metrics import Event
+from longfit.training.run_directory import claimed, list_runs
+
+SOURCES = {**os.environ, "PYTHONPATH": str(Path(longfit.__file__).parent.parent)}
+
+
+@pytest.fixture
+def run(make_config: MakeConfig, tmp_path: Path) -> RunConfig:
+    """A run of four steps that was stopped after the third, with the checkpoints of steps 2 and 3."""
+    config = make_config(train__save_every=1)
+
+    def stop(event: Event) -> None:
+        if event.kind == "step" and event.values["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert not train(config, on_event=stop).finished
+    return config
+
+
+@pytest.fixture
+def run_dir(run: RunConfig) -> Path:
+    return Path(str(run.output.run_dir))
+
+
+def resumed(config: RunConfig) -> list[str]:
+    """Resume; return the warnings."""
+    told: list[str] = []
+    train(config, resume=True, on_event=lambda event: told.append(event.text) if event.kind == "warning" else None)
+    return told
+
+
+def flip(path: Path, position: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[position % len(raw)] ^= 1 << (position % 8)
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    "file", ["optimizer.pt", "trainable.safetensors", "state.json", "checksums.json", "metrics.jsonl"]
+)
+def test_a_flipped_bit_in_the_newest_checkpoint_falls_back_to_the_one_before(
+    run: RunConfig, run_dir: Path, make_config: MakeConfig, tmp_path: Path, file: str
+) -> None:
+    unbroken = read_losses(train(make_config(train__save_every=1, output__run_dir=str(tmp_path / "unbroken"))).run_dir)
+    flip(run_dir / "checkpoints" / "step-000003" / file, 1000)
+    told = resumed(run)
+    assert "step-000003 is damaged" in told[0]
+    assert "goes on from" in told[0]
+    assert "step-000002" in told[0]
+    assert read_losses(run_dir) == unbroken
+    assert (run_dir / "checkpoints" / "step-000003.damaged").is_dir()
+    assert damage(run_dir / "checkpoints" / "step-000003") == []
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_found(run_dir: Path, run: RunConfig) -> None:
+    """A few of them in every file."""
+    folder = list_checkpoints(run_dir)[-1]
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        whole = path.read_bytes()
+        for position in range(0, len(whole), max(1, len(whole) // 5)):
+            flip(path, position)
+            assert damage(folder), (path, position)
+            path.write_bytes(whole)
+        path.unlink()
+        assert damage(folder), path
+        path.write_bytes(whole)
+    assert damage(folder) == []
+
+
+def test_without_a_sound_checkpoint_the_run_is_refused_and_nothing_is_touched(run: RunConfig, run_dir: Path) -> None:
+    for folder in list_checkpoints(run_dir):
+        flip(folder / "optimizer.pt", 500)
+    before = sorted(run_dir.rglob("*"))
+    with pytest.raises(RunError, match=r"no checkpoint is sound\n.*step-000003.*optimizer\.pt(.|\n)*step-000002"):
+        resumed(run)
+    assert sorted(run_dir.rglob("*")) == before
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "data.json", "ledger.json", "run.json"])
+def test_a_changed_file_of_the_run_itself_is_named(run: RunConfig, run_dir: Path, file: str) -> None:
+    path = run_dir / file
+    text = path.read_text()
+    for old, new in (("seed: 0", "seed: 1"), ('": "', '": "0'), ("0", "1")):
+        if old in text:
+            path.write_text(text.replace(old, new, 1))
+            with pytest.raises(RunError, match=file):
+                resumed(run)
+    path.unlink()
+    with pytest.raises(RunError, match=file):
+        resumed(run)
+
+
+def test_metrics_that_were_deleted_are_noticed_and_come_back(run: RunConfig, run_dir: Path) -> None:
+    before = read_losses(run_dir)
+    (run_dir / "metrics.jsonl").unlink()
+    assert "metrics.jsonl: was removed or changed" in resumed(run)[0]
+    assert read_losses(run_dir)[:3] == before
+
+
+def test_another_base_model_is_named(run: RunConfig, run_dir: Path, workplace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workplace / "model", tmp_path / "model")
+    config = run.replace({"model.name": str(tmp_path / "model"), "output.run_dir": str(tmp_path / "own")})
+    result = train(config)
+    flip(tmp_path / "model" / "model.safetensors", -3)
+    with pytest.raises(RunError, match=r"the base model changed \(model\.safetensors\)"):
+        train(config, resume=True)
+    assert result.finished
+
+
+# ------------------------------------------------------------------------------------------------ one process at a time
+def test_two_processes_do_not_share_a_directory(make_config: MakeConfig, run: RunConfig, run_dir: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from longfit.files.lock import FolderLock
+lock = FolderLock(Path({str(run_dir)!r})).take()
+print("held", flush=True)
+sys.stdin.read()
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=SOURCES
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    for resume in (True, False):
+        with pytest.raises(RunError, match=f"is being written by process {holder.pid}"):
+            train(run, resume=resume)
+    holder.kill()
+    holder.communicate()
+    assert (run_dir / LOCK).exists()  # a file that nobody locks means nothing
+    assert not [line for line in resumed(run) if str(run_dir) in line]
+    assert not (run_dir / LOCK).exists()
+
+
+def test_two_that_choose_a_name_at_once_get_two_names(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = make_config(output__run_dir=None)
+    with (
+        claimed(config, resume=False, on_event=print) as first,
+        claimed(config, resume=False, on_event=print) as second,
+    ):
+        assert (first.name, second.name) == ("model-001", "model-002")
+        (first / "something").touch()
+    assert list(Path("runs").iterdir()) == [first]  # an empty one goes
+
+
+def test_a_file_where_a_folder_should_be_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunError, match=str(place)):
+            train(make_config(output__run_dir=str(place)))
+
+
+# ------------------------------------------------------------------------------------------------ cut off anywhere
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_beginning(
+    run: RunConfig, run_dir: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    unbroken = read_losses(train(make_config(train__save_every=1, output__run_dir=str(tmp_path / "unbroken"))).run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    assert "nothing was saved yet; the run starts from the beginning" in resumed(run)[0]
+    assert read_losses(run_dir) == unbroken
+
+
+def test_a_start_that_was_cut_off_is_begun_again(run: RunConfig, run_dir: Path) -> None:
+    for path in run_dir.iterdir():
+        if path.name not in ("ledger.json", "data.json"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (run_dir / ".config.yaml.unfinished").write_text("model:")
+    with pytest.raises(RunError, match="its start was cut off: start it again, without --resume"):
+        resumed(run)
+    assert train(run).finished
+    assert not list(run_dir.glob(".*"))
+
+
+def test_leftovers_are_swept(run: RunConfig, run_dir: Path) -> None:
+    for name in (".step-000001.removed", ".step-000004.unfinished"):
+        (run_dir / "checkpoints" / name / "adapter").mkdir(parents=True)
+    (run_dir / ".plan.json.unfinished").touch()
+    resumed(run)
+    assert not [path for path in run_dir.rglob(".*") if path.name.endswith((".removed", ".unfinished"))]
+
+
+def test_a_damaged_run_does_not_hide_the_others(run: RunConfig, run_dir: Path, tmp_path: Path) -> None:
+    for name, damage_to in (("yaml", "config.yaml"), ("lines", "metrics.jsonl")):
+        shutil.copytree(run_dir, tmp_path / name)
+        (tmp_path / name / damage_to).write_text("[" * 5000 + "\n")
+    found = {summary.run_dir.name: summary for summary in list_runs(tmp_path)}
+    assert found["run"].problem is None
+    assert found["run"].step == 3
+    assert "config.yaml" in str(found["yaml"].problem)
+    assert "metrics.jsonl" in str(found["lines"].problem)
+
+
+def test_a_folder_that_is_removed_in_mid_run_is_named_and_not_made_again(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    def remove(event: Event) -> None:
+        if event.kind == "step" and event.values["step"] == 2:
+            shutil.rmtree(tmp_path / "run")
+
+    with pytest.raises(RunError, match=r"metrics\.jsonl: cannot be written: its folder is gone"):
+        train(make_config(), on_event=remove)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_watcher_that_has_gone_does_not_stop_the_run(make_config: MakeConfig) -> None:
+    def gone(event: Event) -> None:
+        if event.kind == "step":
+            raise OSError(5, "Input/output error")  # what a closed terminal says
+
+    assert train(make_config(), on_event=gone).finished
+
+
+def test_a_disk_too_small_for_the_checkpoints_shows_before_the_first_step(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With and without a memory plan, and by the same numbers."""
+
+    def usage(path: Any) -> Any:
+        return real(path)._replace(free=40 << 20)
+
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(Exception, match=r"disk: needs .* has 40[.]0 MiB"):
+        train(make_config())
+    with pytest.raises(RunError, match=r"will write .* the disk has 40[.]0 MiB free"):
+        train(make_config(engine__engine="plain"))
+    assert not (tmp_path / "run").exists()
