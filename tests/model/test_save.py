@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.model_folders import llama
 
 from longfit.errors import ModelError
+from longfit.files.checksums import seal_folder
 from longfit.model.adapters import add_adapters
 from longfit.model.context import extend_context
 from longfit.model.load import load
-from longfit.model.save import load_adapter, save_adapter
+from longfit.model.save import WEIGHTS, load_adapter, save_adapter
 
 NATIVE = 64
 CONTEXT = 4 * NATIVE
@@ -109,3 +111,43 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path) -> None:
         save_adapter(llama(), None, tmp_path / "adapter")
     with pytest.raises(ModelError, match=r"no adapter_config\.json"):
         load_adapter(llama(), tmp_path)
+
+
+def test_a_damaged_adapter_is_named(folder: Path, tmp_path: Path) -> None:
+    """Tied embeddings and norms trained too: every kind of tensor that an adapter file holds."""
+    model, tokenizer = load(folder, quant="none", dtype=torch.float32)
+    saved = save_adapter(
+        add_adapters(model, rank=4, train_embeddings=True, train_norms=True), tokenizer, tmp_path / "a"
+    )
+    whole = load_file(saved / WEIGHTS)
+    load_adapter(load(folder, quant="none", dtype=torch.float32)[0], saved)
+    some = next(name for name in whole if "lora_A" in name)
+    wrong = {
+        "lacks": {name: tensor for name, tensor in whole.items() if name != some},
+        "has what this model has not": whole | {f"{some}.more": torch.zeros(2)},
+        "holds NaN or infinity": whole | {some: whole[some] * float("inf")},
+        "size mismatch": whole | {some: torch.zeros(3, 3)},
+    }
+    for told, tensors in wrong.items():
+        save_file(tensors, saved / WEIGHTS)
+        with pytest.raises(ModelError, match=told) as caught:
+            load_adapter(load(folder, quant="none", dtype=torch.float32)[0], saved)
+        assert str(saved) in str(caught.value)
+    (saved / WEIGHTS).write_bytes(b"cut")
+    with pytest.raises(ModelError, match="the adapter cannot be read"):
+        load_adapter(load(folder, quant="none", dtype=torch.float32)[0], saved)
+    (saved / WEIGHTS).rename(saved / "adapter_model.bin")
+    with pytest.raises(ModelError, match="no pickled adapters"):
+        load_adapter(load(folder, quant="none", dtype=torch.float32)[0], saved)
+
+
+def test_a_sealed_adapter_that_was_changed_is_refused(folder: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(folder, quant="none", dtype=torch.float32)
+    saved = save_adapter(add_adapters(model, rank=4), tokenizer, tmp_path / "adapter")
+    seal_folder(saved)
+    (saved / "README.md").write_text("a card of my own")
+    load_adapter(load(folder, quant="none", dtype=torch.float32)[0], saved)
+    path = saved / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 32', '"lora_alpha": 33'))
+    with pytest.raises(ModelError, match=r"adapter_config\.json is damaged"):
+        load_adapter(load(folder, quant="none", dtype=torch.float32)[0], saved)

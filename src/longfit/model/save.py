@@ -15,12 +15,19 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from longfit.errors import ModelError
+from longfit.files import checksums
+from longfit.files.reading import read_object, reading
+from longfit.model.accounting import is_finite, not_finite
 from longfit.model.adapters import register_layers
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(
@@ -60,15 +67,40 @@ def restore_chat(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> No
 def load_adapter(model: Any, path: str | os.PathLike[str], *, trainable: bool = False) -> PeftModel:
     """Put a saved adapter on a base model whose positions have already been extended.
 
-    Raises: ModelError: no adapter at ``path``, or the RoPE settings it was trained with are not those of ``model``.
+    Raises: ModelError: no adapter at ``path``, a damaged one, one of another model, or the RoPE settings it was trained
+        with are not those of ``model``.
     """
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: no adapter_config.json; give the adapter folder of a run")
-    require_same_positions(model.config, folder)
-    config = PeftConfig.from_pretrained(str(folder))
-    register_layers(config)
-    return PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(f"{folder}: no {WEIGHTS}; longfit reads no pickled adapters: give the adapter folder of a run")
+    # Whoever publishes an adapter writes a README of his own.
+    if (folder / checksums.NAME).is_file() and (found := checksums.folder_damage(folder, ignore=("README.md",))):
+        raise ModelError(f"{folder}: {'; '.join(found[:3])}; copy it again, or resume its run, which writes it again")
+    with reading(folder, "the adapter", ModelError, do="copy it again (--debug shows where it failed)"):
+        require_same_positions(model.config, folder)
+        read_object(folder / "adapter_config.json", ModelError, what="the adapter's configuration", do="copy it again")
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise ModelError(f"{folder}: a {config.peft_type} adapter; longfit reads LoRA adapters")
+        register_layers(config)
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
+        _require_complete(adapted, folder)
+    return adapted
+
+
+def _require_complete(model: PeftModel, folder: Path) -> None:
+    """Raise ModelError unless every tensor of the adapter was read, none is left over, and all are finite."""
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        held = set(file.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    for what, names in (("lacks", expected - held), ("has what this model has not:", held - expected)):
+        if names:
+            raise ModelError(f"{folder / WEIGHTS}: {what} {min(names)} ({len(names)} in all); copy it again")
+    for name, parameter in model.named_parameters():
+        if ("lora_" in name or "modules_to_save" in name) and not is_finite(parameter):
+            raise ModelError(not_finite(str(folder), name))
 
 
 def require_same_positions(config: PretrainedConfig, folder: Path) -> None:
