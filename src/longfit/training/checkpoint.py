@@ -119,9 +119,7 @@ def save_checkpoint(
     return final
 
 
-def save_result(
-    run_dir: Path, *, model: Any, tokenizer: Any, trained: dict[str, Tensor] | None = None
-) -> Path:
+def save_result(run_dir: Path, *, model: Any, tokenizer: Any, trained: dict[str, Tensor] | None = None) -> Path:
     """Write the adapter that a run is for, in the place of an older one.
 
     Args:
@@ -234,10 +232,12 @@ def load_checkpoint(
     Raises: RunError: the checkpoint does not belong to this model or to this version of longfit.
     """
     with reading(folder, "the checkpoint", RunError, do="delete it to resume from an earlier one"):
-        return _load(folder, model=model, optimizer=optimizer, device=device)
+        return _load(folder, model=model, optimizer=optimizer, device=device, shards=shards)
 
 
-def _load(folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> RunState:
+def _load(
+    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, shards: Shards | None
+) -> RunState:
     from safetensors.torch import load_file
 
     state = read_state(folder)
