@@ -18,8 +18,9 @@ from typing import Any
 from longfit.evaluation.compare import Comparison, State
 from longfit.evaluation.passkey_prompts import HIGH, LOW
 from longfit.evaluation.pictures import draw_passkey, draw_perplexity, draw_training, svg_of
+from longfit.files.writing import write_text
 from longfit.training.metrics import read_metrics
-from longfit.training.run_directory import read_config, write_text
+from longfit.training.run_directory import read_config
 from longfit.words import format_bytes
 
 GUESS_NATS = math.log(HIGH - LOW + 1)  # of a pass key, drawn evenly
