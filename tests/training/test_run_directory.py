@@ -13,6 +13,7 @@ from tests.training.conftest import MakeConfig
 from tests.training.tiny import read_losses
 
 import longfit
+from longfit.cli.app import main
 from longfit.config import RunConfig
 from longfit.errors import RunError
 from longfit.files.lock import NAME as LOCK
@@ -202,7 +203,9 @@ def test_leftovers_are_swept(run: RunConfig, run_dir: Path) -> None:
     assert not [path for path in run_dir.rglob(".*") if path.name.endswith((".removed", ".unfinished"))]
 
 
-def test_a_damaged_run_does_not_hide_the_others(run: RunConfig, run_dir: Path, tmp_path: Path) -> None:
+def test_a_damaged_run_does_not_hide_the_others(
+    run: RunConfig, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, damage_to in (("yaml", "config.yaml"), ("lines", "metrics.jsonl")):
         shutil.copytree(run_dir, tmp_path / name)
         (tmp_path / name / damage_to).write_text("[" * 5000 + "\n")
@@ -211,6 +214,12 @@ def test_a_damaged_run_does_not_hide_the_others(run: RunConfig, run_dir: Path, t
     assert found["run"].step == 3
     assert "config.yaml" in str(found["yaml"].problem)
     assert "metrics.jsonl" in str(found["lines"].problem)
+    assert main(["runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert str(run_dir) in shown.out
+    assert "damaged: " in shown.err
+    assert str(tmp_path / "yaml" / "config.yaml") in shown.err
+    assert str(tmp_path / "yaml") not in shown.out
 
 
 def test_a_folder_that_is_removed_in_mid_run_is_named_and_not_made_again(

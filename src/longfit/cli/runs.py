@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from longfit.cli.output import print_json, print_lines, print_table
+from longfit.cli.output import print_json, print_lines, print_note, print_table
 from longfit.errors import ConfigError
 from longfit.words import format_bytes
 
@@ -46,7 +46,11 @@ def runs(
             time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed_at)),
         )
         for run in found
+        if run.problem is None
     ]
+    for run in found:
+        if run.problem is not None:
+            print_note(f"damaged: {run.problem}")
     print_table(("run", "model", "context", "steps", "loss", "validation", "changed"), rows)
 
 
