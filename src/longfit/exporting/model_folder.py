@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig
 
 from longfit.exporting.trained import Trained
+from longfit.files import checksums
 
 ADAPTER_FILES = (
     "adapter_config.json",
@@ -23,6 +24,7 @@ ADAPTER_FILES = (
     "config.json",
     "generation_config.json",
     "best.json",
+    checksums.NAME,  # of the adapter's own files
 )
 
 
