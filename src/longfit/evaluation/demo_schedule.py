@@ -17,13 +17,13 @@ from longfit.evaluation.perplexity import perplexity
 from longfit.planning.measure import measure_attention
 
 PROBE_TOKENS = 512
-"""Read twice, the second time on the clock: a second on two cores with AVX2, a quarter of one with bf16."""
+"""Read twice, the second time on the clock."""
 
 PASSES = 3
 """A training step's forward, recomputed forward and backward through frozen weights, in forward passes."""
 
 FIXED_S = 45.0
-"""Loading the model twice, quantising, reading and packing text, drawing, and saving: 30 to 40 s on two cores."""
+"""An allowance, not a measurement: loading the model twice, quantising, reading and packing text, drawing, saving."""
 
 CHOICES = ((14_336, 4), (12_288, 4), (14_336, 2), (12_288, 2), (10_240, 2))
 """Context and steps, the best first. The wall shows from 10,240 tokens on; two steps see each of the two texts once."""
