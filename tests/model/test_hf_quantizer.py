@@ -49,6 +49,15 @@ def test_a_bitsandbytes_checkpoint_loads_and_is_written_again_byte_for_byte(
     assert blocks[0] == blocks[1]
 
 
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_what_a_checkpoint_keeps_dense_comes_in_the_dtype_asked_for(quant: str, folder: Path, tmp_path: Path) -> None:
+    load(folder, quant=quant, dtype=torch.bfloat16)[0].save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    model, _ = load(tmp_path, dtype=torch.float32)
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+
+
 def test_bitsandbytes_loads_what_longfit_saved(folder: Path, tmp_path: Path) -> None:
     """Weights agree to the last bit, as bitsandbytes de-quantises them itself."""
     from bitsandbytes.functional import dequantize_4bit

@@ -151,9 +151,10 @@ class ReadBitsandbytes(ConversionOps):
         self, input_dict: dict[str, Any], *, model: nn.Module, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Tensor]:
         tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        if len(tensors) == 1:  # a weight that this checkpoint keeps dense
-            return tensors
-        layer, _ = get_module_from_name(model, full_layer_name)
+        layer, leaf = get_module_from_name(model, full_layer_name)
+        if len(tensors) == 1:  # a weight that this checkpoint keeps dense; transformers has not cast it
+            dtype = getattr(layer, leaf).dtype
+            return {key: value.to(dtype) for key, value in tensors.items()}
         if isinstance(layer, Linear8bit):
             rows = join_rows(*from_bitsandbytes_int8(full_layer_name, tensors))
             return adopted(layer, full_layer_name, rows, rows.new_empty(0, dtype=torch.uint8))
