@@ -18,7 +18,7 @@ from longfit.layers.linear4bit import Linear4bit
 from longfit.model.adapters import register_layers
 from longfit.parallel.layout import Layout
 from longfit.parallel.sequence import SequenceParallelLoss
-from longfit.parallel.shard import Shards, decoder_layers, shard_model, whole_tensor
+from longfit.parallel.shard import Shards, decoder_layers, mesh_of, shard_model, whole_tensor
 
 STEPS = 5
 
@@ -75,7 +75,7 @@ def together(rank: int, family: str, sequence: bool) -> list[Any]:
         loss = SequenceParallelLoss(torch.distributed.group.WORLD, balanced=False)
     module = TrainingLoss(model, loss=loss)
     whole = sum(p.nbytes for p in model.parameters())
-    shard_model(module, decoder_layers(model), layout, torch.device("cpu"))
+    shard_model(module, decoder_layers(model), mesh_of(layout, torch.device("cpu")))
     shards = Shards([p for p in model.parameters() if p.requires_grad], num_devices=2)
     held = sum(p.to_local().nbytes if hasattr(p, "to_local") else p.nbytes for p in model.parameters())
     assert held <= 0.52 * whole

@@ -24,13 +24,15 @@ def component(plan: MemoryPlan, name: str, phase: str) -> int:
     return sum(c.by_phase.get(phase, 0) for c in plan.components if c.name == name)
 
 
-def test_two_devices_hold_half_of_the_weights_each_and_load_all_of_them(shape: ModelShape) -> None:
+def test_two_devices_load_and_hold_half_of_the_layers_each_and_load_all_that_is_dense(shape: ModelShape) -> None:
     alone = memory_plan(shape, PlanSettings(context=8192, processes=2))
     shared = memory_plan(shape, PlanSettings(context=8192, processes=2, shard=2))
     for name in ("4-bit layers", "adapters", "optimiser state"):
         whole, part = component(alone, name, "forward"), component(shared, name, "forward")
         assert whole / 2 <= part <= whole / 2 + 1
-    assert component(shared, "4-bit layers", "load") == component(alone, "4-bit layers", "load")
+    assert component(shared, "4-bit layers", "load") == component(shared, "4-bit layers", "forward")
+    dense = "embedding and output matrix"
+    assert component(shared, dense, "load") == component(alone, dense, "load")
     assert component(shared, "gradient buckets of all replicas", "forward") == 0
     layer = component(alone, "4-bit layers", "forward") / shape.num_layers
     assert component(shared, "gathered weights", "forward") > 2 * layer

@@ -1,6 +1,8 @@
-"""The private names of torch.distributed that longfit uses, one function each."""
+"""What of torch.distributed is private, or costs its import: one function each."""
 
 from typing import Any
+
+from torch import Tensor, nn
 
 
 def default_store() -> Any:
@@ -13,3 +15,12 @@ def default_store() -> Any:
 
     store: Any = _get_default_store()
     return store.clone()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process has: its own rows of a DTensor, else all of it."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longfit.compat.torch_distributed import local_part
 from longfit.kernels.dispatch import dequantize_rows, linear_4bit, linear_4bit_grad_input, quantize_4bit
 from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.numerics.quant_state import QuantState
@@ -121,7 +122,8 @@ class Linear4bit(QuantizedLinear):
     def constants_finite(self) -> bool:
         """Whether no block constant is NaN or infinite; double quantisation spreads one NaN to all of them."""
         f = self.row_format
-        scales = self.constants if f.double_quant else self.weight.detach()[:, f.code_bytes :].contiguous()
+        rows = local_part(self.weight.detach())
+        scales = self.constants if f.double_quant else rows[:, f.code_bytes :].contiguous()
         return bool(scales.view(torch.float32).isfinite().all())
 
     def extra_repr(self) -> str:

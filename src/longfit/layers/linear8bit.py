@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longfit.compat.torch_distributed import local_part
 from longfit.kernels.int8_matmul import linear_8bit
 from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.numerics.vectorwise import dequantize_vectors, quantize_vectors
@@ -124,7 +125,7 @@ class Linear8bit(QuantizedLinear):
 
     def constants_finite(self) -> bool:
         """Whether no row's constant is NaN or infinite."""
-        return bool(self.codes_and_absmax()[1].isfinite().all())
+        return bool(split_rows(local_part(self.weight.detach()))[1].isfinite().all())
 
     def extra_repr(self) -> str:
         products = "dq(W)" if self.threshold is None else f"LLM.int8(), threshold={self.threshold:g}"

@@ -8,7 +8,8 @@ so that anyone can load them.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model.accounting import is_finite
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
 from longfit.numerics.row_format import RowFormat, to_rows
+
+if TYPE_CHECKING:
+    from longfit.model.own_rows import OwnRows
 
 QUANT_METHOD = "longfit"
 BITSANDBYTES_KEYS = {
@@ -78,6 +82,13 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
         self.absmax_block_size, self.skip_modules, self.dtype = absmax_block_size, skip_modules, dtype
         self.int8_modules, self.threshold = int8_modules, threshold
+        self.own_rows: OwnRows | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LongfitQuantizationConfig:
+        """All settings again, and the same devices: process groups cannot be copied."""
+        other = copy.copy(self)
+        memo[id(self)] = other
+        return other
 
     @classmethod
     def from_bitsandbytes(cls, block: dict[str, Any]) -> LongfitQuantizationConfig:
@@ -93,12 +104,16 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
             dtype=block.get("bnb_4bit_compute_dtype", "float32"),
         )
 
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make the same configuration."""
+        return {key: value for key, value in self.__dict__.items() if key != "own_rows"}
+
     def to_dict(self) -> dict[str, Any]:
         """The block written into ``config.json``: bitsandbytes' own where its files can hold the data type."""
         eight = self.quant_type == "int8"
         other_blocks = not eight and (self.block_size != 64 or self.absmax_block_size != 256)
         if self.quant_type not in BITSANDBYTES_KEYS or other_blocks or self.int8_modules:
-            return dict(self.__dict__)
+            return self.settings()
         return {
             "_load_in_4bit": not eight,
             "_load_in_8bit": eight,
@@ -131,7 +146,8 @@ class QuantizeWeight(ConversionOps):
             if not is_finite(weight):  # packed, a NaN would look like any other code
                 raise ModelError(f"{name} holds NaN or infinity; the file is damaged or the model is broken")
             layer, _ = get_module_from_name(model, name)
-            rows, constants = layer.stored(weight)
+            own = self.hf_quantizer.own_rows
+            rows, constants = layer.stored(weight) if own is None else own.stored(layer, weight)
             del weight
             converted |= adopted(layer, name, rows, constants)
         return converted
@@ -214,6 +230,7 @@ class LongfitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: LongfitQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.skipped: dict[str, str] = {}
+        self.own_rows: OwnRows | None = quantization_config.own_rows
 
     @property
     def quantized_element_size(self) -> float:
@@ -242,6 +259,8 @@ class LongfitQuantizer(HfQuantizer):
             replacement = self._placeholder(module, eight=eight)
             # Bytes are read, never drawn at random; what lacks them is refused.
             do_not_initialize(replacement)
+            if self.own_rows is not None and not self.pre_quantized:
+                self.own_rows.make_place(replacement)
             model.set_submodule(name, replacement)
 
     def _placeholder(self, linear: nn.Linear, *, eight: bool) -> QuantizedLinear:

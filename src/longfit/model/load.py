@@ -11,12 +11,13 @@ import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from longfit.compat.torch_distributed import local_part
 from longfit.compat.transformers import forget_attention
 from longfit.errors import ModelError
 from longfit.files import reading as border
@@ -27,6 +28,9 @@ from longfit.model import gguf
 from longfit.model.accounting import accounted
 from longfit.model.hf_quantizer import LongfitQuantizationConfig
 from longfit.model.weight_files import read_headers, require_fitting, require_sane_counts
+
+if TYPE_CHECKING:
+    from longfit.model.own_rows import OwnRows
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NEITHER = "neither a model folder, nor a .gguf file, nor a reachable hub id"
@@ -84,6 +88,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     skip_modules: list[str] | None = None,
+    own_rows: OwnRows | None = None,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer.
 
@@ -99,6 +104,7 @@ def load(
             processor without bf16 instructions, or float16 on a card without bfloat16.
         device: where the weights go; the first CUDA device if there is one, else the CPU.
         skip_modules: names of linear layers to leave dense.
+        own_rows: of this device, where several share the quantised weights (``OwnRows``); the others are not kept.
     Returns: the model in eval mode and its tokenizer; ``longfit.reports(model).load`` tells what was done.
     Raises: ModelError: nothing at ``name``, not a causal language model, or an unknown ``quant``.
     """
@@ -119,13 +125,20 @@ def load(
             int8_modules=int8_modules,
             threshold=int8_threshold,
         )
+        arguments["quantization_config"].own_rows = own_rows
     with reading(name, "the model", ModelError, do=CANNOT_LOAD):
         if gguf.is_gguf(path):
-            return _load_gguf(path, arguments)
+            return _settled(_load_gguf(path, arguments), own_rows)
         if path.suffix == ".gguf":
             problem = "does not start with GGUF's magic bytes" if path.exists() else "no such file"
             raise ModelError(f"{path}: {problem}; give a .gguf file, a folder, or a hub id")
-        return _load_safetensors(str(name), arguments)
+        return _settled(_load_safetensors(str(name), arguments), own_rows)
+
+
+def _settled(loaded: tuple[Any, Any], own_rows: OwnRows | None) -> tuple[Any, Any]:
+    if own_rows is not None:
+        own_rows.settle(loaded[0])
+    return loaded
 
 
 CANNOT_LOAD = "fetch it again, or give another model (--debug shows where it failed)"
@@ -148,7 +161,7 @@ def _load_safetensors(name: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
     block = getattr(config, "quantization_config", None)
     if block is not None:
         arguments["quantization_config"] = None
-        config.quantization_config = prequantized(name, block).__dict__
+        config.quantization_config = prequantized(name, block).settings()
     headers = read_headers(Path(name)) if Path(name).is_dir() else {}
     if headers:
         require_fitting(headers, config, prequantized=block is not None)
@@ -257,12 +270,13 @@ def load_report(model: Any) -> LoadReport:
     stored = {
         tensor.data_ptr(): tensor
         for layer in layers.values()
-        for tensor in (layer.weight, layer.constants)
+        for tensor in (local_part(layer.weight), layer.constants)
         if tensor.numel()
     }
     quantized_bytes = sum(tensor.nbytes for tensor in stored.values())
     quantized_params = sum(layer.in_features * layer.out_features for layer in layers.values())
-    everything = {tensor.data_ptr(): tensor for tensor in model.parameters() if tensor.data_ptr() not in stored}
+    own = map(local_part, model.parameters())
+    everything = {tensor.data_ptr(): tensor for tensor in own if tensor.data_ptr() not in stored}
     dense_bytes = sum(tensor.nbytes for tensor in everything.values())
     dense_params = sum(tensor.numel() for tensor in everything.values())
     return LoadReport(

@@ -31,16 +31,17 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def shard_model(module: nn.Module, layers: Iterable[nn.Module], layout: Layout, device: torch.device) -> None:
-    """Let ``layout.shard`` devices share the weights of a module; where there are more, their parts are replicated.
+def shard_model(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Let devices share the weights of a module.
 
     Args:
         module: whose forward is the loss; what is not in ``layers`` is gathered for the whole of its forward and
-            backward.
+            backward. Parameters of which only the own rows were loaded (DTensors of this mesh) stay these rows.
         layers: gathered one at a time.
-        device: where the parts go; a layer at a time is there as a whole.
+        mesh: from `mesh_of`; a layer at a time is on its device as a whole.
     """
-    mesh = _mesh(layout, device)
+    device = torch.device(mesh.device_type)
+    own = _set_own_rows_aside(module)
     whole: list[nn.Parameter] = []
     for layer in layers:
         odd = _of_another_dtype(layer)
@@ -49,9 +50,33 @@ def shard_model(module: nn.Module, layers: Iterable[nn.Module], layout: Layout, 
             parameter.data = parameter.data.to(device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=set(odd))
     fully_shard(module, mesh=mesh, ignored_params=set(whole))
+    for owner, name, rows in own:  # FSDP2 takes them up when it first runs, as it does what a state dict assigns
+        setattr(owner, name, _in_place_of(getattr(owner, name), rows))
 
 
-def _mesh(layout: Layout, device: torch.device) -> DeviceMesh:
+def _set_own_rows_aside(module: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Put shapes in the place of DTensors, which FSDP2 would not cut; returns where, and the rows."""
+    found = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    for owner, name, parameter in found:
+        shape = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        setattr(owner, name, nn.Parameter(shape, requires_grad=False))
+    return [(owner, name, parameter.to_local()) for owner, name, parameter in found]
+
+
+def _in_place_of(place: DTensor, rows: Tensor) -> nn.Parameter:
+    filled = DTensor.from_local(
+        rows, place.device_mesh, place.placements, run_check=False, shape=place.shape, stride=place.stride()
+    )
+    return nn.Parameter(filled, requires_grad=False)
+
+
+def mesh_of(layout: Layout, device: torch.device) -> DeviceMesh:
+    """The devices of a run; those along the last axis share one copy of the weights. Call it in every process."""
     if layout.shard == layout.devices:
         return init_device_mesh(device.type, (layout.devices,), mesh_dim_names=("shard",))
     sizes = (layout.devices // layout.shard, layout.shard)

@@ -2,7 +2,8 @@
 
     sequence    a device has its part of the tokens, and for a while the keys and values that it sees of the others'
     shard       a device has its part of weights, gradients and optimiser state, and two gathered layers; what is
-                outside of the layers is gathered for the whole pass. While loading, it holds the whole 4-bit model
+                outside of the layers is gathered for the whole pass. Quantised layers arrive as the own rows; what is
+                dense is whole while loading
 
 The plan is of the device that holds most: with exact attention that is the one with the last tokens of a window, which
 sees all keys.
@@ -28,6 +29,9 @@ SHARED = (
     *("trained copies of embeddings and norms", "gradients", "optimiser state", "optimiser state, paged out"),
 )
 """Components of which a device has its part."""
+
+LOADED_BY_ROWS = ("4-bit layers", "8-bit layers")
+"""Those of which it never has more (``model/own_rows.py``), unless the checkpoint is quantised already."""
 
 
 def own_part(settings: PlanSettings) -> PlanSettings:
@@ -67,7 +71,8 @@ def sharded(components: Sequence[Component], shape: ModelShape, settings: PlanSe
     for component in components:
         by_phase = component.by_phase
         if component.name in SHARED:
-            by_phase = {p: size if p == "load" else -(-size // settings.shard) for p, size in by_phase.items()}
+            late = component.name not in LOADED_BY_ROWS
+            by_phase = {p: size if p == "load" and late else -(-size // settings.shard) for p, size in by_phase.items()}
         parts.append(Component(component.name, component.place, by_phase))
     base, trained = constant_bytes.weights(shape, settings), constant_bytes.trained(shape, settings)
     layer = (base.layers + 4 * trained.adapter_params) // shape.num_layers

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch.distributed.device_mesh import DeviceMesh
 
 from longfit.config import RunConfig
 from longfit.engine.loss.training_loss import TrainingLoss, training_loss
@@ -57,20 +58,22 @@ def choose_loss(model: Any, config: RunConfig, layout: Layout, accelerator: Acce
 
 
 def wrap(
-    model: Any, loss_of: Any, config: RunConfig, layout: Layout, accelerator: Accelerator
+    model: Any, loss_of: Any, config: RunConfig, accelerator: Accelerator, mesh: DeviceMesh | None
 ) -> tuple[Any, list[dict[str, Any]], Shards | None]:
     """Make the module that trains, as the processes share it.
 
+    Args:
+        mesh: of the devices that share the weights; None where each has all of them.
     Returns: the module whose forward is the loss; the optimiser's groups; what this process has of the trained
         parameters, None where it has them whole.
     """
     module: Any = TrainingLoss(model, engine=config.engine.engine, loss=loss_of)
-    if layout.shard == 1:
+    if mesh is None:
         module = accelerator.prepare(module).train()
         return module, parameter_groups(model, weight_decay=config.train.weight_decay), None
-    shard_model(module, decoder_layers(model), layout, torch.device(accelerator.device.type))
+    shard_model(module, decoder_layers(model), mesh)
     groups = parameter_groups(model, weight_decay=config.train.weight_decay)
-    shards = Shards([p for group in groups for p in group["params"]], num_devices=layout.devices)
+    shards = Shards([p for group in groups for p in group["params"]], num_devices=accelerator.num_processes)
     return module.train(), shards.groups(groups), shards
 
 

@@ -31,6 +31,7 @@ from longfit.model.adapters import add_adapters
 from longfit.model.context import ContextReport, extend_context
 from longfit.model.fused import fuse
 from longfit.model.load import auto_dtype, load, read_config, read_tokenizer
+from longfit.model.own_rows import OwnRows
 from longfit.model.save import load_adapter, restore_chat
 from longfit.training import run_directory
 from longfit.training.metrics import Event, OnEvent, ignore
@@ -181,7 +182,7 @@ def remember_chat(model: Any, tokenizer: Any, windows: PackedDataset) -> None:
         generation.eos_token_id = [*known, *sorted(ends - set(known))]
 
 
-def load_base(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
+def load_base(config: RunConfig, device: torch.device, *, own_rows: OwnRows | None = None) -> tuple[Any, Any]:
     section = config.model
     return load(
         section.name,
@@ -192,6 +193,7 @@ def load_base(config: RunConfig, device: torch.device) -> tuple[Any, Any]:
         int8_modules=section.int8_modules,
         dtype=None if section.dtype == "auto" else getattr(torch, section.dtype),
         device=device,
+        own_rows=own_rows,
     )
 
 

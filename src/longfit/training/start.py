@@ -24,11 +24,12 @@ from longfit.errors import ConfigError, ModelError, RunError
 from longfit.files.reading import reading
 from longfit.model import weight_files
 from longfit.model.load import load_report
+from longfit.model.own_rows import OwnRows
 from longfit.parallel.agreement import require_agreement, versions
 from longfit.parallel.heartbeat import Heartbeat
 from longfit.parallel.layout import Layout, choose_layout
 from longfit.parallel.processes import start_heartbeat
-from longfit.parallel.shard import Shards
+from longfit.parallel.shard import Shards, mesh_of
 from longfit.planning.plan import Plan
 from longfit.training import loss_scale, memory_check, run_directory
 from longfit.training.best import require_validation
@@ -207,7 +208,9 @@ def _start(
         parallelism=accelerator.distributed_type.value,
     )
     notify(Event("phase", f"loading {config.model.name}"))
-    model, tokenizer = load_base(config, accelerator.device)
+    mesh = mesh_of(layout, accelerator.device) if layout.shard > 1 else None
+    own_rows = OwnRows(mesh) if mesh is not None and config.model.quant != "none" else None
+    model, tokenizer = load_base(config, accelerator.device, own_rows=own_rows)
     for line in str(load_report(model)).splitlines():
         notify(Event("phase", line))
     native = native_context(model.config)
@@ -238,7 +241,9 @@ def _start(
     if config.adapter.init is not None and not resume:
         notify(Event("phase", str(warm_start(model, config.adapter.init))))
     loss_of = choose_loss(model, config, layout, accelerator)
-    loss_module, groups, shards = wrap(model, loss_of, config, layout, accelerator)
+    if own_rows is not None:
+        own_rows.release()
+    loss_module, groups, shards = wrap(model, loss_of, config, accelerator, mesh)
     stream_frozen(model, config, accelerator.device, on_event=notify)
     optimizer = make_optimizer(
         config,
