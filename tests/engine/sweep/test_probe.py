@@ -1,5 +1,7 @@
 """What a probe finds: each kind of mixing is made here by a few lines, in a model of which only they are new."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +56,23 @@ def test_a_state_beside_attention_is_found_and_only_in_its_layer(dtype: torch.dt
     assert first == type(first)()
     assert "carries a state from token to token besides attention" in (second.sweeps or "")
     assert "model.layers.1: LlamaDecoderLayer carries something" in (nature_of(hybrid).packs or "")
+
+
+class Uncopied(nn.Module):
+    """Fails a test that copies it."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise AssertionError("copied")
+
+
+def test_a_16_bit_model_is_probed_without_a_copy_of_more_than_a_layer(tmp_path: Path) -> None:
+    """A layer's own attributes lead to the probe, from there to the model, and to an open file that nothing copies."""
+    halved = model(dtype=torch.bfloat16)
+    halved.bystander = Uncopied()
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        report = enable_sweep(halved, tile=7, offload="file", offload_folder=tmp_path)
+    assert report.layers == ("model.layers.0", "model.layers.1")
+    assert not report.fallback
 
 
 def test_packed_documents_are_refused_where_they_see_each_other_and_padding_is_not() -> None:

@@ -27,7 +27,7 @@ from longfit.attention.backends import tile_forward
 from longfit.attention.spec import AttentionSpec
 from longfit.attention.tile import QueryTile
 from longfit.compat.torch import holds_values
-from longfit.compat.transformers import attention_of, set_checkpoint_function
+from longfit.compat.transformers import attention_of, checkpoint_function, set_checkpoint_function
 from longfit.engine.hf_model import base_model, decoder, last_norm, output_head
 from longfit.engine.offload.activations import ActivationOffload, DeviceActivations
 from longfit.engine.sweep.layer import run_layer_without_grad
@@ -300,7 +300,8 @@ def _in_float32(call: LayerCall) -> LayerCall:
     """The call with a copy of the layer in float32; the layer itself where it computes in float32 or float64."""
     dtypes = {p.dtype for p in call.layer.parameters() if p.is_floating_point()}
     if dtypes & {torch.bfloat16, torch.float16} and _has_values(call.layer):
-        layer = copy.deepcopy(call.layer).float()
+        functions = map(checkpoint_function, call.layer.modules())  # the probe's own: it leads to the whole model
+        layer = copy.deepcopy(call.layer, {id(function): function for function in functions}).float()
         args, keywords = _float32(call.args), _float32(call.keywords)
         return replace(call, layer=layer, args=args, keywords=keywords)
     return call
