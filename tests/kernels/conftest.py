@@ -12,7 +12,7 @@ import torch
 from longfit.kernels.cpu import library as cpu_library
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16", "neon"])
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16", "neon"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test with one instruction set forced; skipped with its reason where it cannot run."""
     reason = cpu_library.unavailable()

@@ -23,8 +23,8 @@ U32 = UNIT[torch.float32]
 FLUSHED = {torch.bfloat16: 1e-30, torch.float16: 2.0**-25, torch.float32: 1e-30}
 
 PATHS = [
-    *((isa, torch.float32) for isa in ("scalar", "avx2", "avx512", "avx512_bf16", "neon")),
-    *((isa, torch.bfloat16) for isa in ("scalar", "avx2", "avx512_bf16", "neon")),
+    *((isa, torch.float32) for isa in ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16", "neon")),
+    *((isa, torch.bfloat16) for isa in ("scalar", "avx2", "avx512_bf16", "amx_bf16", "neon")),
     *((isa, torch.float16) for isa in ("avx2", "avx512", "neon")),
 ]
 
@@ -198,11 +198,7 @@ def test_every_number_of_threads(dtype: torch.dtype, threads: int, monkeypatch: 
     check_against_float64(problem(queries=400, start=100, batch=2, heads=(6, 2), dtype=dtype))
 
 
-def test_float32_arithmetic_has_the_same_bits_on_any_number_of_threads(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if dtype == torch.bfloat16 and cpu_attention.multiplies_bf16():
-        pytest.skip("the bf16 kernel sums dQ once per thread")
+def test_the_same_bits_on_any_number_of_threads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(queries=300, start=1000, heads=(6, 2), group=128, key_offset=37, dtype=dtype)
     results = []
     for threads in (1, 2, 3, 7):

@@ -65,6 +65,14 @@ def test_a_forced_set_without_bf16_is_believed(monkeypatch: pytest.MonkeyPatch, 
     assert processor.instruction_set() == isa
 
 
+@pytest.mark.parametrize(("isa", "reason"), [("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-BF16")])
+def test_a_forced_set_with_bf16_names_what_multiplies(monkeypatch: pytest.MonkeyPatch, isa: str, reason: str) -> None:
+    pretend(monkeypatch, features=AVX512 + " amx_bf16 amx_tile avx512_bf16 avx512vbmi")
+    assert processor.instruction_sets() == ("amx_bf16", "avx512_bf16", "avx512", "avx2", "scalar")
+    monkeypatch.setenv("LONGFIT_ISA", isa)
+    assert processor.auto_dtype() == ("bfloat16", f"this processor has {reason}")
+
+
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="torch itself has nothing to be held back from here"
 )

@@ -1,10 +1,10 @@
 """Attention of a tile of queries over all earlier keys in C++: forward with log-sum-exp, and backward from it.
 
 There are two kernels. ``csrc/attention/attention_*_f32.cpp`` serves every instruction set: float32, bf16 or fp16
-tensors, all arithmetic in float32. ``attention_*_avx512bf16.cpp`` multiplies bf16 pairs with vdpbf16ps, at three times
-the speed: sums are float32, but P and dS are rounded to bf16 before the products that consume them, as on a GPU's
-tensor cores. It takes bf16 tensors where the processor has AVX-512 BF16. The log-sum-exp is good to float32 in both.
-The same call gives the same bits every time: the float32 kernel on any number of threads, the other on as many.
+tensors, all arithmetic in float32. ``attention_*_avx512bf16.cpp`` multiplies bf16 pairs, with vdpbf16ps or in the tile
+registers of AMX: sums are float32, but P and dS are rounded to bf16 before the products that consume them, as on a
+GPU's tensor cores. It takes bf16 tensors where the processor has AVX-512 BF16. The log-sum-exp is good to float32 in
+both. The same call gives the same bits every time, on any number of threads.
 
 What a query sees is one number per head class: all keys from ``first_key`` to itself. Exact and shifted attention
 (LongLoRA, section 3.2), sliding windows and packed documents all have that form; keys that a block of queries does not
@@ -57,7 +57,7 @@ def supported() -> str | None:
 
 def multiplies_bf16() -> bool:
     """Whether bf16 tensors meet in bf16 products, and P and dS are rounded for that."""
-    return library().isa == "avx512_bf16"
+    return library().multiplies_bf16
 
 
 def attention_forward(

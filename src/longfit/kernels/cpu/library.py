@@ -23,7 +23,7 @@ from torch import Tensor
 from longfit.errors import BackendError
 from longfit.kernels.sizes import TILE_BYTES
 
-ABI = 7  # LONGFIT_ABI of csrc/longfit.h
+ABI = 8  # LONGFIT_ABI of csrc/longfit.h
 
 # Results from this size on are new memory from the system, not from the allocator's cache.
 HUGE_BYTES = 4 << 20
@@ -101,7 +101,6 @@ class Library:
             raise BackendError(f"the C++ library {path} has version {abi}, this longfit needs {ABI}; install it again")
         self._handle.longfit_isas.restype = ctypes.c_char_p
         self.path = path
-        self._has_amx = bool(self._handle.longfit_has_amx())
         self.isas = tuple(self._handle.longfit_isas().decode().split(","))
         self._kernels: dict[tuple[str, str], Any] = {}
         self._tiles = threading.local()
@@ -122,8 +121,13 @@ class Library:
 
     @property
     def multiplies_bf16(self) -> bool:
-        """Whether the library's own bf16 GEMM is the fastest there is."""
-        return self._isa == "avx512_bf16" and not self._has_amx
+        """Whether the instruction set in use has products of bf16 numbers."""
+        return self._isa in ("avx512_bf16", "amx_bf16")
+
+    @property
+    def multiplies_4bit(self) -> bool:
+        """Whether the library's own bf16 product with a 4-bit weight is the fastest: not where torch's GEMM has AMX."""
+        return self._isa == "avx512_bf16"
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return uninitialised memory for a result, on huge pages where it is large."""

@@ -23,10 +23,13 @@ _TORCH_NAMES = {
     "scalar": ("default", "SSE41", "SSE4_2"),
     "avx2": ("avx2", "AVX2", "AVX2"),
     "avx512": ("avx512", "AVX512_CORE", "AVX512"),
+    "avx512_bf16": ("avx512", "AVX512_CORE_BF16", "AVX512"),
 }
 
+_BF16 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512vbmi"}
 _X86_SETS = {
-    "avx512_bf16": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "avx512vbmi"},
+    "amx_bf16": {*_BF16, "amx_tile", "amx_bf16"},
+    "avx512_bf16": _BF16,
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
     "avx2": {"avx2", "fma", "bmi2"},
 }
@@ -82,11 +85,11 @@ def has_kernels() -> bool:
 def bf16_instructions() -> str | None:
     """The bf16 instructions that products use here, named for people; None where bf16 would be emulated."""
     forced = os.environ.get("LONGFIT_ISA")
-    if forced is not None and forced not in ("avx512_bf16", "neon"):
+    if forced is not None and forced not in ("amx_bf16", "avx512_bf16", "neon"):
         return None
     if sys.platform == "linux" and "bf16" in features() and platform.machine() == "aarch64":
         return "ARM's BF16"
-    if "amx_bf16" in features() and forced is None:
+    if "amx_bf16" in features() and forced in (None, "amx_bf16"):
         return "AMX"
     if "avx512_bf16" in features() or "avx512_bf16" in instruction_sets():
         return "AVX512-BF16"

@@ -169,7 +169,7 @@ def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> T
     y = torch.empty(*x.shape[:-1], fmt.out_features, dtype=x.dtype)
     rows, constants = _dense_rows(rows), constants.contiguous()
     weight = _row_weight(rows, constants, fmt)
-    own_gemm = x.dtype == torch.bfloat16 and library().multiplies_bf16
+    own_gemm = x.dtype == torch.bfloat16 and library().multiplies_4bit
     if x2.shape[0] <= (FEW_ROWS_BF16 if own_gemm else FEW_ROWS) and x.dtype in DTYPES:
         x2 = x2.contiguous()
         library().kernel("linear_4bit")(
@@ -195,7 +195,7 @@ def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: R
     out = torch.empty(*grad.shape[:-1], fmt.in_features, dtype=grad.dtype)
     rows, constants = _dense_rows(rows), constants.contiguous()
     weight = _row_weight(rows, constants, fmt)
-    if grad.dtype == torch.bfloat16 and library().multiplies_bf16:
+    if grad.dtype == torch.bfloat16 and library().multiplies_4bit:
         _multiply(grad2, weight, out, transposed=False)
     else:
         _grad_input_by_tiles(grad2, weight, fmt, out.view(-1, fmt.in_features))

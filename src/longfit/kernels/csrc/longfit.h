@@ -1,7 +1,7 @@
 // The C ABI between Python (kernels/cpu/library.py, ctypes) and the C++ kernels. No torch headers: a tensor arrives as a pointer.
 //
 // How one source serves every instruction set. CMake compiles each csrc/*.cpp once per instruction set ("ISA": scalar, avx2, avx512,
-// avx512_bf16, neon), each time with that set's compiler flags and with LONGFIT_ISA and LONGFIT_<ISA> defined. KERNEL(name) appends the
+// avx512_bf16, amx_bf16, neon), each time with that set's compiler flags and with LONGFIT_ISA and LONGFIT_<ISA> defined. KERNEL(name) appends the
 // ISA to the exported name, so the library holds longfit_dequantize_4bit_scalar, longfit_dequantize_4bit_avx2, ... and Python calls the
 // one it chose. There is no dispatch in C++, and a test forces an ISA by calling its symbol. csrc/runtime/*.cpp is compiled once, for the
 // oldest processor.
@@ -18,7 +18,7 @@
 #define KERNEL(name) LONGFIT_JOIN(name, LONGFIT_ISA)
 
 // Raised by one whenever an exported function comes or changes its meaning; kernels/cpu/library.py refuses a library with another number.
-#define LONGFIT_ABI 7
+#define LONGFIT_ABI 8
 
 // Size of a table of longfit_nearest_table.
 #define LONGFIT_NEAREST_BYTES (44 << 10)

@@ -29,12 +29,12 @@ struct longfit_attention_tile {
 };
 
 // q, k, v, out bf16; lse fp32 [batch, query_heads, queries].
-LONGFIT_EXPORT void longfit_attention_forward_avx512_bf16(const longfit_attention_tile* tile, const longfit_attention_view* q,
+LONGFIT_EXPORT void KERNEL(longfit_attention_forward)(const longfit_attention_tile* tile, const longfit_attention_view* q,
                                                           const longfit_attention_view* k, const longfit_attention_view* v,
                                                           const longfit_attention_view* out, float* lse);
 
 // grad_out, q, k, v, out, grad_q bf16; grad_k, grad_v fp32, added to; lse as the forward gave it.
-LONGFIT_EXPORT void longfit_attention_backward_avx512_bf16(
+LONGFIT_EXPORT void KERNEL(longfit_attention_backward)(
     const longfit_attention_tile* tile, const longfit_attention_view* grad_out, const longfit_attention_view* q,
     const longfit_attention_view* k, const longfit_attention_view* v, const longfit_attention_view* out, const float* lse,
     const longfit_attention_view* grad_q, const longfit_attention_view* grad_k, const longfit_attention_view* grad_v);

@@ -5,15 +5,17 @@
 // with S^T = K Q^T recomputed and delta = rowsum(dO * O).  FlashAttention-2 (arXiv 2307.08691), algorithm 2.
 //
 // Segments come one after the other, and in each runs of queries that stay in the cache while all keys pass. In a run, threads first pack Q
-// and dO, then work on blocks of keys: a thread owns the dK and dV of its blocks and sums dQ in a buffer of its own, so nothing is shared;
-// last, the buffers are added up.
+// and dO, then take blocks of keys one by one: a thread owns the dK and dV of its block. dQ is summed over the blocks in kSums buffers, in
+// each in the order of its blocks: a thread waits until the block before has added its share of a panel. So the gradients have the same
+// bits for any number of threads, and a slow core holds up one buffer.
 #include "attention_softmax.h"
+#include "attention_turns.h"
 #include "../common/parallel.h"
 
 namespace {
 
 constexpr int64_t kKeyBlock = 128;      // keys that are packed at once
-constexpr int64_t kKeyGroup = 24;       // keys whose scores are still in the first-level cache when their gradient is taken
+constexpr int64_t kKeyGroup = kScoreRows;  // keys whose scores are still in the first-level cache when their gradient is taken
 constexpr int64_t kStrip = 2 * kPanel;  // queries summed over at once for dK and dV
 constexpr int64_t kRunBytes = 1280 << 10;  // packed rows and dQ of a run, most of a second-level cache: 512 queries of three heads of 64
 
@@ -22,10 +24,9 @@ struct Backward {
     const longfit_attention_view &grad_out, &q, &k, &v, &out;
     const float* lse;
     const longfit_attention_view &grad_q, &grad_k, &grad_v;
-    int64_t width;     // head_dim padded to a multiple of 16
+    int64_t width;     // head_dim padded to a multiple of kDepthStep
     int64_t run;       // panels of a run, all heads of a segment: what the cache holds, but at least a strip of every head
     int64_t capacity;  // as many, or fewer where the tile has no more
-    int64_t threads;
 };
 
 // The queries [first, last) of all heads of a segment; a panel's number is  head of the segment * panels + (query - first) / 64.
@@ -47,13 +48,14 @@ struct Packed {
     bf16 *q_columns, *grad_columns;  // [panel][width / 2][64][2]
     bf16 *q_pairs, *grad_pairs;      // [panel][32][width][2]
     float *lse, *delta;              // [panel][64]; lse in powers of two
-    float* grad_q;                   // [thread][panel][width][64]
+    float* grad_q;                   // [kSums][panel][width][64]
+    int64_t* added;                  // [kSums][panel]: blocks of keys that have added their share
 };
 
 int64_t packed_bytes(const Backward& b) {
     const int64_t elements = b.capacity * kPanel * b.width;
     return 4 * Scratch::size<bf16>(elements) + 2 * Scratch::size<float>(b.capacity * kPanel) +
-           b.threads * Scratch::size<float>(elements);
+           Scratch::size<float>(kSums * elements) + Scratch::size<int64_t>(kSums * b.capacity);
 }
 
 Packed take_packed(const Backward& b, Scratch& memory) {
@@ -62,7 +64,7 @@ Packed take_packed(const Backward& b, Scratch& memory) {
     p.q_columns = memory.take<bf16>(elements), p.grad_columns = memory.take<bf16>(elements);
     p.q_pairs = memory.take<bf16>(elements), p.grad_pairs = memory.take<bf16>(elements);
     p.lse = memory.take<float>(rows), p.delta = memory.take<float>(rows);
-    p.grad_q = memory.take<float>(b.threads * elements);
+    p.grad_q = memory.take<float>(kSums * elements), p.added = memory.take<int64_t>(kSums * b.capacity);
     return p;
 }
 
@@ -92,20 +94,25 @@ void pack_panel(const Backward& b, const Run& run, const Packed& packed, int64_t
     pack_pairs(q, kPanel, b.width, packed.q_pairs + at);
     pack_pairs(grad, kPanel, b.width, packed.grad_pairs + at);
     const float* lse = b.lse + (segment.batch * b.tile.query_heads + head) * b.tile.queries + query;
+    for (int64_t sum = 0; sum < kSums; ++sum) {
+        const int64_t number = sum * b.capacity + panel;
+        packed.added[number] = 0;
+        memset(packed.grad_q + number * kPanel * b.width, 0, sizeof(float) * kPanel * b.width);
+    }
     for (int64_t i = 0; i < kPanel; ++i) {
         packed.lse[panel * kPanel + i] = i < count ? lse[i] * kLog2E : 0;
         packed.delta[panel * kPanel + i] = i < count ? dot_row(grad, out, i) : 0;
     }
 }
 
-// Adds up the threads' dQ^T, applies the scaling, stores bf16.
+// Adds up the buffers of dQ^T, applies the scaling, stores bf16.
 void store_grad_q(const Backward& b, const Run& run, const Packed& packed, int64_t panel) {
     const Segment& segment = run.segment;
     const int64_t head = run.head_of(panel), query = run.query_of(panel), count = least(kPanel, run.last - query);
     const int64_t elements = kPanel * b.width, buffer = b.capacity * elements;
     float* sum = packed.grad_q + panel * elements;
-    for (int64_t thread = 1; thread < b.threads; ++thread)
-        for (int64_t i = 0; i < elements; ++i) sum[i] += sum[thread * buffer + i];
+    static_assert(kSums == 4, "the buffers are added up here");
+    for (int64_t i = 0; i < elements; ++i) sum[i] = (sum[i] + sum[buffer + i]) + (sum[2 * buffer + i] + sum[3 * buffer + i]);
     alignas(64) float scaling[kPanel];
     for (float& factor : scaling) factor = b.tile.scaling;
     store_transposed(sum, scaling, count, b.tile.head_dim,
@@ -154,8 +161,8 @@ class BackwardWorker {
 
     bool failed() const { return memory_.failed(); }
 
-    // Keys [low, low + count) against all queries of the run; dQ^T goes to grad_q [panel][width][64].
-    void work(const Run& run, const Packed& packed, int64_t low, int64_t count, float* grad_q) {
+    // Block `number` of keys, [low, low + count), against all queries of the run.
+    void work(const Run& run, const Packed& packed, int64_t number, int64_t low, int64_t count) {
         const Segment& segment = run.segment;
         const Rows k = rows_of(b_.k, segment.batch, segment.kv_head, low, count, b_.tile.head_dim);
         pack_rows(k, kKeyBlock, b_.width, k_);
@@ -164,7 +171,7 @@ class BackwardWorker {
         for (int64_t i = 0; i < kKeyBlock * b_.width; ++i) grad_k_[i] = grad_v_[i] = 0;
         for (int64_t head = 0; head < segment.heads; ++head)
             for (int64_t panel = 0; panel < run.panels; panel += kStrip / kPanel)
-                add_strip(run, packed, low, count, head * run.panels + panel, least(kStrip / kPanel, run.panels - panel), grad_q);
+                add_strip(run, packed, number, low, count, head * run.panels + panel, least(kStrip / kPanel, run.panels - panel));
         add_rows(grad_k_, b_.tile.scaling, count, b_.grad_k, segment, low);
         add_rows(grad_v_, 1.f, count, b_.grad_v, segment, low);
     }
@@ -177,11 +184,15 @@ class BackwardWorker {
     }
 
     // Two neighbouring panels of a head (one at the end), so that dK and dV are loaded and stored half as often.
-    void add_strip(const Run& run, const Packed& packed, int64_t low, int64_t count, int64_t first, int64_t panels, float* grad_q) {
+    void add_strip(const Run& run, const Packed& packed, int64_t number, int64_t low, int64_t count, int64_t first, int64_t panels) {
         const Segment& segment = run.segment;
         const int64_t query = run.query_of(first), queries = least(panels * kPanel, run.last - query);
-        const Seen seen = seen_of_block(b_.tile, segment, query, queries, low, count, 2);
-        if (seen.rows == 0) return;
+        const Seen seen = seen_of_block(b_.tile, segment, query, queries, low, count, kRowStep);
+        const int64_t sum = number % kSums * b_.capacity + first, turn = number / kSums;
+        if (seen.rows == 0) {
+            for (int64_t i = 0; i < panels; ++i) take_turn(packed.added + sum + i, turn, [] {});
+            return;
+        }
         const int64_t width = b_.width, elements = kPanel * width, here = seen.low * width;
         const float factor = copysignf(score_scale(b_.tile) * kLog2E, b_.tile.scaling), hidden = copysignf(INFINITY, -factor);
         for (int64_t i = 0; i < panels; ++i) {
@@ -196,8 +207,10 @@ class BackwardWorker {
                 if (seen.masked) lanes.mask(b_.tile.key_offset + low + seen.low + row, rows, hidden, scores_);
                 softmax_gradient(rows, factor, lse, delta, scores_, grad_p_, p_ + to, grad_s_ + to, grad_s_pairs_ + row * kPanel);
             }
-            gemm<true>(width, kPanelVectors, seen.rows / 2, k_columns_ + seen.low, kKeyBlock, grad_s_pairs_, 2 * kPanel,
-                       grad_q + panel * elements, kPanel);
+            take_turn(packed.added + sum + i, turn, [&] {
+                gemm<true>(width, kPanelVectors, seen.rows / 2, k_columns_ + seen.low, kKeyBlock, grad_s_pairs_, 2 * kPanel,
+                           packed.grad_q + (sum + i) * elements, kPanel);
+            });
         }
         const int64_t pairs = panels * kPanel / 2;
         gemm<true>(seen.rows, width / kVector, pairs, p_, kStrip, packed.grad_pairs + first * elements, 2 * width, grad_v_ + here, width);
@@ -211,52 +224,48 @@ class BackwardWorker {
     }
 
     const Backward& b_;
+    const Tiles tiles_;
     Scratch memory_;
     bf16 *k_, *v_, *k_columns_;  // [128][width] twice, [width][128]
     float *grad_k_, *grad_v_;    // [128][width], before the scaling
-    float *scores_, *grad_p_;    // [24][64]
+    float *scores_, *grad_p_;    // [kKeyGroup][64]
     bf16 *p_, *grad_s_;          // [128][128]
     bf16* grad_s_pairs_;         // [64][64][2]
 };
 
 void differentiate(const Backward& b, const Run& run, const Packed& packed) {
-    const int64_t panels = run.segment.heads * run.panels, threads = b.threads;
+    const int64_t panels = run.segment.heads * run.panels;
+    const int threads = b.tile.threads;
     const Range keys = visible_keys(b.tile, run.segment, run.first, run.last);
-    parallel_for(panels, 1, int(threads), [&](int64_t from, int64_t to) {
+    parallel_for(panels, 1, threads, [&](int64_t from, int64_t to) {
         for (int64_t panel = from; panel < to; ++panel) pack_panel(b, run, packed, panel);
     });
-    // Which blocks are summed in which buffer is fixed, so that dQ has the same bits every time. The first keys are seen by most
-    // queries, so turns go forth and back: 0 1 1 0 0 1 ...
-    parallel_for(threads, 1, int(threads), [&](int64_t from, int64_t to) {
+    const int64_t blocks = blocks_of(keys.high - keys.low, kKeyBlock);
+    Queue tasks(blocks);
+    parallel_for(least(threads, blocks), 1, threads, [&](int64_t, int64_t) {
         BackwardWorker worker(b);
-        if (worker.failed()) return report_out_of_memory(b.tile);
-        for (int64_t share = from; share < to; ++share) {
-            float* grad_q = packed.grad_q + share * b.capacity * kPanel * b.width;
-            for (int64_t i = 0; i < panels * kPanel * b.width; ++i) grad_q[i] = 0;
-            for (int64_t turn = 0;; ++turn) {
-                const int64_t block = turn * threads + (turn % 2 ? threads - 1 - share : share), low = keys.low + block * kKeyBlock;
-                if (low >= keys.high) break;
-                worker.work(run, packed, low, least(kKeyBlock, keys.high - low), grad_q);
-            }
+        if (worker.failed()) return report_out_of_memory(b.tile);  // another thread takes the blocks, or nobody does
+        for (int64_t number; tasks.take(number);) {
+            const int64_t low = keys.low + number * kKeyBlock;
+            worker.work(run, packed, number, low, least(kKeyBlock, keys.high - low));
         }
     });
-    parallel_for(panels, 1, int(threads), [&](int64_t from, int64_t to) {
+    parallel_for(panels, 1, threads, [&](int64_t from, int64_t to) {
         for (int64_t panel = from; panel < to; ++panel) store_grad_q(b, run, packed, panel);
     });
 }
 
 }  // namespace
 
-void longfit_attention_backward_avx512_bf16(const longfit_attention_tile* tile, const longfit_attention_view* grad_out,
+void KERNEL(longfit_attention_backward)(const longfit_attention_tile* tile, const longfit_attention_view* grad_out,
                                             const longfit_attention_view* q, const longfit_attention_view* k,
                                             const longfit_attention_view* v, const longfit_attention_view* out, const float* lse,
                                             const longfit_attention_view* grad_q, const longfit_attention_view* grad_k,
                                             const longfit_attention_view* grad_v) {
-    const int64_t width = blocks_of(tile->head_dim, 16) * 16, group = tile->query_heads / tile->kv_heads;
+    const int64_t width = blocks_of(tile->head_dim, kDepthStep) * kDepthStep, group = tile->query_heads / tile->kv_heads;
     const int64_t panel_bytes = kPanel * width * int64_t(4 * sizeof(bf16) + sizeof(float));
     const int64_t run = most(group * kStrip / kPanel, kRunBytes / panel_bytes), capacity = least(group * blocks_of(tile->queries, kPanel), run);
-    const int64_t threads = most(1, least(tile->threads, blocks_of(tile->keys, kKeyBlock)));
-    const Backward b{*tile, *grad_out, *q, *k, *v, *out, lse, *grad_q, *grad_k, *grad_v, width, run, capacity, threads};
+    const Backward b{*tile, *grad_out, *q, *k, *v, *out, lse, *grad_q, *grad_k, *grad_v, width, run, capacity};
     Scratch memory(packed_bytes(b));
     if (memory.failed()) return report_out_of_memory(*tile);
     const Packed packed = take_packed(b, memory);

@@ -10,13 +10,11 @@
 // each in the order of its blocks: a thread waits until the block before has added its share of a panel. So the gradients have the same
 // bits for any number of threads, and a slow core holds up one buffer.
 #include "attention_f32.h"
+#include "attention_turns.h"
 #include "../common/parallel.h"
-
-#include <sched.h>
 
 namespace {
 
-constexpr int64_t kSums = 4;                // buffers of dQ
 constexpr int64_t kRunBytes = 2048 << 10;  // packed rows and dQ of a run
 constexpr int64_t kPanels = kStrip / kColumns;
 
@@ -187,12 +185,10 @@ class BackwardWorker {
                     Seers(b_.tile, run.segment, query + begin, least(kColumns, queries - begin))
                         .mask(b_.tile.key_offset + low + seen.low, seen.rows, scores_);
                 softmax_gradient(seen.rows, packed.lse + lane, packed.delta + lane, scores_, grad_p_, p_ + begin, grad_s_ + begin);
-                wait_for(added, number / kSums);
-                multiply<true, true>(width_, kColumns, seen.rows, k, width_, grad_p_, grad_q);
-            } else {
-                wait_for(added, number / kSums);
             }
-            __atomic_store_n(added, number / kSums + 1, __ATOMIC_RELEASE);
+            take_turn(added, number / kSums, [&] {
+                if (seen.rows != 0 && begin < queries) multiply<true, true>(width_, kColumns, seen.rows, k, width_, grad_p_, grad_q);
+            });
         }
         if (seen.rows == 0) return;
         const int64_t depth = blocks_of(queries, kColumns) * kColumns;  // lanes past the tile: Q and dO are zeros there
@@ -202,12 +198,6 @@ class BackwardWorker {
             multiply<true, false>(seen.rows, width_ - column, depth, p_, kStrip, grad + from, grad_v_ + to);
             multiply<true, false>(seen.rows, width_ - column, depth, grad_s_, kStrip, q + from, grad_k_ + to);
         }
-    }
-
-    // Until `count` blocks have added their share; their threads run, as blocks are handed out in order.
-    static void wait_for(const int64_t* added, int64_t count) {
-        for (int turn = 0; __atomic_load_n(added, __ATOMIC_ACQUIRE) < count; ++turn)
-            if (turn >= 1000) sched_yield();
     }
 
     // From panels of columns [panel][kKeyBlock][kColumns].

@@ -11,14 +11,14 @@
 namespace {
 
 constexpr int64_t kKeyBlock = 128;      // keys that are packed at once
-constexpr int64_t kKeyGroup = 24;       // keys whose scores are still in the first-level cache when their exponentials are taken
+constexpr int64_t kKeyGroup = kScoreRows;  // keys whose scores are still in the first-level cache when their exponentials are taken
 constexpr float kNothingSeen = -1e30f;  // the reference before the first key: finite, so that masked scores give 0 and not NaN
 
 struct Forward {
     const longfit_attention_tile& tile;
     const longfit_attention_view &q, &k, &v, &out;
     float* lse;
-    int64_t width;   // head_dim padded to a multiple of 16
+    int64_t width;   // head_dim padded to a multiple of kDepthStep
     int64_t chunk;   // queries of a task
     int64_t panels;  // of a chunk, all heads of a segment
     float scale;     // of the scores; their sign is put into q
@@ -75,7 +75,8 @@ class ForwardWorker {
         if (segment.heads == 0) return;
         const int64_t used = begin(segment, from, to);
         const Range keys = visible_keys(f_.tile, segment, from, to);
-        for (int64_t low = keys.low; low < keys.high; low += kKeyBlock) {
+        // Where blocks begin must not depend on the chunk, and so on the number of threads.
+        for (int64_t low = keys.low / kKeyBlock * kKeyBlock; low < keys.high; low += kKeyBlock) {
             const int64_t count = least(kKeyBlock, keys.high - low);
             pack_rows(rows_of(f_.k, segment.batch, segment.kv_head, low, count, f_.tile.head_dim), kKeyBlock, f_.width, k_);
             pack_columns(rows_of(f_.v, segment.batch, segment.kv_head, low, count, f_.tile.head_dim), kKeyBlock, f_.width, v_);
@@ -110,7 +111,7 @@ class ForwardWorker {
 
     // Takes the packed block, keys low .. low + count, into one panel.
     void add_block(const Segment& segment, const Panel& panel, int64_t low, int64_t count) {
-        const Seen seen = seen_of_block(f_.tile, segment, panel.query, panel.count, low, count, 2);
+        const Seen seen = seen_of_block(f_.tile, segment, panel.query, panel.count, low, count, kRowStep);
         if (seen.rows == 0) return;
         const Lanes lanes(f_.tile, segment, panel.query, panel.count);
         const __m512 scale = _mm512_set1_ps(f_.scale * kLog2E);
@@ -166,6 +167,7 @@ class ForwardWorker {
     }
 
     const Forward& f_;
+    const Tiles tiles_;
     Scratch memory_;
     bf16 *k_, *v_;   // [128][width], [width][128]
     float* scores_;  // [128][64]
@@ -175,10 +177,10 @@ class ForwardWorker {
 
 }  // namespace
 
-void longfit_attention_forward_avx512_bf16(const longfit_attention_tile* tile, const longfit_attention_view* q,
+void KERNEL(longfit_attention_forward)(const longfit_attention_tile* tile, const longfit_attention_view* q,
                                            const longfit_attention_view* k, const longfit_attention_view* v,
                                            const longfit_attention_view* out, float* lse) {
-    const int64_t width = blocks_of(tile->head_dim, 16) * 16, group = tile->query_heads / tile->kv_heads;
+    const int64_t width = blocks_of(tile->head_dim, kDepthStep) * kDepthStep, group = tile->query_heads / tile->kv_heads;
     // Q and O of a chunk, 6 bytes an element, wait in half of a second-level cache of 1 MiB ...
     int64_t chunk = most(1, (512 << 10) / (6 * width * group * kPanel));
     // ... unless that leaves too few tasks to keep the threads equally busy.

@@ -5,7 +5,7 @@
 //   A  row-major [M][K]: one broadcast of 32 bits is a pair of K for one row; rows at any stride, nothing to pack;
 //   B  [K / 2][N][2]: one vector is a pair of K for 16 columns.
 // Six rows by four vectors of columns are held in 24 of the 32 registers: ten loads feed 24 products, and the
-// processor retires about one load and one product a cycle.
+// processor retires about one load and one product a cycle. Where there is AMX, gemm() is that of ../common/gemm_amx.h.
 //
 // Include only from translation units compiled for AVX-512 BF16: everything here has internal linkage.
 #pragma once
@@ -63,6 +63,25 @@ inline void interleave(__m512i a, __m512i b, __m512i& first, __m512i& second) {
     second = _mm512_permutex2var_epi16(a, _mm512_add_epi16(index, _mm512_set1_epi16(16)), b);
 }
 
+}  // namespace
+
+#if defined(LONGFIT_AMX)
+
+#include "../common/gemm_amx.h"
+
+#else
+
+namespace {
+
+constexpr int64_t kScoreRows = 24;  // of C that should still be in the first-level cache when the next operation reads them
+constexpr int64_t kRowStep = 2;     // of A, so that none are computed by half: keys come in pairs
+constexpr int64_t kDepthStep = 16;
+
+struct Tiles {  // gemm() needs no registers but those of vectors
+    Tiles() {}
+    ~Tiles() {}
+};
+
 template <int Rows, int Vectors, bool Add>
 inline void gemm_tile(int64_t pairs, const bf16* a, int64_t lda, const bf16* b, int64_t ldb, float* c, int64_t ldc) {
     __m512 sum[Rows][Vectors];
@@ -107,7 +126,7 @@ inline void gemm_panel(int64_t rows, int64_t pairs, const bf16* a, int64_t lda, 
 // rows = M, vectors = N / 16, pairs = K / 2; lda, ldb (of a pair of K) and ldc in elements.
 template <bool Add>
 inline void gemm(int64_t rows, int64_t vectors, int64_t pairs, const bf16* a, int64_t lda, const bf16* b, int64_t ldb,
-                 float* c, int64_t ldc) {
+                         float* c, int64_t ldc) {
     // One panel of B (at most 64 columns) stays in the first-level cache while all rows pass.
     for (; vectors > 0; vectors -= kTileVectors, b += kTileVectors * 2 * kVector, c += kTileVectors * kVector) {
         switch (vectors < kTileVectors ? vectors : kTileVectors) {
@@ -120,3 +139,5 @@ inline void gemm(int64_t rows, int64_t vectors, int64_t pairs, const bf16* a, in
 }
 
 }  // namespace
+
+#endif

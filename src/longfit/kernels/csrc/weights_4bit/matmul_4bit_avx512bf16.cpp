@@ -159,7 +159,7 @@ inline void task(const Product& p, bool plain, int64_t row, int64_t rows, int64_
 
 // a [rows, depth] with rows at any stride, each followed by one more 0 where depth is odd; c [rows, columns] dense. W is [columns, depth]
 // if it is to be transposed, else [depth, columns].
-LONGFIT_EXPORT void longfit_matmul_4bit_avx512_bf16(const longfit_weight4* w, int transposed, int64_t rows, int64_t columns, int64_t depth,
+LONGFIT_EXPORT void KERNEL(longfit_matmul_4bit)(const longfit_weight4* w, int transposed, int64_t rows, int64_t columns, int64_t depth,
                                                     const void* a, int64_t a_stride, void* c, int threads) {
     if (rows == 0) return;
     const Product p = {*w, transposed != 0, rows, columns, depth, static_cast<const bf16*>(a), a_stride, static_cast<bf16*>(c)};
