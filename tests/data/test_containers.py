@@ -13,7 +13,7 @@ import pyarrow
 import pytest
 
 from longfit.data import containers
-from longfit.data.sources import read_documents
+from longfit.data.documents import read_documents
 from longfit.errors import DataError
 
 ROWS = b'{"text": "one"}\n{"text": "two"}\n'

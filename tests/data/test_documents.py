@@ -1,119 +1,190 @@
-"""Office documents, books and notebooks become text; pages without text are counted and named."""
+"""Paths become documents in one fixed order; what is not read is listed, what is wrong is named with its place."""
 
-import io
 import json
-import sys
+import os
+import unicodedata
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from longfit.data.documents import Extraction, extract
-from longfit.data.sources import read_documents
-from longfit.errors import DataError
+from longfit.data.document import Document
+from longfit.data.documents import Documents, read_documents, split_documents
+from longfit.errors import ConfigError, DataError
 
 
-def pdf(*pages: str) -> bytes:
-    """A PDF of one line a page; an empty text is a page that holds no text."""
-    objects = [b"<< /Type /Catalog /Pages 2 0 R >>", b"", b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"]
-    kids = []
-    for text in pages:
-        stream = f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET".encode() if text else b""
-        objects.append(b"<< /Length %d >>\nstream\n%s\nendstream" % (len(stream), stream))
-        contents = len(objects)
-        objects.append(
-            b"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 600 800] /Contents %d 0 R "
-            b"/Resources << /Font << /F1 3 0 R >> >> >>" % contents
-        )
-        kids.append(b"%d 0 R" % len(objects))
-    objects[1] = b"<< /Type /Pages /Kids [%s] /Count %d >>" % (b" ".join(kids), len(kids))
-    out, places = bytearray(b"%PDF-1.4\n"), []
-    for number, body in enumerate(objects, start=1):
-        places.append(len(out))
-        out += b"%d 0 obj\n%s\nendobj\n" % (number, body)
-    table = len(out)
-    out += b"xref\n0 %d\n0000000000 65535 f \n" % (len(objects) + 1)
-    out += b"".join(b"%010d 00000 n \n" % place for place in places)
-    out += b"trailer << /Size %d /Root 1 0 R >>\nstartxref\n%d\n%%%%EOF\n" % (len(objects) + 1, table)
-    return bytes(out)
+def write(root: Path, **files: str | bytes) -> Path:
+    for name, content in files.items():
+        path = root / name.replace("__", "/").replace("_DOT_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root
 
 
-def docx() -> bytes:
-    import docx as library
-
-    document, file = library.Document(), io.BytesIO()
-    document.add_heading("Title")
-    document.add_paragraph("First.")
-    table = document.add_table(rows=1, cols=2)
-    table.rows[0].cells[0].text, table.rows[0].cells[1].text = "Name", "Age"
-    document.add_paragraph("Last.")
-    document.save(file)
-    return file.getvalue()
+def rows(*values: object) -> str:
+    return "".join(json.dumps(value) + "\n" for value in values)
 
 
-def pptx() -> bytes:
-    import pptx as library
-
-    show, file = library.Presentation(), io.BytesIO()
-    for text in ("Hello", ""):
-        slide = show.slides.add_slide(show.slide_layouts[5])
-        slide.shapes.title.text = text
-    show.save(file)
-    return file.getvalue()
-
-
-def epub() -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as book:
-        book.writestr("META-INF/container.xml", '<c xmlns="u"><rootfile full-path="OPS/book.opf"/></c>')
-        items = "".join(f'<item id="c{n}" href="text/c%20{n}.xhtml"/>' for n in (1, 2))
-        spine = '<itemref idref="c2"/><itemref idref="c1"/>'
-        package = f'<package xmlns="o"><manifest>{items}</manifest><spine>{spine}</spine></package>'
-        book.writestr("OPS/book.opf", package)
-        for n in (1, 2):
-            book.writestr(f"OPS/text/c {n}.xhtml", f"<html><body><h1>Chapter {n}</h1><p>é</p></body></html>")
-    return file.getvalue()
-
-
-NOTEBOOK = json.dumps({"cells": [{"cell_type": "markdown", "source": ["# T\n", "x"]}, {"source": "y = 1"}]}).encode()
-
-
-@pytest.mark.parametrize(
-    ("kind", "data", "text", "units"),
-    [
-        ("pdf", pdf("Hello", "", "World"), "Hello\n\nWorld", Extraction("pages", 3, 12, (2,))),
-        ("docx", docx(), "Title\n\nFirst.\n\nName\tAge\n\nLast.", Extraction("parts", 4, 30, ())),
-        ("pptx", pptx(), "Hello", Extraction("slides", 2, 5, (2,))),
-        ("epub", epub(), "Chapter 2\n\né\n\nChapter 1\n\né", Extraction("chapters", 2, 26, ())),
-        ("ipynb", NOTEBOOK, "# T\nx\n\ny = 1", Extraction("cells", 2, 12, ())),
-    ],
-)
-def test_a_document_becomes_text_and_a_report(kind: str, data: bytes, text: str, units: Extraction) -> None:
-    assert extract(kind, io.BytesIO(data)) == (text, units)
-
-
-@pytest.mark.parametrize(
-    ("kind", "data"),
-    [("pdf", b"%PDF-1.4 x"), ("docx", b"PK"), ("pptx", b"PK\x03\x04\x00"), ("epub", b"PK"), ("ipynb", b'{"a": 1}')],
-)
-def test_damaged_documents_are_refused(kind: str, data: bytes) -> None:
-    with pytest.raises(DataError, match=r"not a readable|not a notebook"):
-        extract(kind, io.BytesIO(data))
-
-
-def test_without_the_extra_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pypdf", None)
-    with pytest.raises(DataError, match=r"pip install 'longfit\[documents\]'"):
-        extract("pdf", io.BytesIO(pdf("x")))
-
-
-def test_the_report_of_a_folder_counts_pages_and_names_those_without_text(tmp_path: Path) -> None:
-    (tmp_path / "scan.pdf").write_bytes(pdf("", "Hello"))
-    (tmp_path / "b.epub").write_bytes(epub())
-    (tmp_path / "n.rtf").write_bytes(b"{\\rtf1 x}")
+def test_a_folder_is_read_recursively_in_sorted_order_and_the_rest_is_listed(tmp_path: Path) -> None:
+    write(tmp_path, b_DOT_txt="two", a__z_DOT_md="one", a__page_DOT_html="<p>web</p>", c_DOT_PY="x = 1")
+    write(tmp_path, _DOT_hidden__x_DOT_txt="no", _DOT_env="no", Makefile="no", pic_DOT_png=b"\x89PNG\x00")
+    os.symlink(tmp_path / "a", tmp_path / "loop")
+    os.symlink(tmp_path / "gone.txt", tmp_path / "broken.txt")
     documents = read_documents(tmp_path)
-    assert [document.name for document in documents] == ["b.epub", "scan.pdf"]
-    assert "scan.pdf: 1 of 2 pages hold no text (1)" in "\n".join(documents.report.warnings())
-    assert documents.report.notes()[1] == "extracted 5 characters from 2 pages of 1 files, 1 pages without text"
-    with pytest.raises(DataError, match=r"\.rtf is not read; convert it first, for example: pandoc"):
-        read_documents(tmp_path / "n.rtf")
+    assert [(document.name, document.text) for document in documents] == [
+        ("a/page.html", "web"),
+        ("a/z.md", "one"),
+        ("b.txt", "two"),
+        ("c.PY", "x = 1"),
+    ]
+    assert dict(documents.report.skipped) == {
+        ".hidden/": "hidden folder",
+        ".env": "hidden",
+        "Makefile": "without extension",
+        "pic.png": "of unknown kind .png",
+        "loop/": "symbolic link to a folder",
+        "broken.txt": "broken link or special file",
+    }
+    assert documents.report.warnings()[0].startswith("6 files not read (1 ")
+    assert list(documents) == list(documents)  # read again, not used up
+    names = [document.name for document in read_documents(tmp_path, exclude=["*.md", "c.*"])]
+    assert names == ["a/page.html", "b.txt"]
+    assert [document.name for document in read_documents(tmp_path, exclude=["a"])] == ["b.txt", "c.PY"]
+
+
+def test_tables_give_a_document_a_row_with_its_line(tmp_path: Path) -> None:
+    write(tmp_path, t_DOT_jsonl=rows({"text": "a"}, {"text": "b"}), u_DOT_csv="id,text\n1,c\n")
+    documents = list(read_documents(tmp_path))
+    assert [(document.name, document.text, document.line) for document in documents] == [
+        ("t.jsonl:1", "a", 1),
+        ("t.jsonl:2", "b", 2),
+        ("u.csv:2", "c", 2),
+    ]
+    assert documents[0].source == str(tmp_path / "t.jsonl")
+    chosen = read_documents(tmp_path / "u.csv", text_column="id")
+    assert [document.text for document in chosen] == ["1"]
+
+
+def test_archives_are_read_in_place(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "books.zip", "w") as archive:
+        archive.writestr("z.txt", "last")
+        archive.writestr("part/a.jsonl", rows({"text": "first"}))
+        archive.writestr("__MACOSX/z.txt", "no")
+        archive.writestr("more.zip", b"")
+    for path, prefix in ((tmp_path / "books.zip", "books.zip"), (tmp_path, "books.zip")):
+        documents = read_documents(path)
+        assert [document.name for document in documents] == [f"{prefix}!/part/a.jsonl:1", f"{prefix}!/z.txt"]
+        assert ("books.zip!/more.zip", "archive inside an archive") in documents.report.skipped
+    (tmp_path / "bad.zip").write_bytes(b"PK not")
+    with pytest.raises(DataError, match=r"bad\.zip: not a readable zip archive"):
+        read_documents(tmp_path)
+
+
+def test_a_saved_data_set_is_read_without_its_metadata(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}]).save_to_disk(tmp_path / "set")
+    assert [document.text for document in read_documents(tmp_path / "set")] == ["a", "b"]
+
+
+def test_files_without_any_text_say_so(tmp_path: Path) -> None:
+    write(tmp_path, c_DOT_txt=" \n", d_DOT_txt="")
+    with pytest.raises(DataError, match="2 documents, all empty; nothing to train on"):
+        read_documents(tmp_path)
+
+
+def test_all_damaged_files_are_named_at_once(tmp_path: Path) -> None:
+    write(tmp_path, a_DOT_txt=b"ok\x00", b_DOT_txt=b"caf\xe9", c_DOT_jsonl='{"text": 1}\n{"text": "x"}\n{"text": []}\n')
+    write(tmp_path, d_DOT_txt="fine", e_DOT_csv="id,n\n1,2\n", f_DOT_jsonl=b'{"text": "\\ud83d"}')
+    with pytest.raises(DataError) as caught:
+        read_documents(tmp_path)
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        *("a.txt", "b.txt", "c.jsonl", "c.jsonl", "e.csv", "f.jsonl"),
+        "6 of 8 rows or files cannot be used; correct them, or leave them out with data.bad_rows=skip",
+    ]
+    skipped = read_documents(tmp_path, bad_rows="skip")
+    assert [document.text for document in skipped] == ["x", "fine"]
+    assert [problem.split(":")[0] for problem in skipped.report.bad_rows] == [line.split(":")[0] for line in lines[:-1]]
+    assert "NUL byte at offset 2" in lines[0]
+    assert "byte offset 3" in lines[1]
+    assert "line 1: column 'text' holds int" in lines[2]
+    assert "line 3: column 'text' holds list" in lines[3]
+    assert "columns 'id', 'n' are not recognised; known: messages | conversations" in lines[4]
+    assert "half a character, '\\ud83d'" in lines[5]
+    write(tmp_path, **{f"bad{i}_DOT_txt": b"\x00" for i in range(20)})
+    with pytest.raises(DataError, match=r"\.\.\. and 16 more problems"):
+        read_documents(tmp_path)
+
+
+def test_kinds_of_rows_are_not_mixed(tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    write(tmp_path, a_DOT_jsonl=rows({"text": "x"}, chat))
+    with pytest.raises(DataError, match=r"a\.jsonl: line 2: mixed rows: messages here, but text at line 1"):
+        read_documents(tmp_path)
+    write(tmp_path, a_DOT_jsonl=rows(chat), b_DOT_txt="x")
+    with pytest.raises(DataError, match=r"chats \(a.jsonl:1\) and plain text \(b.txt\) are mixed"):
+        read_documents(tmp_path)
+    (document,) = read_documents(tmp_path / "a.jsonl")
+    assert document.messages == tuple(chat["messages"])
+
+
+def test_empty_and_repeated_documents_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, a_DOT_jsonl=rows({"text": "x"}, {"text": ""}, {"text": None}, {"text": "x"}))
+    documents = read_documents(tmp_path)
+    assert [document.line for document in documents] == [1, 4]
+    assert documents.report.empty == ("a.jsonl:2", "a.jsonl:3")
+    assert documents.report.duplicates == ("a.jsonl:4",)
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    write(tmp_path, a_DOT_jsonl=rows({"text": "x"}, {"text": "y"}))
+    documents = read_documents(tmp_path)
+    write(tmp_path, a_DOT_jsonl=rows({"text": "x"}, {"text": "z"}))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: changed while it was being read"):
+        list(documents)
+    write(tmp_path, a_DOT_jsonl=rows({"text": "x"}))
+    with pytest.raises(DataError, match="1 documents vanished from"):
+        list(documents)
+
+
+def test_held_out_documents_are_whole_and_have_no_twin_in_training() -> None:
+    texts = [f"text {i % 40}" for i in range(60)]  # the first 20 occur twice
+    documents = Documents.of(Document(f"d{i}", text=text) for i, text in enumerate(texts))
+    train, held = split_documents(documents, validation_fraction=0.25, seed=1)
+    assert len(train) + len(held) == 60
+    assert len(held) == 15
+    assert {d.text for d in train} & {d.text for d in held} == set()
+    again, _ = split_documents(documents, validation_count=15, seed=1)
+    assert again.fingerprints == train.fingerprints
+    assert split_documents(documents, validation_count=15, seed=2)[0].fingerprints != train.fingerprints
+    assert len(split_documents(documents, validation_fraction=0)[1]) == 0
+    assert len(split_documents(documents, validation_fraction=0.001)[1]) == 1
+
+
+def test_splits_that_cannot_be_are_refused() -> None:
+    twins = Documents.of([Document("a", text="x"), Document("b", text="x")])
+    with pytest.raises(DataError, match=r"2 documents \(1 different\) cannot give 1 to validation"):
+        split_documents(twins, validation_count=1)
+    with pytest.raises(ConfigError, match=r"validation_fraction 1\.0: must be at least 0 and below 1"):
+        split_documents(twins, validation_fraction=1.0)
+    with pytest.raises(ConfigError, match="either validation_fraction or validation_count"):
+        split_documents(twins)
+
+
+def test_decomposed_unicode_is_counted_and_composed_where_asked(tmp_path: Path) -> None:
+    composed = "Tiếng Việt rất đẹp word"
+    (tmp_path / "a.txt").write_text(unicodedata.normalize("NFD", composed), encoding="utf-8")
+    documents = read_documents(tmp_path)
+    assert (documents.report.num_decomposed, documents.report.num_words) == (4, 5)
+    assert any("4 of 5 words are decomposed Unicode" in line for line in documents.report.warnings())
+    documents = read_documents(tmp_path, normalise="nfc")
+    assert [document.text for document in documents] == [composed]
+    assert documents.report.num_decomposed == 0
+
+
+def test_columns_that_nothing_reads_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, a_DOT_jsonl=rows({"text": "x", "id": 1, "note": ""}, {"text": "y", "id": 2, "url": "u"}))
+    report = read_documents(tmp_path).report
+    assert report.unread == (("id", 2), ("url", 1))
+    assert "columns that nothing reads: id (2), url (1)" in report.warnings()

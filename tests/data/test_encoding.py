@@ -13,8 +13,8 @@ from tests.data.chat_templates import CHATML, SHAPES, Shape, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from longfit.data import encoding
+from longfit.data.document import Document
 from longfit.data.messages import Chat, read_chat
-from longfit.data.sources import Document
 from longfit.data.template import choose_template
 from longfit.data.tokenizing import TokenizedSet, tokenize_documents
 from longfit.errors import ConfigError, DataError

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longfit.data.document import Document
+from longfit.data.documents import Documents
 from longfit.data.ledger import Ledger, Span, sample_spans
 from longfit.data.packing import PackedDataset, TokenizedDocument, pack
-from longfit.data.sources import Document, Documents
 from longfit.errors import DataError
 from longfit.numerics.labels import IGNORED
 

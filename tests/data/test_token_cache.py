@@ -13,8 +13,9 @@ from tests.data.chat_templates import SHAPES, make_tokenizer
 import longfit
 from longfit.config.sections import DataSection
 from longfit.data import token_cache
+from longfit.data.document import Document
+from longfit.data.documents import Documents
 from longfit.data.messages import read_chat
-from longfit.data.sources import Document, Documents
 from longfit.data.tokenizing import TokenizedSet
 from longfit.training.metrics import Event
 from longfit.training.prepare import tokenize

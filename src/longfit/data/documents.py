@@ -1,134 +1,253 @@
-"""Office documents, books and notebooks as text, with a report of what was found: pages, and pages without any text.
+"""A file, a folder or an archive as a set of documents: checked once, then read whenever it is iterated.
 
-PDF, DOCX and PPTX need the extra ``documents`` (pypdf, python-docx, python-pptx: BSD and MIT licences); EPUB and
-notebooks are web pages in an archive and JSON, which Python reads by itself. A scanned page has no text: it is counted
-and named, never read by character recognition. What this is not: layout; columns and footnotes come as the file has
-them.
+The path is walked once to check and fingerprint everything, which keeps 28 bytes per document; iterating reads the text
+again, one document at a time. So a folder larger than memory is never held, and every problem is known before the first
+token is made.
+
+    read_documents      a path -> its documents
+    split_documents     documents -> those to train on, those held out
 """
 
-import io
-import json
-import posixpath
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, BinaryIO
-from urllib.parse import unquote
-from xml.etree import ElementTree
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import pairwise
+from pathlib import Path
+from typing import cast
 
-from longfit.data.html import html_text
-from longfit.data.readers import decode_text
-from longfit.errors import DataError
+import numpy as np
 
-INSTALL = "pip install 'longfit[documents]'"
+from longfit.data.document import Document
+from longfit.data.extraction import Extraction
+from longfit.data.files import find_files
+from longfit.data.source_report import SourceReport, listing
+from longfit.data.sources import FileSource, MemorySource, Reading, Source
+from longfit.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
-class Extraction:
-    """What was taken out of one file.
+class Documents:
+    """A set of documents that is read when it is iterated, not before. Iterate it as often as needed.
 
-    Attributes:
-        unit: what the file consists of: pages, slides, chapters, cells or parts.
-        num_units: of them.
-        num_chars: of the text.
-        empty: numbers of the units without text, from 1.
+    Made by `read_documents`, or by `Documents.of` from documents in memory. What is kept of each document is where it
+    is and what identifies it, 28 bytes: a set larger than memory is described in little of it.
     """
 
-    unit: str
-    num_units: int
-    num_chars: int
-    empty: tuple[int, ...]
+    sources: tuple[Source, ...]
+    source: np.ndarray  # int32 [N], index into `sources`
+    position: np.ndarray  # int64 [N], among the documents of its source
+    digests: np.ndarray  # uint8 [N, 16]
+    report: SourceReport
+    is_chat: bool = False  # whether they are chats, or all texts
+
+    @classmethod
+    def of(cls, documents: Iterable[Document]) -> "Documents":
+        """Wrap documents that are in memory."""
+        return _survey([MemorySource(tuple(documents))], num_bytes=0, skipped=())
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __iter__(self) -> Iterator[Document]:
+        """Yield the documents in order, reading each source once.
+
+        Raises: DataError: a file changed since it was surveyed.
+        """
+        edges = np.flatnonzero(np.diff(self.source, prepend=-1, append=-1))
+        for start, stop in pairwise(edges.tolist()):
+            source = self.sources[self.source[start]]
+            found = start
+            for position, document in enumerate(source.read([])):
+                if position == self.position[found]:
+                    if document.fingerprint() != self.digests[found].tobytes():
+                        raise DataError(f"{document.name}: changed while it was being read; start again")
+                    found += 1
+                    yield document
+                    if found == stop:
+                        break
+            if found != stop:
+                raise DataError(
+                    f"{stop - found:,} documents vanished from {source} while it was being read; start again"
+                )
+
+    def select(self, indices: Iterable[int]) -> "Documents":
+        """Keep some of the documents, in their present order."""
+        kept = np.asarray(sorted(set(indices)), dtype=np.int64)
+        return replace(self, source=self.source[kept], position=self.position[kept], digests=self.digests[kept])
+
+    @property
+    def fingerprints(self) -> list[bytes]:
+        """The content digest of each document, in order."""
+        return [digest.tobytes() for digest in self.digests]
+
+    def digest(self) -> str:
+        """One digest of all contents in their order, in hexadecimal."""
+        return blake2b(np.ascontiguousarray(self.digests).tobytes(), digest_size=16).hexdigest()
 
 
-def extract(kind: str, stream: BinaryIO) -> tuple[str, Extraction]:
-    """Read a document.
+def read_documents(
+    path: str | Path,
+    *,
+    text_column: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    encoding: str | None = None,
+    exclude: Sequence[str] = (),
+    normalise: str = "none",
+    bad_rows: str = "stop",
+) -> Documents:
+    """Find and check every document under a path.
+
+    Folders are walked recursively, in sorted order; hidden files, unknown extensions, symbolic links to folders and
+    archives inside archives are not read, and listed in `Documents.report`. A file named directly is read as text
+    whatever its extension.
 
     Args:
-        kind: a key of `EXTRACTORS`.
-    Returns: its text, units parted by an empty line; what was found.
-    Raises: DataError: damaged, encrypted, or the extra is not installed.
+        path: a text, a document, a table (.jsonl .json .csv .tsv .parquet .arrow), an archive, or a folder of them.
+        text_column: the column of tables that holds plain text; None recognises it by name (see `layouts.py`).
+        columns: a map from our names (`layouts.MAPPED`) to the table's columns.
+        encoding: of text files and tables, if not UTF-8.
+        exclude: glob patterns, matched against the path relative to `path` and each of its parts.
+        normalise: "nfc" composes decomposed Unicode, "none" leaves it.
+        bad_rows: "stop" at rows and files that cannot be used, "skip" them and list them in the report.
+    Raises:
+        DataError: as :func:`find_files`, or damaged files: all of them in one message, each with its place.
+        ConfigError: unknown encoding or column name.
     """
-    unit, read = EXTRACTORS[kind]
-    try:
-        parts = [part.strip("\n") for part in read(io.BytesIO(stream.read()))]
-    except ImportError:
-        raise DataError(f"to read {kind} files, install what reads them: {INSTALL}") from None
-    except DataError:
-        raise
-    except Exception as error:  # the libraries raise whatever a damaged file leads them to
-        raise DataError(f"not a readable {kind} file: {error or type(error).__name__}") from None
-    empty = tuple(number for number, part in enumerate(parts, start=1) if not part.strip())
-    text = "\n\n".join(part for part in parts if part.strip())
-    return text, Extraction(unit, len(parts), len(text), empty)
+    path = Path(path)
+    found, skipped = find_files(path, exclude)
+    reading = Reading(encoding, text_column, tuple((columns or {}).items()), normalise, bad_rows)
+    files = [FileSource(*file, reading) for file in found]
+    num_bytes = sum(file.stat().st_size for file in {source.path for source in files})
+    return _survey(files, num_bytes=num_bytes, skipped=tuple(skipped), path=path, bad_rows=bad_rows)
 
 
-def _pdf(stream: BinaryIO) -> Iterator[str]:
-    import logging
+def split_documents(
+    documents: Documents,
+    *,
+    validation_fraction: float | None = None,
+    validation_count: int | None = None,
+    seed: int = 0,
+) -> tuple[Documents, Documents]:
+    """Hold documents back for validation: whole documents, and never one whose twin is trained on.
 
-    import pypdf
+    A document's side depends on the seed and its content only, so adding or renaming files moves few documents across.
 
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it tells of every irregular object
-    reader = pypdf.PdfReader(stream)
-    if reader.is_encrypted and not reader.decrypt(""):
-        raise DataError("the PDF is encrypted; save it without its password")
-    for page in reader.pages:
-        yield page.extract_text() or ""
-
-
-def _docx(stream: BinaryIO) -> Iterator[str]:
-    import docx
-
-    for block in docx.Document(stream).iter_inner_content():
-        if hasattr(block, "rows"):
-            yield "\n".join("\t".join(cell.text for cell in row.cells) for row in block.rows)
-        elif block.text.strip():
-            yield block.text
-
-
-def _pptx(stream: BinaryIO) -> Iterator[str]:
-    import pptx
-
-    for slide in pptx.Presentation(stream).slides:
-        yield "\n".join(text for shape in slide.shapes for text in _shape_texts(shape) if text.strip())
-
-
-def _shape_texts(shape: Any) -> Iterator[str]:
-    if hasattr(shape, "shapes"):
-        for inner in shape.shapes:
-            yield from _shape_texts(inner)
-    if getattr(shape, "has_text_frame", False):
-        yield shape.text_frame.text
-    if getattr(shape, "has_table", False):
-        for row in shape.table.rows:
-            yield "\t".join(cell.text for cell in row.cells)
-
-
-def _epub(stream: BinaryIO) -> Iterator[str]:
-    """Read the chapters of a book in the order of its spine."""
-    with zipfile.ZipFile(stream) as book:
-        container = ElementTree.fromstring(book.read("META-INF/container.xml"))
-        package_name = next(node.attrib["full-path"] for node in container.iter() if node.tag.endswith("rootfile"))
-        package = ElementTree.fromstring(book.read(package_name))
-        files = {node.attrib["id"]: node.attrib["href"] for node in package.iter() if node.tag.endswith("}item")}
-        for node in package.iter():
-            if node.tag.endswith("}itemref"):
-                name = posixpath.join(posixpath.dirname(package_name), unquote(files[node.attrib["idref"]]))
-                yield html_text(decode_text(book.read(posixpath.normpath(name))))
+    Args:
+        validation_fraction: share of the documents, in [0, 1); at least one document if above 0.
+        validation_count: how many documents; give one of the two.
+        seed: another choice of documents.
+    Returns: (training, validation); duplicates may make validation smaller than asked, never larger.
+    Raises:
+        ConfigError: both or neither given, or a number out of range.
+        DataError: too few different documents to leave one on each side.
+    """
+    if (validation_fraction is None) == (validation_count is None):
+        raise ConfigError("give either validation_fraction or validation_count")
+    total = len(documents)
+    if validation_fraction is not None:
+        if not 0 <= validation_fraction < 1:
+            raise ConfigError(
+                f"data.validation_fraction {validation_fraction}: must be at least 0 and below 1; try 0.05"
+            )
+        count = max(1, round(validation_fraction * total)) if validation_fraction else 0
+    else:
+        count = cast(int, validation_count)
+        if count < 0:
+            raise ConfigError(f"validation_count {count}: must be at least 0")
+    twins: dict[bytes, list[int]] = {}
+    for index, fingerprint in enumerate(documents.fingerprints):
+        twins.setdefault(fingerprint, []).append(index)
+    key = seed.to_bytes(16, "little", signed=True)
+    held: list[int] = []
+    for fingerprint in sorted(twins, key=lambda digest: blake2b(digest, key=key).digest()):
+        if len(held) + len(twins[fingerprint]) <= count and len(held) + len(twins[fingerprint]) < total:
+            held += twins[fingerprint]
+    if (count and not held) or count >= total > 0:
+        raise DataError(
+            f"{total:,} documents ({len(twins):,} different) cannot give {count:,} to validation and keep one for "
+            "training; ask for fewer, or point validation at another file"
+        )
+    return documents.select(set(range(total)) - set(held)), documents.select(held)
 
 
-def _notebook(stream: BinaryIO) -> Iterator[str]:
-    notebook = json.loads(decode_text(stream.read()))
-    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
-        raise DataError("not a notebook: it has no list of cells")
-    for cell in notebook["cells"]:
-        source = cell.get("source", "")
-        yield "".join(source) if isinstance(source, list) else str(source)
+def _survey(
+    sources: Sequence[Source],
+    *,
+    num_bytes: int,
+    skipped: tuple[tuple[str, str], ...],
+    path: Path | None = None,
+    bad_rows: str = "stop",
+) -> Documents:
+    """Read every source once: collect problems, drop empty documents, fingerprint the others."""
+    places: tuple[array[int], array[int]] = array("i"), array("q")
+    digests = bytearray()
+    problems: list[str] = []
+    empty: list[str] = []
+    duplicates: list[str] = []
+    extractions: list[tuple[str, Extraction]] = []
+    unread: Counter[str] = Counter()
+    num_words = num_decomposed = 0
+    seen: set[bytes] = set()
+    kinds: dict[bool, str] = {}  # is_chat -> the first such document
+    for index, source in enumerate(sources):
+        for position, document in enumerate(source.read(problems)):
+            unread.update(document.unread)
+            if document.extraction is not None:
+                extractions.append((document.name, document.extraction))
+            if document.text is not None and not document.text.strip():
+                empty.append(document.name)
+                continue
+            try:
+                fingerprint = document.fingerprint()
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            if fingerprint[:8] in seen:  # 64 bits: two of a million documents are taken for equal once in 37 million
+                duplicates.append(document.name)
+            seen.add(fingerprint[:8])
+            for text in document.texts():
+                if not text.isascii() and not unicodedata.is_normalized("NFC", text):
+                    words = text.split()
+                    num_words += len(words)
+                    num_decomposed += sum(not unicodedata.is_normalized("NFC", word) for word in words)
+            kinds.setdefault(document.is_chat, document.name)
+            places[0].append(index)
+            places[1].append(position)
+            digests += fingerprint
+    count = len(places[0])
+    if problems and (bad_rows == "stop" or not count):
+        raise DataError(_told(problems, count))
+    if len(kinds) == 2:
+        raise DataError(
+            f"chats ({kinds[True]}) and plain text ({kinds[False]}) are mixed; "
+            "train on one kind, leave the other out with data.exclude"
+        )
+    if not count:
+        raise DataError(f"{path or 'the documents'}: {len(empty):,} documents, all empty; nothing to train on")
+    report = SourceReport(
+        len(sources), num_bytes, skipped, tuple(empty), tuple(duplicates), tuple(problems), tuple(unread.most_common()),
+        tuple(extractions), num_words, num_decomposed,
+    )  # fmt: skip
+    return Documents(
+        tuple(sources),
+        np.asarray(places[0], dtype=np.int32),
+        np.asarray(places[1], dtype=np.int64),
+        np.frombuffer(bytes(digests), dtype=np.uint8).reshape(-1, 16),
+        report,
+        is_chat=True in kinds,
+    )
 
 
-EXTRACTORS: dict[str, tuple[str, Callable[[BinaryIO], Iterator[str]]]] = {
-    "pdf": ("pages", _pdf),
-    "docx": ("parts", _docx),
-    "pptx": ("slides", _pptx),
-    "epub": ("chapters", _epub),
-    "ipynb": ("cells", _notebook),
-}
+def _told(problems: Sequence[str], num_good: int) -> str:
+    """Show the first problems; of many rows, also how many they are and what can be done."""
+    text = listing(problems, "problems")
+    if num_good + len(problems) == 1 or not num_good:
+        return text
+    total = num_good + len(problems)
+    return (
+        f"{text}\n{len(problems):,} of {total:,} rows or files cannot be used; "
+        "correct them, or leave them out with data.bad_rows=skip"
+    )

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longfit.data.packing import PackedDataset, document_lengths
-from longfit.data.sources import SourceReport
+from longfit.data.source_report import SourceReport
 from longfit.data.tokenizing import TokenizedDocument, TokenizedSet, note_lines, unread_lines
 from longfit.errors import DataError
 from longfit.numerics.labels import IGNORED

@@ -248,3 +248,8 @@ def missing(pieces: Sequence[Piece], renderings: Sequence[Rendering]) -> list[Pi
     """The pieces that none of the renderings shows."""
     shown = frozenset().union(*(rendering.present for rendering in renderings))
     return [piece for piece in pieces if piece not in shown]
+
+
+def kinds_named(piece: Piece) -> str:
+    """What a piece is one of, as errors call it."""
+    return {"tool call": "tool calls", "tools": "tool schemas"}.get(piece.kind, piece.kind)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, overload
 
 import numpy as np
 
-from longfit.data.encoding import ChatNotes
+from longfit.data.chat_notes import ChatNotes
 from longfit.data.template import ChatTemplate
 from longfit.data.tokenizing import TokenizedDocument, TokenizedSet
 

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import numpy as np
 
-from longfit.data.encoding import TRAIN_ON, ChatNotes, TurnEnd, encode_chat, find_turn_end
-from longfit.data.sources import Document, listing
+from longfit.data.chat_notes import ChatNotes
+from longfit.data.document import Document
+from longfit.data.encoding import TRAIN_ON, encode_chat
+from longfit.data.source_report import listing
 from longfit.data.template import ChatTemplate, choose_template
+from longfit.data.turn_end import TurnEnd, find_turn_end
 from longfit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

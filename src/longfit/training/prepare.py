@@ -16,9 +16,9 @@ from transformers import GenerationConfig
 
 from longfit.config import RunConfig, load_config
 from longfit.config.sections import DataSection
+from longfit.data.documents import Documents, read_documents, split_documents
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset, pack
-from longfit.data.sources import Documents, read_documents, split_documents
 from longfit.data.token_cache import CACHED_BYTES, TokenWriter, cache_folder, entry_key, read_entry
 from longfit.data.tokenizing import TokenizedSet, tokenize_documents
 from longfit.engine.hf_model import base_model

@@ -31,8 +31,9 @@ from typing import Any
 import numpy as np
 
 from longfit.config import RunConfig, load_config
+from longfit.data.documents import Documents
 from longfit.data.ledger import Ledger
-from longfit.data.sources import Documents, FileSource
+from longfit.data.sources import FileSource
 from longfit.errors import LongfitError, RunError
 from longfit.files import checksums
 from longfit.files.lock import NAME as LOCK

@@ -1,0 +1,134 @@
+"""Office documents, books and notebooks as text, with a report of what was found: pages, and pages without any text.
+
+PDF, DOCX and PPTX need the extra ``documents`` (pypdf, python-docx, python-pptx: BSD and MIT licences); EPUB and
+notebooks are web pages in an archive and JSON, which Python reads by itself. A scanned page has no text: it is counted
+and named, never read by character recognition. What this is not: layout; columns and footnotes come as the file has
+them.
+"""
+
+import io
+import json
+import posixpath
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+from longfit.data.html import html_text
+from longfit.data.readers import decode_text
+from longfit.errors import DataError
+
+INSTALL = "pip install 'longfit[documents]'"
+
+
+@dataclass(frozen=True, slots=True)
+class Extraction:
+    """What was taken out of one file.
+
+    Attributes:
+        unit: what the file consists of: pages, slides, chapters, cells or parts.
+        num_units: of them.
+        num_chars: of the text.
+        empty: numbers of the units without text, from 1.
+    """
+
+    unit: str
+    num_units: int
+    num_chars: int
+    empty: tuple[int, ...]
+
+
+def extract(kind: str, stream: BinaryIO) -> tuple[str, Extraction]:
+    """Read a document.
+
+    Args:
+        kind: a key of `EXTRACTORS`.
+    Returns: its text, units parted by an empty line; what was found.
+    Raises: DataError: damaged, encrypted, or the extra is not installed.
+    """
+    unit, read = EXTRACTORS[kind]
+    try:
+        parts = [part.strip("\n") for part in read(io.BytesIO(stream.read()))]
+    except ImportError:
+        raise DataError(f"to read {kind} files, install what reads them: {INSTALL}") from None
+    except DataError:
+        raise
+    except Exception as error:  # the libraries raise whatever a damaged file leads them to
+        raise DataError(f"not a readable {kind} file: {error or type(error).__name__}") from None
+    empty = tuple(number for number, part in enumerate(parts, start=1) if not part.strip())
+    text = "\n\n".join(part for part in parts if part.strip())
+    return text, Extraction(unit, len(parts), len(text), empty)
+
+
+def _pdf(stream: BinaryIO) -> Iterator[str]:
+    import logging
+
+    import pypdf
+
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it tells of every irregular object
+    reader = pypdf.PdfReader(stream)
+    if reader.is_encrypted and not reader.decrypt(""):
+        raise DataError("the PDF is encrypted; save it without its password")
+    for page in reader.pages:
+        yield page.extract_text() or ""
+
+
+def _docx(stream: BinaryIO) -> Iterator[str]:
+    import docx
+
+    for block in docx.Document(stream).iter_inner_content():
+        if hasattr(block, "rows"):
+            yield "\n".join("\t".join(cell.text for cell in row.cells) for row in block.rows)
+        elif block.text.strip():
+            yield block.text
+
+
+def _pptx(stream: BinaryIO) -> Iterator[str]:
+    import pptx
+
+    for slide in pptx.Presentation(stream).slides:
+        yield "\n".join(text for shape in slide.shapes for text in _shape_texts(shape) if text.strip())
+
+
+def _shape_texts(shape: Any) -> Iterator[str]:
+    if hasattr(shape, "shapes"):
+        for inner in shape.shapes:
+            yield from _shape_texts(inner)
+    if getattr(shape, "has_text_frame", False):
+        yield shape.text_frame.text
+    if getattr(shape, "has_table", False):
+        for row in shape.table.rows:
+            yield "\t".join(cell.text for cell in row.cells)
+
+
+def _epub(stream: BinaryIO) -> Iterator[str]:
+    """Read the chapters of a book in the order of its spine."""
+    with zipfile.ZipFile(stream) as book:
+        container = ElementTree.fromstring(book.read("META-INF/container.xml"))
+        package_name = next(node.attrib["full-path"] for node in container.iter() if node.tag.endswith("rootfile"))
+        package = ElementTree.fromstring(book.read(package_name))
+        files = {node.attrib["id"]: node.attrib["href"] for node in package.iter() if node.tag.endswith("}item")}
+        for node in package.iter():
+            if node.tag.endswith("}itemref"):
+                name = posixpath.join(posixpath.dirname(package_name), unquote(files[node.attrib["idref"]]))
+                yield html_text(decode_text(book.read(posixpath.normpath(name))))
+
+
+def _notebook(stream: BinaryIO) -> Iterator[str]:
+    notebook = json.loads(decode_text(stream.read()))
+    if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
+        raise DataError("not a notebook: it has no list of cells")
+    for cell in notebook["cells"]:
+        source = cell.get("source", "")
+        yield "".join(source) if isinstance(source, list) else str(source)
+
+
+EXTRACTORS: dict[str, tuple[str, Callable[[BinaryIO], Iterator[str]]]] = {
+    "pdf": ("pages", _pdf),
+    "docx": ("parts", _docx),
+    "pptx": ("slides", _pptx),
+    "epub": ("chapters", _epub),
+    "ipynb": ("cells", _notebook),
+}
