@@ -226,7 +226,7 @@ def _linear_by_tiles(x2: Tensor, weight: Weight4, fmt: RowFormat, y: Tensor) -> 
     """Fill ``y`` [M, O] by running torch's GEMM of ``x2`` [M, I] with a de-quantised tile of rows of W at a time."""
     height = _tile(fmt.out_features, fmt.in_features, y.dtype)
     tile = library().tile(height, fmt.in_features, dtype=_stored(y.dtype))
-    x2 = x2.to(_multiplied(y.dtype))
+    x2 = _operand(x2, y.dtype)
     for row in range(0, fmt.out_features, height):
         part = tile[: min(height, fmt.out_features - row)]
         _dequantize(weight, (row, part.shape[0]), (0, fmt.in_features), part, fmt.in_features)
@@ -237,7 +237,7 @@ def _grad_input_by_tiles(grad2: Tensor, weight: Weight4, fmt: RowFormat, out: Te
     """Fill ``out`` [M, I], tile by tile over the columns of W, so that nothing is summed in 16 bits."""
     width = _tile(fmt.in_features, fmt.out_features, out.dtype)
     tile = library().tile(fmt.out_features, width, dtype=_stored(out.dtype))
-    grad2 = grad2.to(_multiplied(out.dtype))
+    grad2 = _operand(grad2, out.dtype)
     for column in range(0, fmt.in_features, width):
         part = tile[:, : min(width, fmt.in_features - column)]
         _dequantize(weight, (0, fmt.out_features), (column, part.shape[1]), part, width)
@@ -248,6 +248,16 @@ def _multiplied(dtype: torch.dtype) -> torch.dtype:
     """Return what torch multiplies fast: 16-bit numbers in float32 where the processor would emulate them."""
     emulated = dtype in (torch.bfloat16, torch.float16) and processor.bf16_instructions() is None
     return torch.float32 if emulated else dtype
+
+
+def _operand(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``a`` [M, K] as torch multiplies it fast and reads nothing else.
+
+    oneDNN 3.12 multiplies bf16 on AMX 32 numbers along K at a time, and what it reads between strided rows by zeros:
+    a NaN there spoils the product.
+    """
+    a = a.to(_multiplied(dtype))
+    return a.contiguous() if a.shape[1] % 32 else a
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
