@@ -3,9 +3,9 @@
     make llama-cpp
 
 puts it where it is looked for: the repository's ``.llama-cpp``, or where the variable LONGFIT_LLAMA_CPP points to. Only
-calls that have been the same for years are used. The two parameter structs are taken from llama.cpp's own defaults, handed
-back as they are but for the context size, which is their first field, so that their later fields need not be known;
-they are declared longer than they are, which a callee that takes them on the stack does not see.
+calls that have been the same for years are used. The two parameter structs are taken from llama.cpp's own defaults,
+handed back as they are but for the context size, which is their first field, so that their later fields need not be
+known; they are declared longer than they are, which a callee that takes them on the stack does not see.
 """
 
 import ctypes

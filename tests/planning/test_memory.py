@@ -141,6 +141,18 @@ def test_optimiser_state_is_that_of_its_pages(name: str, optim: str) -> None:
     assert constant_bytes.page_bytes(parts, settings) == pytest.approx(pages, rel=0.01, abs=2 * layout.page_bytes)
 
 
+def test_rows_of_new_tokens_cost_a_copy_and_a_gradient_of_all_rows_but_no_state() -> None:
+    """PEFT writes the rows into a copy of the table, whose gradient is as large; the optimiser sees the rows alone."""
+    shape = ModelShape.of(config("SmolLM2-135M"))
+    frozen, rows = PlanSettings(1024), PlanSettings(1024, train_new_tokens=True)
+    parts = constant_bytes.trained(shape, rows)
+    assert parts.vocabulary == shape.vocab_params
+    assert constant_bytes.state_bytes(parts, rows) == constant_bytes.state_bytes(
+        constant_bytes.trained(shape, frozen), frozen
+    )
+    assert memory_plan(shape, rows).peak("accelerator") > memory_plan(shape, frozen).peak("accelerator")
+
+
 def test_the_one_constant_that_cannot_be_imported_without_torch() -> None:
     assert constant_bytes.MOMENT_BLOCK_SIZE == BLOCK_SIZE
 
@@ -158,6 +170,7 @@ def test_more_of_anything_never_takes_less(name: str) -> None:
     start = PlanSettings(8192, offload="ram")
     larger: list[dict[str, object]] = [
         *({"context": 16_384}, {"rank": 64}, {"batch_size": 2}, {"train_embeddings": True}, {"quant": "none"}),
+        {"train_new_tokens": True},
         *({"offload": "device"}, {"gradient_accumulation": 4}, {"dtype": "float32"}),
     ]
     least = memory_plan(shape, start)

@@ -145,8 +145,16 @@ class AdapterSection(Section):
     """Also train the input embeddings (LongLoRA, section 3.3)."""
     train_norms: bool = False
     """Also train the normalisation layers (LongLoRA, section 3.3)."""
+    train_new_tokens: bool = False
+    """Give tokens that the tokenizer has and the embedding lacks a row each, and train those rows alone."""
     init: str | None = None
     """Start from the adapter of this run, or of this folder, with new data and a new schedule; unset: anew."""
+
+    @model_validator(mode="after")
+    def _rows_train_once(self) -> "AdapterSection":
+        if self.train_embeddings and self.train_new_tokens:
+            raise _contradiction("train_embeddings and train_new_tokens exclude each other; drop one")
+        return self
 
 
 class DataSection(Section):

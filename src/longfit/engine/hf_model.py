@@ -136,12 +136,17 @@ def output_head(model: nn.Module) -> OutputHead:
 def _effective_linear(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the linear map that calling ``head`` computes, through PEFT's wrappers."""
     from peft.tuners.lora import LoraLayer
-    from peft.utils import ModulesToSaveWrapper
+    from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
     if isinstance(head, ModulesToSaveWrapper):
         if head.disable_adapters or not set(head.active_adapters) & set(head.modules_to_save):
             return _effective_linear(head.original_module)
         return _effective_linear(head.modules_to_save[head.active_adapters[0]])
+    if isinstance(head, TrainableTokensWrapper):
+        layer = head.token_adapter
+        if layer.disable_adapters or layer.merged or not layer.active_adapters:
+            return _effective_linear(layer.base_layer)
+        return layer.get_merged_weights(layer.active_adapters), None  # PEFT's own forward leaves a bias out
     if isinstance(head, LoraLayer):
         return _with_lora(head)
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:

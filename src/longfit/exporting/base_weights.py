@@ -2,6 +2,7 @@
 
     FolderWeights       safetensors in a folder or a hub snapshot; bitsandbytes' 4-bit tensors are de-quantised
     GgufWeights         a .gguf file
+    GrownWeights        another base with rows for new tokens, which the adapter then fills
     QuantizedWeights    another base as it was while the adapter trained: quantised and de-quantised again
 
 Nothing is read before it is asked for, nothing stays: the files are mapped, so a model of any size costs the tensors
@@ -22,6 +23,7 @@ from longfit.errors import ExportError
 from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit
 from longfit.model import gguf
 from longfit.model.hf_quantizer import skipped_linears
+from longfit.model.vocabulary import grown
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes
 from longfit.numerics.vectorwise import dequantize_vectors, quantize_vectors
 
@@ -148,6 +150,24 @@ class GgufWeights:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name][...]
+
+
+class GrownWeights:
+    """See the module; ``tables`` are the tensors that have ``rows`` rows in the model and fewer in the base."""
+
+    def __init__(self, inner: BaseWeights, tables: set[str], *, rows: int) -> None:
+        self.inner, self.tables, self.rows = inner, tables, rows
+
+    def names(self) -> list[str]:
+        return self.inner.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.inner.shape(name)
+        return (max(shape[0], self.rows), *shape[1:]) if name in self.tables else shape
+
+    def read(self, name: str) -> Tensor:
+        weight = self.inner.read(name)
+        return grown(weight, self.rows) if name in self.tables else weight
 
 
 class QuantizedWeights:

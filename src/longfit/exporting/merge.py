@@ -32,6 +32,7 @@ from longfit.evaluation.drift import Drift, Reference, measure_drift, read_refer
 from longfit.exporting.base_weights import (
     BaseWeights,
     FolderWeights,
+    GrownWeights,
     QuantizedWeights,
     open_base,
     quantized_weights,
@@ -43,6 +44,7 @@ from longfit.exporting.shards import MAX_SHARD_BYTES, Planned, write_shards
 from longfit.exporting.trained import Trained, open_trained
 from longfit.model.adapter_weights import AdapterWeights, is_finite
 from longfit.model.load import load
+from longfit.model.vocabulary import added_rows, tables
 from longfit.training.metrics import Event, OnEvent, ignore
 from longfit.words import format_bytes
 
@@ -199,6 +201,11 @@ class MergePlan:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         base = open_base(trained.base, config)
+        no_original = ""
+        if isinstance(base, FolderWeights) and base.is_quantized:
+            no_original = "the base is a 4-bit checkpoint: there are no 16-bit originals"
+        if added_rows(config):
+            base = GrownWeights(base, {f"{name}.weight" for name in tables(skeleton)}, rows=config.vocab_size)
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         tied_to = dict(tied_weights(skeleton))
         untied = {name for name in tied_to if _comes_apart(name, tied_to[name], adapter)}
@@ -207,9 +214,6 @@ class MergePlan:
         _require_tensors(trained, base, adapter, shapes, written, aliases)
         if untied:
             config.tie_word_embeddings = False
-        no_original = ""
-        if isinstance(base, FolderWeights) and base.is_quantized:
-            no_original = "the base is a 4-bit checkpoint: there are no 16-bit originals"
         quantizable = frozenset(quantized_weights(skeleton))
         return cls(
             trained=trained,

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from longfit.exporting.trained import Trained
 from longfit.files import checksums
+from longfit.model.vocabulary import FIRST_NEW_ROW
 
 ADAPTER_FILES = (
     "adapter_config.json",
@@ -33,8 +34,9 @@ def write_model_files(folder: Path, trained: Trained, config: Any, *, dtype: tor
     config = copy.deepcopy(config)
     config.dtype = dtype
     config.architectures = [_architecture(config)]
-    if hasattr(config, "gguf_base"):
-        del config.gguf_base  # of the adapter, which needs its base; this model needs none
+    for of_adapter in ("gguf_base", FIRST_NEW_ROW):  # an adapter needs to know its base; this model has none
+        if hasattr(config, of_adapter):
+            delattr(config, of_adapter)
     config.save_pretrained(str(folder))
     generation_config(trained, config).to_json_file(folder / "generation_config.json")
     for path in sorted(trained.adapter.iterdir()):

@@ -16,8 +16,9 @@ import torch
 from longfit.config import RunConfig
 from longfit.errors import ExportError
 from longfit.model.context import adopt_positions
-from longfit.model.load import load
+from longfit.model.load import load, read_config
 from longfit.model.save import load_adapter
+from longfit.model.vocabulary import added_rows
 from longfit.training import run_directory
 
 
@@ -58,6 +59,7 @@ class Trained:
             int8_threshold=self.int8_threshold,
             dtype=dtype or self.compute_dtype,
             device=device,
+            resize_embeddings=bool(added_rows(read_config(self.adapter))),
         )
         adopt_positions(model, self.adapter)
         return load_adapter(model, self.adapter).eval(), self.tokenizer()

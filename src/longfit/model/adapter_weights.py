@@ -136,11 +136,15 @@ class AdapterWeights:
             weight = update.add_to(weight.to(torch.float32, copy=True))
         if name in self.rows:
             weight = weight.clone()
-            rows = self._file.get_tensor(self.rows[name])
-            weight[self._row_indices(name)] = rows.to(weight.dtype)
+            indices, rows = self.rows_of(name)
+            weight[indices] = rows.to(weight.dtype)
         if name in self.changed() and not is_finite(weight):
             raise ModelError(f"{name}: the adapter holds values that are not finite; merge an earlier checkpoint")
         return weight
+
+    def rows_of(self, name: str) -> tuple[list[int], Tensor]:
+        """The rows of an embedding that were trained, and what stands in them ``[rows, D]``."""
+        return self._row_indices(name), self._file.get_tensor(self.rows[name])
 
     def _row_indices(self, name: str) -> list[int]:
         indices = self.settings["trainable_token_indices"]

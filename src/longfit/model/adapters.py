@@ -16,6 +16,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -24,22 +25,25 @@ from longfit.compat.transformers import tied_weights
 from longfit.errors import ModelError
 from longfit.layers.qlora import QLoRALinear
 from longfit.layers.quantized_linear import QuantizedLinear
+from longfit.model.vocabulary import added_rows, tables
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What is trained: layers with an adapter, modules trained whole, and parameter counts."""
+    """What is trained: layers with an adapter, modules trained whole, parameter counts, and rows of new tokens."""
 
     adapted: tuple[str, ...]
     trained_whole: tuple[str, ...]
     trainable_params: int
     total_params: int
+    new_tokens: int = 0
 
     def __str__(self) -> str:
         """Say it in one line."""
         share = f"{self.trainable_params:,} of {self.total_params:,} parameters train"
         whole = f", {len(self.trained_whole)} modules whole" if self.trained_whole else ""
-        return f"{share}: adapters on {len(self.adapted)} layers{whole}"
+        rows = f", rows of {self.new_tokens:,} new tokens" if self.new_tokens else ""
+        return f"{share}: adapters on {len(self.adapted)} layers{whole}{rows}"
 
 
 def add_adapters(
@@ -52,6 +56,7 @@ def add_adapters(
     targets: str | list[str] = "all-linear",
     train_embeddings: bool = False,
     train_norms: bool = False,
+    train_new_tokens: bool = False,
 ) -> PeftModel:
     """Put an adapter on the target layers and freeze everything else.
 
@@ -66,9 +71,10 @@ def add_adapters(
         targets: ``"all-linear"`` (all but the output head) or the last parts of layer names.
         train_embeddings: train the token embeddings whole; a tied output head follows them.
         train_norms: train all normalisation weights whole.
+        train_new_tokens: train the rows that ``load(..., resize_embeddings=True)`` added, and no other rows.
     Returns: the ``PeftModel``; ``longfit.reports(model).adapters`` tells what it trains.
-    Raises: ModelError: a target that matches nothing, no norms or embeddings where they are asked for, or adapters
-        already there.
+    Raises: ModelError: a target that matches nothing, no norms or embeddings where they are asked for, new
+        tokens where no rows were added, or adapters already there.
     """
     if rank < 1:
         raise ModelError(f"rank={rank}: must be at least 1; 16 is a good start")
@@ -79,6 +85,7 @@ def add_adapters(
     if isinstance(targets, list):
         require_targets(model, targets)
     trained_whole = whole_modules(model, train_embeddings=train_embeddings, train_norms=train_norms)
+    new_rows = _new_rows(model, train_embeddings=train_embeddings) if train_new_tokens else None
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -86,11 +93,22 @@ def add_adapters(
         lora_dropout=dropout,
         target_modules=targets,
         modules_to_save=trained_whole or None,
+        trainable_token_indices=new_rows,
         ensure_weight_tying=train_embeddings and bool(tied_weights(model)),
         task_type="CAUSAL_LM",
     )
     register_layers(config)
     return get_peft_model(model, config)
+
+
+def _new_rows(model: Any, *, train_embeddings: bool) -> dict[str, list[int]]:
+    """PEFT's setting for the rows that were added to a model; a tied output matrix follows the embedding."""
+    rows = list(added_rows(model.config))
+    if not rows:
+        raise ModelError("train_new_tokens: no rows were added to this model; load it with resize_embeddings=True")
+    if train_embeddings:
+        raise ModelError("train_new_tokens: train_embeddings trains all rows of the embedding; drop one of the two")
+    return {name.rsplit(".", 1)[-1]: rows for name in tables(model)}
 
 
 def register_layers(config: LoraConfig) -> None:
@@ -129,11 +147,13 @@ def is_norm(module: nn.Module) -> bool:
 def adapter_report(model: nn.Module) -> AdapterReport:
     """List what a model with adapters trains."""
     modules = list(model.named_modules())
+    token_layers = [module for _, module in modules if isinstance(module, TrainableTokensLayer)]
     return AdapterReport(
         adapted=tuple(name for name, module in modules if isinstance(module, LoraLayer)),
         trained_whole=tuple(name for name, module in modules if isinstance(module, ModulesToSaveWrapper)),
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_params=sum(own_params(module) for _, module in modules),
+        new_tokens=max((len(next(iter(m.token_indices.values()), ())) for m in token_layers), default=0),
     )
 
 

@@ -27,6 +27,7 @@ from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model import gguf
 from longfit.model.accounting import accounted
 from longfit.model.hf_quantizer import LongfitQuantizationConfig
+from longfit.model.vocabulary import add_rows, require_rows
 from longfit.model.weight_files import read_headers, require_fitting, require_sane_counts
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def load(
     device: str | torch.device | None = None,
     skip_modules: list[str] | None = None,
     own_rows: OwnRows | None = None,
+    resize_embeddings: bool = False,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer.
 
@@ -105,6 +107,7 @@ def load(
         device: where the weights go; the first CUDA device if there is one, else the CPU.
         skip_modules: names of linear layers to leave dense.
         own_rows: of this device, where several share the quantised weights (``OwnRows``); the others are not kept.
+        resize_embeddings: give tokens that the embedding lacks a row, the mean of the others; else they are an error.
     Returns: the model in eval mode and its tokenizer; ``longfit.reports(model).load`` tells what was done.
     Raises: ModelError: nothing at ``name``, not a causal language model, or an unknown ``quant``.
     """
@@ -128,11 +131,12 @@ def load(
         arguments["quantization_config"].own_rows = own_rows
     with reading(name, "the model", ModelError, do=CANNOT_LOAD):
         if gguf.is_gguf(path):
-            return _settled(_load_gguf(path, arguments), own_rows)
+            loaded = _load_gguf(path, arguments)  # its tokens and its embedding are in one file
+            return _settled(loaded, own_rows)
         if path.suffix == ".gguf":
             problem = "does not start with GGUF's magic bytes" if path.exists() else "no such file"
             raise ModelError(f"{path}: {problem}; give a .gguf file, a folder, or a hub id")
-        return _settled(_load_safetensors(str(name), arguments), own_rows)
+        return _settled(_load_safetensors(str(name), arguments, resize_embeddings=resize_embeddings), own_rows)
 
 
 def _settled(loaded: tuple[Any, Any], own_rows: OwnRows | None) -> tuple[Any, Any]:
@@ -151,11 +155,11 @@ def _load_gguf(path: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
     load = partial(model_class.from_pretrained, None, config=config, state_dict=state_dict)
     model = accounted(str(path), load, **arguments)
     model.config.name_or_path = str(path)
-    require_rows(model, tokenizer, str(path), num_tokens=gguf.num_tokens(path))
+    require_rows(model, tokenizer, str(path), needed=gguf.num_tokens(path))
     return model, tokenizer
 
 
-def _load_safetensors(name: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
+def _load_safetensors(name: str, arguments: dict[str, Any], *, resize_embeddings: bool) -> tuple[Any, Any]:
     """Load a folder or a hub id; the headers of a folder's weights are checked before anything is built."""
     config = read_config(name)
     block = getattr(config, "quantization_config", None)
@@ -173,27 +177,10 @@ def _load_safetensors(name: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
     except OSError as error:
         raise ModelError(f"{name}: {first_line(error)}") from error
     tokenizer = read_tokenizer(name)
+    if resize_embeddings:
+        add_rows(model, tokenizer, name)
     require_rows(model, tokenizer, name)
     return model, tokenizer
-
-
-def require_rows(model: Any, tokenizer: Any, name: str, *, num_tokens: int | None = None) -> None:
-    """Raise ModelError if a tokenizer makes tokens for which the embedding has no row, before a text runs into one.
-
-    Args:
-        num_tokens: of the tokenizer's file, where transformers adds default tokens of its own behind them; None: all.
-    """
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    needed = num_tokens or max(tokenizer.get_vocab().values(), default=-1) + 1
-    if needed <= rows:
-        return
-    known = tokenizer.convert_ids_to_tokens([rows])[0]
-    raise ModelError(
-        f"{name}: the tokenizer has {needed:,} tokens, the embedding {rows:,} rows: {known!r} (token {rows:,}) is the"
-        f" first without one. Give the base its rows once, then train them: model ="
-        f" AutoModelForCausalLM.from_pretrained({name!r}); model.resize_token_embeddings({needed}); save model and"
-        " tokenizer into a folder, and train that with --train-embeddings"
-    )
 
 
 def read_tokenizer(name: str | os.PathLike[str]) -> Any:

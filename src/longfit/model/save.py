@@ -99,7 +99,9 @@ def _require_complete(model: PeftModel, folder: Path) -> None:
         if names:
             raise ModelError(f"{folder / WEIGHTS}: {what} {min(names)} ({len(names)} in all); copy it again")
     for name, parameter in model.named_parameters():
-        if ("lora_" in name or "modules_to_save" in name) and not is_finite(parameter):
+        if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")) and not is_finite(
+            parameter
+        ):
             raise ModelError(not_finite(str(folder), name))
 
 

@@ -89,6 +89,7 @@ class Trained:
         idle_norms: parameters of norms that text never reaches.
         norm_sizes: of each norm that learns.
         head: whether the output matrix is among them, because it is the embedding matrix.
+        rows_only: few rows of it learn: PEFT makes a copy and a gradient of all, the optimiser has no state.
     """
 
     adapters: tuple[int, ...]
@@ -97,6 +98,7 @@ class Trained:
     norm_sizes: tuple[int, ...]
     idle_norms: int
     head: bool
+    rows_only: bool = False
 
     @property
     def adapter_params(self) -> int:
@@ -145,8 +147,10 @@ def trained(shape: ModelShape, settings: PlanSettings) -> Trained:
         per_head = (shape.head_dim,) * (2 if shape.family.qk_norm else 0)
         norms = ((shape.hidden_size,) * shape.family.norms + per_head) * shape.num_layers + (shape.hidden_size,)
         idle_norms = shape.tower_norm_params
-    vocabulary = shape.vocab_size * shape.hidden_size if settings.train_embeddings else 0
-    return Trained(adapters, idle, vocabulary, norms, idle_norms, head=shape.tied and settings.train_embeddings)
+    rows_only = settings.train_new_tokens
+    vocabulary = shape.vocab_params if rows_only else shape.vocab_size * shape.hidden_size * settings.train_embeddings
+    head = rows_only or (shape.tied and settings.train_embeddings)
+    return Trained(adapters, idle, vocabulary, norms, idle_norms, head=head, rows_only=rows_only)
 
 
 def state_bytes(parts: Trained, settings: PlanSettings) -> int:
@@ -158,7 +162,7 @@ def state_bytes(parts: Trained, settings: PlanSettings) -> int:
         return moments + master * numel
 
     master = 0 if settings.element_bytes == 4 else 4
-    whole = (parts.vocabulary, *parts.norm_sizes)
+    whole = (*(() if parts.rows_only else (parts.vocabulary,)), *parts.norm_sizes)
     return sum(bytes_of(numel, 0) for numel in parts.adapters) + sum(bytes_of(numel, master) for numel in whole)
 
 

@@ -61,6 +61,7 @@ class PlanSettings:
     rank: int = 16
     train_embeddings: bool = False
     train_norms: bool = False
+    train_new_tokens: bool = False
     batch_size: int = 1
     gradient_accumulation: int = 1
     optim: str = "adamw"

@@ -103,6 +103,10 @@ def require_shardable(config: RunConfig) -> None:
         "engine.stream": (config.engine.stream != "none", "shards are gathered, not streamed; use none"),
         "optim.optim": (config.optim.optim == "adamw8bit", "8-bit blocks cross the rows of shards; use adamw"),
         "optim.file": (config.optim.file is not None, "a file belongs to one division into shards; drop it"),
+        "adapter.train_new_tokens": (
+            config.adapter.train_new_tokens,
+            "rows of a sharded table do not train alone; false",
+        ),
         "model.dtype": (
             config.model.dtype == "float16",
             "losses are not scaled there; use bfloat16 or float32",

@@ -17,6 +17,7 @@ import yaml
 from longfit.config import RunConfig
 from longfit.files.checksums import seal_folder
 from longfit.model.gguf import is_gguf
+from longfit.model.vocabulary import FIRST_NEW_ROW
 from longfit.training.best import best_of
 from longfit.training.metrics import read_metrics
 
@@ -42,7 +43,12 @@ class GgufBase:
 
 def refused_by_servers(config: RunConfig, run_dir: Path) -> str | None:
     """Why a server of plain LoRA adapters will not take the result, and what to do; None if it will."""
-    parts = {"norms": config.adapter.train_norms, "embeddings": config.adapter.train_embeddings}
+    adapter = config.adapter
+    parts = {
+        "norms": adapter.train_norms,
+        "embeddings": adapter.train_embeddings,
+        "embeddings of new tokens": adapter.train_new_tokens,
+    }
     what = " and ".join(name for name, trained in parts.items() if trained)
     return REFUSED_BY_SERVERS.format(what=what, run=run_dir) if what else None
 
@@ -79,7 +85,7 @@ def model_card(run_dir: Path, folder: Path, config: RunConfig, base: GgufBase | 
         f"A LoRA adapter for `{name}`, trained with longfit.",
         *_base_lines(base),
         "## Use it",
-        "```python\n" + load_lines(folder.resolve(), name, base) + "```",
+        "```python\n" + load_lines(folder.resolve(), name, base, new_rows=_has_new_rows(folder)) + "```",
         *[f"**Note:** {line}." for line in [refused_by_servers(config, run_dir)] if line],
         f"As one model: `longfit merge {run_dir} --out DIR`; for llama.cpp: `longfit export {run_dir} --out DIR`.",
         "## How it went",
@@ -92,7 +98,7 @@ def model_card(run_dir: Path, folder: Path, config: RunConfig, base: GgufBase | 
     return "\n\n".join(parts) + "\n"
 
 
-def load_lines(folder: Path, name: str, base: GgufBase | None) -> str:
+def load_lines(folder: Path, name: str, base: GgufBase | None, *, new_rows: bool = False) -> str:
     """Python that loads base and adapter with transformers and peft, from anywhere on this machine."""
     where = f'"{name}"' if base is None else f'"{Path(name).parent}", gguf_file="{base.file}"'
     return (
@@ -100,10 +106,16 @@ def load_lines(folder: Path, name: str, base: GgufBase | None) -> str:
         "from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer\n\n"
         f'adapter = "{folder}"\n'
         "config = AutoConfig.from_pretrained(adapter)  # with the positions that it was trained at\n"
-        f"base = AutoModelForCausalLM.from_pretrained({where}, config=config)\n"
-        "model = PeftModel.from_pretrained(base, adapter)\n"
+        + ("rows, config.vocab_size = config.vocab_size, config.base_vocab_size\n" if new_rows else "")
+        + f"base = AutoModelForCausalLM.from_pretrained({where}, config=config)\n"
+        + ("base.resize_token_embeddings(rows)  # for the new tokens; the adapter fills them\n" if new_rows else "")
+        + "model = PeftModel.from_pretrained(base, adapter)\n"
         "tokenizer = AutoTokenizer.from_pretrained(adapter)\n"
     )
+
+
+def _has_new_rows(folder: Path) -> bool:
+    return FIRST_NEW_ROW in json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _base_lines(base: GgufBase | None) -> list[str]:

@@ -33,9 +33,12 @@ from longfit.model.fused import fuse
 from longfit.model.load import auto_dtype, load, read_config, read_tokenizer
 from longfit.model.own_rows import OwnRows
 from longfit.model.save import load_adapter, restore_chat
+from longfit.model.vocabulary import added_rows
 from longfit.training import run_directory
 from longfit.training.metrics import Event, OnEvent, ignore
 from longfit.words import format_bytes
+
+NO_NEW_TOKENS = "adapter.train_new_tokens: there are none, every token of the tokenizer has a row already"
 
 
 def read_data(config: RunConfig) -> tuple[Documents, Documents | None]:
@@ -184,6 +187,8 @@ def remember_chat(model: Any, tokenizer: Any, windows: PackedDataset) -> None:
 
 def load_base(config: RunConfig, device: torch.device, *, own_rows: OwnRows | None = None) -> tuple[Any, Any]:
     section = config.model
+    if config.adapter.train_new_tokens and config.engine.stream != "none":
+        raise ConfigError("adapter.train_new_tokens: the embedding must stay in its place; drop engine.stream")
     return load(
         section.name,
         quant=section.quant,
@@ -191,6 +196,7 @@ def load_base(config: RunConfig, device: torch.device, *, own_rows: OwnRows | No
         block_size=section.block_size,
         int8_threshold=section.int8_threshold,
         int8_modules=section.int8_modules,
+        resize_embeddings=config.adapter.train_new_tokens,
         dtype=None if section.dtype == "auto" else getattr(torch, section.dtype),
         device=device,
         own_rows=own_rows,
@@ -231,6 +237,11 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
     Returns: the PeftModel.
     """
     adapter = config.adapter
+    new_tokens = adapter.train_new_tokens and bool(added_rows(model.config))
+    if adapter.train_new_tokens:
+        rows = added_rows(model.config)
+        text = f"{len(rows):,} new tokens get a row, from {rows.start:,} on" if rows else NO_NEW_TOKENS
+        on_event(Event("phase" if rows else "warning", text, {"new_tokens": len(rows)}))
     torch.manual_seed(config.train.seed)
     model = add_adapters(
         model,
@@ -241,6 +252,7 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
         targets=adapter.targets,
         train_embeddings=adapter.train_embeddings,
         train_norms=adapter.train_norms,
+        train_new_tokens=new_tokens,
     )
     fused = fuse(model, kernels=config.engine.fused)
     if model.device.type == "cuda":

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor
 
 from longfit.errors import ConfigError
@@ -64,8 +65,14 @@ def warm_start(model: Any, init: str) -> WarmStart:
         for name, parameter in model.named_parameters()
         if ".modules_to_save.default." in name
     }
+    rows = {
+        f"{name.removeprefix('base_model.model.').removesuffix('.token_adapter')}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, TrainableTokensLayer) and module.tied_adapter is None
+    }
     tied = _tied_alias(model, old, whole)
     _require_places(init, old, layers, whole, tied)
+    _require_rows(init, old, rows)
     ranks: set[tuple[int, int]] = set()
     differences: list[str] = []
     with torch.no_grad():
@@ -77,6 +84,8 @@ def warm_start(model: Any, init: str) -> WarmStart:
         for name in old.whole:
             if name not in tied:
                 whole[name].copy_(old.apply(name, torch.zeros(0)))
+        for name in old.rows:
+            rows[name].trainable_tokens_delta["default"].copy_(old.rows_of(name)[1])
     differences += [f"rank {before} to {now}" for before, now in sorted(ranks) if before != now]
     added = len(layers.keys() - old.low_rank.keys())
     if added:
@@ -84,7 +93,9 @@ def warm_start(model: Any, init: str) -> WarmStart:
     fresh = sorted(whole.keys() - old.whole.keys())
     if fresh:
         differences.append(f"{len(fresh)} tensors train whole that did not, first {fresh[0]}")
-    return WarmStart(folder, 2 * len(old.low_rank) + len(old.whole), tuple(differences))
+    if rows and not old.rows:
+        differences.append("rows of new tokens begin as the mean of the others")
+    return WarmStart(folder, 2 * len(old.low_rank) + len(old.whole) + len(old.rows), tuple(differences))
 
 
 def _tied_alias(model: Any, old: AdapterWeights, whole: dict[str, Tensor]) -> set[str]:
@@ -103,8 +114,6 @@ def _require_places(
     lost = sorted(old.whole.keys() - whole.keys() - tied)
     if lost:
         problems.append(f"{len(lost)} tensors trained whole, first {lost[0]}; add --train-norms, --train-embeddings")
-    if old.rows:
-        problems.append("single rows of its embeddings were trained; merge it first and start from the merged model")
     for name in old.low_rank.keys() & layers.keys():
         update, layer = old.update_of(name), layers[name]
         assert update is not None, name
@@ -121,6 +130,19 @@ def _require_places(
         break  # the same is wrong everywhere
     if problems:
         raise ConfigError(f"adapter.init={init}: a part of it would be lost: {'; '.join(problems)}")
+
+
+def _require_rows(init: str, old: AdapterWeights, rows: dict[str, TrainableTokensLayer]) -> None:
+    """Raise ConfigError unless every row of a token that the older adapter trained is one that this run trains."""
+    for name in old.rows:
+        indices = old.rows_of(name)[0]
+        ours = list(rows[name].token_indices["default"]) if name in rows else []
+        if ours != indices:
+            raise ConfigError(
+                f"adapter.init={init}: it trained the rows of {len(indices)} new tokens of {name}, this run trains"
+                f" {len(ours)}: give it the same base and adapter.train_new_tokens=true, or merge the old run first and"
+                " start from the merged model"
+            )
 
 
 def _set_low_rank(layer: Any, update: LowRank) -> None:
