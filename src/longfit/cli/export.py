@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from longfit.cli.merge import print_drift
+from longfit.cli import merge_and_export as shared
 from longfit.cli.output import print_json, print_lines, print_note, show_progress
 from longfit.cli.values import read_tokens
 
 
 def export(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or an adapter folder.")],
-    out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
+    run: shared.Run,
+    out: shared.Out,
     format: Annotated[str, typer.Option(help="gguf, gguf-lora, safetensors or bnb-4bit.")] = "gguf",
     type: Annotated[str, typer.Option(help="Of a GGUF file: F16, BF16, Q8_0 or Q4_0.")] = "Q8_0",
     onto: Annotated[
         str, typer.Option(help="16bit, 4bit, or auto: the one that the adapter was trained beside.")
     ] = "auto",
     ollama: Annotated[bool, typer.Option("--ollama", help="Write a Modelfile too.")] = False,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="last, or a folder below checkpoints/. Default: the run's result.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="Where the base is now, if it has moved.")] = None,
-    text: Annotated[
-        str | None, typer.Option(help="Measure on this file or folder. Default: the run's held-out text.")
-    ] = None,
-    tokens: Annotated[str, typer.Option(help="Of it.")] = "2048",
-    measure: Annotated[bool, typer.Option(help="Measure how far the exported model drifts.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    checkpoint: shared.Checkpoint = None,
+    base: shared.Base = None,
+    text: shared.Text = None,
+    tokens: shared.Tokens = "2048",
+    measure: shared.Measure = True,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Write a run for another program; what it holds is checked tensor by tensor before it appears."""
     count = read_tokens("--tokens", tokens)
@@ -55,7 +50,7 @@ def export(
     if as_json:
         print_json(result)
         return
-    print_drift(result.drift, f"{result.text}, computed in {result.measured_in}")
+    shared.print_drift(result.drift, f"{result.text}, computed in {result.measured_in}")
     onto_base = f", merged onto the {result.onto} base" if result.onto else ""
     print_lines(f"{', '.join(str(result.out / name) for name in result.files)}{onto_base}")
     for warning in result.warnings:
