@@ -120,7 +120,7 @@ def what_happens(kind: str, shape: Shape, tokenizer: PreTrainedTokenizerFast) ->
         reason = str(error).partition(": ")[2]
         if dropped := re.search(r"drops (the .*?)(,|;)", reason):
             return f"refused: drops {re.sub(r' of turn [0-9]+', '', dropped[1])}"
-        return f"refused by the template: {reason.rpartition('): ')[2].lower()}"
+        return f"refused by the template: {reason.rpartition('): ')[2].partition(';')[0].lower()}"
     said = "trained" if len(found) == 1 else f"trained, {len(found)} rows (turns are rewritten)"
     empty = any("empty block" in note for note in found.notes.counts)
     return said + ", empty block masked" * empty
@@ -422,3 +422,27 @@ def test_tokenizers_without_offsets_agree(tokenizers: dict[str, PreTrainedTokeni
         assert ours.trained is not None
         assert theirs.trained is not None
         assert ours.trained.tolist() == theirs.trained.tolist()
+
+
+def test_control_tokens_in_plain_text_are_text_unless_they_are_to_be_control(
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+) -> None:
+    family = "Llama-3"
+    tokenizer, text = tokenizers[family], "see <|eot_id|> and <|begin_of_text|> here"
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    as_text = tokenize_documents([Document("a", text=text), Document("b", text="plain")], tokenizer)
+    assert as_text[0].input_ids[0] == tokenizer.bos_token_id
+    assert not np.isin(as_text[0].input_ids[1:], tokenizer.all_special_ids).any()
+    assert tokenizer.decode(as_text[0].input_ids[1:]) == text
+    assert (as_text[0].num_special, as_text.notes.counts.total()) == (0, 1)
+    control = tokenize_documents([Document("a", text=text)], tokenizer, control_tokens="control")
+    assert end in control[0].input_ids
+    assert (control[0].num_special, control.notes.counts.total()) == (2, 0)
+
+
+def test_what_decomposed_unicode_costs_is_measured(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    tokenizer = tokenizers["Qwen2.5"]
+    found = tokenize_documents([Document("a", text="ra\u0302\u0301t"), Document("b", text="đẹp")], tokenizer)
+    as_it_is, composed = (len(tokenizer(text)["input_ids"]) for text in ("ra\u0302\u0301t", "rất"))
+    assert found.notes.decomposed == {"characters": 5, "as it is": as_it_is, "composed": composed}
+    assert as_it_is > composed

@@ -102,11 +102,11 @@ def test_findings_of_the_sources_reach_the_ledger() -> None:
     assert any("1 documents repeat an earlier one" in line for line in ledger.warnings)
 
 
-def test_warns_of_padding_and_of_special_tokens_in_the_text() -> None:
+def test_warns_of_padding_and_of_control_tokens_in_the_text() -> None:
     spelled = TokenizedDocument("s", np.arange(1, 6, dtype=np.int32), num_special=2)
     warnings = Ledger.of(pack([spelled], context=12, eos_token_id=EOS, pad_token_id=9)).warnings
     assert any("padding wastes 50% of every step" in line for line in warnings)
-    assert any("1 documents spell out special tokens" in line for line in warnings)
+    assert any("1 documents spell out control tokens" in line for line in warnings)
 
 
 def test_the_sample_shows_where_training_begins_and_cuts_long_prompts_in_the_middle() -> None:

@@ -74,7 +74,7 @@ def test_null_arguments_of_other_tools_are_left_out() -> None:
         ([QUESTION], "no assistant turn among 1 turns"),
         ([QUESTION, {"role": "assistant", "content": " "}], "turn 2: the assistant's answer is empty"),
         ([{"role": "alice", "content": "x"}], "turn 1: unknown role 'alice'; allowed: system, developer, user"),
-        ([{"content": "x"}], "turn 1: unknown role None"),
+        ([{"content": "x"}], r"turn 1: a turn without a role \(it has content\); write role and content"),
         (
             [
                 {

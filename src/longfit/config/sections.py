@@ -177,6 +177,8 @@ class DataSection(Section):
     """Template for chats: chatml, a file, or Jinja text; unset: the tokenizer's own. Saved with the adapter."""
     template_drops: Literal["error", "allow"] = "error"
     """What becomes of chats of which the template drops something: an error, or trained without it, and counted."""
+    control_tokens: Literal["text", "control"] = "text"
+    """What control tokens are that plain text spells out: text, or the model's own, as in sets rendered already."""
     train_on: Literal["all", "last", "marked"] = "all"
     """Answers of a chat that are trained on: all but those their row says no to, the last, or those it says yes to."""
     date: str | None = None

@@ -226,7 +226,8 @@ def _survey(
             "train on one kind, leave the other out with data.exclude"
         )
     if not count:
-        raise DataError(f"{path or 'the documents'}: {len(empty):,} documents, all empty; nothing to train on")
+        held = f"{len(empty):,} documents, all empty" if empty else "holds no rows"
+        raise DataError(f"{path or 'the documents'}: {held}; nothing to train on")
     report = SourceReport(
         len(sources), num_bytes, skipped, tuple(empty), tuple(duplicates), tuple(problems), tuple(unread.most_common()),
         tuple(extractions), num_words, num_decomposed,

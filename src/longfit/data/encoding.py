@@ -173,11 +173,15 @@ def _check_complete(
         )
     for kind in {kinds_named(piece) for piece in lost if piece.kind in ESSENTIAL and _where(piece) in dropped}:
         notes.counts[f"chats lose {kind}: the template drops it, and data.template_drops allows that"] += 1
-    shown = {piece.kind for row in rows for piece in row.rendering.present}
+    said = {(piece.turn, piece.kind) for piece in rows[0].rendering.said}
+    shown = {(piece.turn, piece.kind) for row in rows for piece in row.rendering.present}
     core = {"role", "content", "reasoning_content", "tool_calls"}
-    for message in chat.messages:
+    for turn, message in enumerate(chat.messages):
         for key, value in message.items():
-            if key not in core and key not in shown and key not in template.words and value not in ("", [], {}):
+            if key in core or value in ("", [], {}):
+                continue
+            # What is no text leaves no trace in a rendering; then it counts whether the template knows the key.
+            if (turn, key) not in shown if (turn, key) in said else key not in template.words:
                 notes.unread[key] += 1
 
 

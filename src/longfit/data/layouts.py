@@ -3,21 +3,23 @@
 | columns of the row                                                              | known from              | becomes |
 |---------------------------------------------------------------------------------|-------------------------|---------|
 | `messages` (or its JSON)                                                        | OpenAI, TRL, Axolotl    | chat    |
-| `conversations`, `conversation`, `dialog`, `dialogue`                           | ShareGPT, LLaMA-Factory | chat    |
+| `conversations`, `conversation`, `dialog`, `dialogue`, `chat`, `contents`       | ShareGPT, LLaMA-Factory | chat    |
 | `instruction` and an answer column (`input`, `context`, `history`)              | Alpaca, LongAlpaca, Dolly | chat  |
 | `prompt` and an answer column                                                   | OpenAI, TRL             | chat    |
 | `question`, `query` or `problem` and an answer column (`context`)               | question sets           | chat    |
 | `input` and an answer column                                                    | T5-like sets            | chat    |
 | `text`                                                                          | everyone                | text    |
 
-The first line that fits wins; answer columns are `ANSWERS`, the first that is there. `system` beside any of them is the
-system turn, `tools` or `functions` the tool schemas. Columns that nothing reads are named in `Content.unread`.
-LongLoRA's supervised set (LongAlpaca) puts a whole document into `instruction`; nothing special is needed for it.
+The first line that fits wins, with capitals or without; answer columns are `ANSWERS`, the first that is there. `system`
+or `system_prompt` beside any of them is the system turn, `tools` or `functions` the tool schemas. Columns that nothing
+reads are named in `Content.unread`. LongLoRA's supervised set (LongAlpaca) puts a whole document into `instruction`;
+nothing special is needed for it.
 """
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,10 +29,11 @@ from longfit.errors import ConfigError, DataError
 Row = dict[str, Any]
 Turn = dict[str, Any]
 
-TURN_LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+TURN_LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat", "contents")
 QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "input")
 ANSWERS = ("output", "completion", "response", "answer", "solution")
 TOOLS = ("tools", "functions")
+SYSTEMS = ("system", "system_prompt")
 MAPPED = ("text", "messages", "prompt", "answer", "context", "system", "tools")  # what a column map may name
 NAMES = {  # of the layouts, as errors call them
     "messages": "messages",
@@ -77,23 +80,52 @@ def recognise(
         columns = {"text": text_column}
     if columns:
         return _mapped(keys, columns)
+    if found := _known(keys):
+        return found
+    small = {key.lower(): key for key in keys}
+    if len(small) == len(keys) and (found := _known(small)):
+        return replace(found, columns={name: small[name] for name in found.reads if name in small})
+    raise DataError(
+        f"columns {_listed(keys)} are not recognised; known: {_known_layouts()}, where ANSWER is "
+        f"{' or '.join(ANSWERS)}. {_column_map(keys)}"
+    )
+
+
+def _known(keys: Collection[str]) -> Layout | None:
+    """The first layout that the columns fit."""
     for key in TURN_LISTS:
         if key in keys:
             name = "messages" if key == "messages" else "sharegpt"
-            return Layout(name, (key, "system", *TOOLS), partial(_listed_turns, key=key))
+            return Layout(name, (key, *SYSTEMS, *TOOLS), partial(_listed_turns, key=key))
     answer = next((key for key in ANSWERS if key in keys), None)
     for key in QUESTIONS:
         if key in keys and answer is not None:
             beside = ("context", "input") if key == "instruction" else ("context",)
-            reads = (key, answer, "system", "history", *beside, *TOOLS)
+            reads = (key, answer, *SYSTEMS, "history", *beside, *TOOLS)
             return Layout(NAMES[key], reads, partial(_pair_turns, question=key, answer=answer))
-    if "text" in keys:
-        return Layout("text", ("text",), None)
-    known = " | ".join([TURN_LISTS[0], TURN_LISTS[1], *(f"{key}+ANSWER" for key in QUESTIONS), "text"])
-    raise DataError(
-        f"columns {_listed(keys)} are not recognised; known: {known}, where ANSWER is {' or '.join(ANSWERS)}. Name "
-        "yours with a column map, such as data.columns='{prompt: COLUMN, answer: COLUMN}', or data.text_column=COLUMN"
-    )
+    return Layout("text", ("text",), None) if "text" in keys else None
+
+
+def _known_layouts() -> str:
+    return " | ".join([TURN_LISTS[0], TURN_LISTS[1], *(f"{key}+ANSWER" for key in QUESTIONS), "text"])
+
+
+def _column_map(keys: Collection[str]) -> str:
+    """Offer to name the row's columns, with those that look like a question and an answer."""
+    names = list(keys)
+    if len(names) < 2:
+        text = f"data.text_column={names[0]}" if names else "data.text_column=COLUMN"
+        return f"If it is plain text, name its column: {text}"
+    asked = next((name for name in names if name.lower() in QUESTIONS), names[0])
+    said = next((name for name in names if name.lower() in ANSWERS and name != asked), None)
+    said = said or next(name for name in names if name != asked)
+    pair = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in (("prompt", asked), ("answer", said)))
+    return f"Name yours with a column map, such as data.columns='{{{pair}}}', or data.text_column={names[0]}"
+
+
+def _quoted(name: str) -> str:
+    """A name as YAML takes it inside braces and single quotes of a shell."""
+    return name if re.fullmatch(r"[A-Za-z_][\w.-]*", name) else json.dumps(name, ensure_ascii=False)
 
 
 def read_row(row: Row, layout: Layout) -> Content:
@@ -103,7 +135,7 @@ def read_row(row: Row, layout: Layout) -> Content:
     """
     renamed = row
     if layout.columns:
-        renamed = {ours: row[theirs] for ours, theirs in layout.columns.items()}
+        renamed = {ours: row.get(theirs) for ours, theirs in layout.columns.items()}
         read = frozenset(layout.columns.values())
     else:
         read = frozenset(layout.reads)
@@ -177,7 +209,7 @@ def _pair_turns(row: Row, question: str, answer: str) -> list[Any]:
 
 def _with_system(row: Row, turns: list[Any]) -> list[Any]:
     """Put a `system` column before the turns."""
-    system = row.get("system")
+    system = next((row[key] for key in SYSTEMS if row.get(key)), None)
     if not system:
         return turns
     if not isinstance(system, str):

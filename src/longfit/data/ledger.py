@@ -168,7 +168,8 @@ class Ledger:
             "slack_tokens": slack,
         }
         sample = sample_spans(packed, tokenizer) if tokenizer is not None else ()
-        lines = (report.warnings() if report else []) + _warnings(numbers)
+        extra = _extra_tokens(documents)
+        lines = (report.warnings(extra_tokens=extra) if report else []) + _warnings(numbers)
         notes = report.notes() if report else []
         if report is not None:
             numbers["unread_columns"] = dict(report.unread)
@@ -300,6 +301,12 @@ def _percentile(lengths: np.ndarray, percent: int) -> int:
     return int(np.percentile(lengths, percent, method="inverted_cdf"))
 
 
+def _extra_tokens(documents: Sequence[TokenizedDocument]) -> float | None:
+    """How many more tokens decomposed Unicode took than composed would, as a share."""
+    counted = documents.notes.decomposed if isinstance(documents, TokenizedSet) else {}
+    return counted["as it is"] / counted["composed"] - 1 if counted and counted["composed"] else None
+
+
 def _answers_without_end(packed: PackedDataset) -> int:
     """Count chats whose last trained token is in no window although some of the chat is."""
     ends: dict[int, int] = {}
@@ -344,7 +351,7 @@ def _warnings(numbers: dict[str, Any]) -> list[str]:
         lines.append(f"{numbers['num_dropped']:,} documents ({numbers['dropped_tokens']:,} tokens) are dropped")
     if numbers["num_with_special_tokens"]:
         lines.append(
-            f"{numbers['num_with_special_tokens']:,} documents spell out special tokens of the model in their text, "
-            "which it reads as control tokens"
+            f"{numbers['num_with_special_tokens']:,} documents spell out control tokens in their text, and they are "
+            "control to the model"
         )
     return lines

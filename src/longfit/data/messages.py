@@ -2,11 +2,12 @@
 
 | said in a row as                                                        | becomes                                    |
 |-------------------------------------------------------------------------|--------------------------------------------|
-| `role` or `from`; human, model, gpt, User, function, observation, ...   | one of `ROLES`                             |
-| `content` or `value`; a text, or a list of text parts                   | `content`, a text                          |
+| `role`, `from` or `speaker`; human, gpt, AI, User, observation, ...     | one of `ROLES`                             |
+| `content`, `value`, `text` or `parts`; a text, or a list of text parts  | `content`, a text                          |
+| `{"human": ..., "assistant": ...}`, roles as keys                       | a turn for each                            |
 | `tool_calls` (a list or its JSON), `function_call`, such a turn         | `tool_calls` [{function: {...}}]           |
 | `reasoning_content`, `reasoning`, `thinking`                            | `reasoning_content`                        |
-| `weight`, `train`, `loss`, `trainable`, `training`                      | `Chat.flags`: True, False, or None unsaid  |
+| `weight`, `train`, `loss`, `loss_mask`, `trainable`, `training`         | `Chat.flags`: True, False, or None unsaid  |
 
 Everything else a turn says stays in it under its own key: a template may read it, and where none does, that is counted
 (`provenance.py`). What this is not: it renders nothing (`template.py`) and knows no columns (`layouts.py`).
@@ -30,16 +31,20 @@ ROLE_NAMES = {
     "gpt": "assistant",
     "model": "assistant",
     "chatgpt": "assistant",
-    "function": "tool",
-    "observation": "tool",
-    "tool_response": "tool",
+    "ai": "assistant",
+    "bot": "assistant",
+    "prompter": "user",
+    **dict.fromkeys(("function", "observation", "tool_response", "tool_result", "function_response"), "tool"),
     "ipython": "tool",
     "function_call": "assistant",
     "tool_call": "assistant",
 }
 CALL_TURNS = frozenset({"function_call", "tool_call"})  # turns whose text is the JSON of a call
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-FLAG_KEYS = ("weight", "train", "loss", "trainable", "training")
+FLAG_KEYS = ("weight", "train", "loss", "loss_mask", "trainable", "training")
+FLAG_TEXTS = {"0": 0, "1": 1, "false": 0, "true": 1}  # as tables write them
+ROLE_KEYS = ("role", "from", "speaker")
+CONTENT_KEYS = ("content", "value", "text", "parts")
 TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 
 
@@ -74,7 +79,7 @@ def read_chat(turns: Sequence[object], *, tools: object = None) -> Chat:
     """
     schemas = read_tools(tools)
     messages, flags = [], []
-    for number, turn in enumerate(turns, start=1):
+    for number, turn in enumerate(_one_role_each(turns), start=1):
         try:
             message, flag = _read_turn(turn)
         except DataError as error:
@@ -115,16 +120,34 @@ def read_tools(value: object) -> tuple[Tool, ...]:
     return tuple(schemas)
 
 
+def _one_role_each(turns: Sequence[object]) -> list[object]:
+    """Take turns apart that are written under their roles, as ``{"human": "...", "assistant": "..."}``."""
+    apart: list[object] = []
+    for turn in turns:
+        if isinstance(turn, dict) and turn and all(isinstance(key, str) and _role(key) in ROLE_NAMES for key in turn):
+            apart += [{"role": role, "content": said} for role, said in turn.items() if said is not None]
+        else:
+            apart.append(turn)
+    return apart
+
+
+def _role(name: str) -> str:
+    return name.strip().lower().replace("-", "_").replace(" ", "_")
+
+
 def _read_turn(turn: object) -> tuple[Message, bool | None]:
     if not isinstance(turn, dict):
         raise DataError(f"a turn is {type(turn).__name__}, not an object with role and content")
     turn = {key: value for key, value in turn.items() if value is not None}
-    said_role = turn.pop("role" if "role" in turn else "from", None)
-    name = said_role.lower() if isinstance(said_role, str) else ""
+    role_key = next((key for key in ROLE_KEYS if key in turn), None)
+    if role_key is None:
+        raise DataError(f"a turn without a role (it has {', '.join(turn) or 'nothing'}); write role and content")
+    said_role = turn.pop(role_key)
+    name = _role(said_role) if isinstance(said_role, str) else ""
     if name not in ROLE_NAMES:
         raise DataError(f"unknown role {said_role!r}; allowed: {', '.join(ROLE_NAMES)}")
     message: Message = {"role": ROLE_NAMES[name]}
-    content = turn.pop("content" if "content" in turn else "value", "")
+    content = turn.pop(next((key for key in CONTENT_KEYS if key in turn), "content"), "")
     calls = _parsed(turn.pop("tool_calls", None), "tool_calls") or []
     if "function_call" in turn:
         calls = [turn.pop("function_call"), *calls]
@@ -197,6 +220,7 @@ def _read_flags(turn: Message) -> bool | None:
         if key not in turn:
             continue
         value = turn.pop(key)
+        value = FLAG_TEXTS.get(value.strip().lower(), value) if isinstance(value, str) else value
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise DataError(f"{key} is {value!r}; a turn is trained (1, true) or not (0, false), nothing between")
         if flag is not None and flag != bool(value):

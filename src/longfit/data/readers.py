@@ -9,6 +9,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -28,8 +29,21 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+NO_TEXT = {b"%PDF-": "a PDF document", b"{\\rtf": "an RTF document", b"%!PS": "a PostScript document"}
 PARQUET_BATCH_ROWS = 64  # rows held at once: long documents are megabytes each
-WRAPPERS = ("data", "rows", "train", "validation", "test", "examples", "instances", "records", "items")
+WRAPPERS = (
+    "data",
+    "rows",
+    "train",
+    "validation",
+    "test",
+    "examples",
+    "instances",
+    "records",
+    "items",
+    "results",
+    "entries",
+)
 DELIMITERS = (",", ";", "\t", "|")
 CSV_FIELD_CHARS = 2**31 - 1  # the csv module refuses fields above 131,072 characters unless told; a book is longer
 
@@ -66,8 +80,14 @@ def decode_text(data: bytes, *, encoding: str | None = None) -> str:
 
 
 def read_text(stream: BinaryIO, *, encoding: str | None = None) -> str:
-    """Read a text file whole; ``\\r\\n`` and ``\\r`` become ``\\n``."""
-    return decode_text(stream.read(), encoding=encoding).replace("\r\n", "\n").replace("\r", "\n")
+    """Read a text file whole; ``\\r\\n`` and ``\\r`` become ``\\n``.
+
+    Raises: DataError, ConfigError: as `decode_text`; a document of another format by the name of a text.
+    """
+    data = stream.read()
+    if found := next((name for mark, name in NO_TEXT.items() if data.startswith(mark)), None):
+        raise DataError(f"{found} by the name of a text; give it its own ending, or leave it out with data.exclude")
+    return decode_text(data, encoding=encoding).replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_jsonl(stream: BinaryIO, *, encoding: str | None = None) -> Iterator[NumberedRow]:
@@ -76,15 +96,19 @@ def read_jsonl(stream: BinaryIO, *, encoding: str | None = None) -> Iterator[Num
     A line that is bad JSON or no object is yielded as the error it is, with line and column.
     """
     decode = json.JSONDecoder(object_pairs_hook=_object).decode
+    is_any = False
     for number, line in enumerate(_decoded_lines(stream, encoding=encoding), start=1):
         if line.strip():
             row: Row | DataError
             try:
                 row = decode(line)
             except json.JSONDecodeError as error:
+                if not is_any and error.pos >= len(line.rstrip()):
+                    raise DataError(_goes_on(number)) from None
                 row = DataError(f"bad JSON at line {number} column {error.colno}: {error.msg}")
             except (ValueError, RecursionError) as error:
                 row = DataError(f"line {number}: {_unreadable(error)}")
+            is_any = True
             if not isinstance(row, dict | DataError):
                 row = DataError(f"line {number}: {_no_object(row)}")
             yield number, row
@@ -161,7 +185,8 @@ def read_csv(stream: BinaryIO, *, encoding: str | None = None, delimiter: str | 
     lines = _decoded_lines(stream, encoding=encoding)
     first = next(lines, "")
     if delimiter is None:
-        delimiter = next((found for found in DELIMITERS if found in first), DELIMITERS[0])
+        names = re.sub(r'"[^"]*"', "", first)  # what is quoted separates nothing
+        delimiter = next((found for found in DELIMITERS if found in names), DELIMITERS[0])
     table = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
     try:
         header = next(table, None)
@@ -268,8 +293,16 @@ def _as_row(value: object, line: int, *, what: str | None = None) -> Row:
     return value
 
 
+def _goes_on(line: int) -> str:
+    return (
+        f"line {line}: an object or a list that goes on in the next line, so this is JSON, not JSONL (a row in each "
+        "line); name the file .json"
+    )
+
+
 def _no_object(value: object) -> str:
-    return f'{type(value).__name__} where an object was expected; write each row as {{"text": "..."}}'
+    rows = '{"text": "..."} or {"messages": [...]}'
+    return f"{type(value).__name__} where an object was expected; write each row as {rows}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:

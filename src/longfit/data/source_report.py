@@ -24,8 +24,11 @@ class SourceReport:
     num_words: int = 0
     num_decomposed: int = 0  # words written with decomposed characters (NFD)
 
-    def warnings(self) -> list[str]:
-        """One line per kind of finding, with its number and first example."""
+    def warnings(self, *, extra_tokens: float | None = None) -> list[str]:
+        """One line per kind of finding, with its number and first example.
+
+        Args: extra_tokens: how many more tokens decomposed Unicode takes than composed, as a share; None if not known.
+        """
         lines = []
         if self.skipped:
             reasons = Counter(reason for _, reason in self.skipped)
@@ -34,7 +37,7 @@ class SourceReport:
         if self.bad_rows:
             lines.append(f"{len(self.bad_rows):,} bad rows are skipped; the first: {self.bad_rows[0]}")
         if self.unread:
-            named = ", ".join(f"{column} ({count:,})" for column, count in self.unread)
+            named = ", ".join(f"{column or repr(column)} ({count:,})" for column, count in self.unread)
             lines.append(f"columns that nothing reads: {named}")
         for name, extraction in self.extractions:
             if extraction.empty:
@@ -45,8 +48,8 @@ class SourceReport:
                 )
         if self.num_decomposed:
             lines.append(
-                f"{self.num_decomposed:,} of {self.num_words:,} words are decomposed Unicode (NFD), which costs more "
-                "tokens; set data.normalise=nfc"
+                f"{self.num_decomposed:,} of {self.num_words:,} words are decomposed Unicode (NFD), which costs "
+                f"{'more' if extra_tokens is None else f'{extra_tokens:.0%} more'} tokens; set data.normalise=nfc"
             )
         if self.empty:
             lines.append(f"{len(self.empty):,} empty documents left out; the first: {self.empty[0]}")

@@ -30,7 +30,7 @@ from longfit.data.tokenizing import TokenizedDocument, TokenizedSet
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1  # of an entry, and of what encoding makes of a chat: raise it when either changes
+FORMAT = 2  # of an entry, and of what encoding makes of a chat: raise it when either changes
 UNFINISHED_SECONDS = 24 * 3600.0  # after which a folder that nobody finished belongs to a process that died
 CACHED_BYTES = 8 << 20  # smaller files are tokenised again in less time than an entry is worth
 
@@ -145,6 +145,7 @@ class TokenWriter:
             "counts": notes.counts,
             "unread": notes.unread,
             "ends": sorted(notes.ends),
+            "decomposed": notes.decomposed,
             "skipped": result.skipped,
             "template": None if template is None else {"source": template.source, "special": template.special_tokens},
         }
@@ -167,7 +168,7 @@ def read_entry(place: Path) -> TokenizedSet | None:
     if not (place / "notes.json").is_file():
         return None
     said = json.loads((place / "notes.json").read_text(encoding="utf-8"))
-    notes = ChatNotes(Counter(said["counts"]), Counter(said["unread"]), set(said["ends"]))
+    notes = ChatNotes(Counter(said["counts"]), Counter(said["unread"]), set(said["ends"]), Counter(said["decomposed"]))
     template = said["template"] and ChatTemplate(said["template"]["source"], said["template"]["special"])
     return TokenizedSet(StoredDocuments(place), template, notes, said["skipped"])
 

@@ -3,6 +3,7 @@
 What this is not: it lays nothing into windows (`packing.py`), and how a chat becomes tokens is said in `encoding.py`.
 """
 
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, overload
@@ -13,13 +14,19 @@ from longfit.data.chat_notes import ChatNotes
 from longfit.data.document import Document
 from longfit.data.encoding import TRAIN_ON, encode_chat
 from longfit.data.source_report import listing
-from longfit.data.template import ChatTemplate, choose_template
+from longfit.data.template import ChatTemplate, choose_template, control_pattern
+from longfit.data.template import control_tokens as control_texts
 from longfit.data.turn_end import TurnEnd, find_turn_end
 from longfit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SPELT = (
+    "documents spell out control tokens; they are tokenised as text (data.control_tokens=control takes them for the "
+    "model's own)"
+)
+DECOMPOSED_CHARS = 1 << 18  # of decomposed Unicode: enough to measure what it costs
 TOKENIZE_CHARS = (
     4 << 20
 )  # texts are tokenised together up to this size: enough for every core, little beside the result
@@ -87,6 +94,7 @@ def tokenize_documents(
     template_drops: str = "error",
     bad_rows: str = "stop",
     date: str | None = None,
+    control_tokens: str = "text",
     stop_ids: Collection[int] = (),
     on_document: Callable[[int], None] | None = None,
     sink: "Sink | None" = None,
@@ -102,6 +110,7 @@ def tokenize_documents(
         template_drops: for chats: what happens where the template does not show all that a row says: "error", "allow".
         bad_rows: "stop" at rows that cannot be tokenised, or "skip" them.
         date: for chats: the day that templates print, as 2026-01-31.
+        control_tokens: what control tokens are that a text spells out: "text", or the model's own ("control").
         stop_ids: token ids at which the model's own settings stop generation.
         on_document: called with the number of documents done, for progress.
         sink: collects the tokens elsewhere than in memory; then the documents of the result are its own.
@@ -121,7 +130,7 @@ def tokenize_documents(
     for batch in _batches(documents):
         chat = batch[0].chat
         if chat is None:
-            tokenized.extend(_tokenize_texts(batch, tokenizer))
+            tokenized.extend(_tokenize_texts(batch, tokenizer, control_tokens, result.notes))
         else:
             if result.template is None:
                 stops = [str(token) for token in tokenizer.convert_ids_to_tokens(sorted(stop_ids)) if token]
@@ -143,6 +152,8 @@ def tokenize_documents(
             else:
                 result.notes.update(notes)
                 tokenized.extend(TokenizedDocument(batch[0].name, row.input_ids, row.trained) for row in encoded)
+        for document in batch:
+            _count_decomposed(document, tokenizer, result.notes)
         done += len(batch)
         if on_document is not None:
             on_document(done)
@@ -179,20 +190,44 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _tokenize_texts(batch: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> list[TokenizedDocument]:
-    special = set(tokenizer.all_special_ids)
-    if tokenizer.unk_token_id != tokenizer.eos_token_id:
-        special.discard(tokenizer.unk_token_id)  # stands for characters the vocabulary lacks; nobody spelled it out
-    special_ids = np.asarray(sorted(special), dtype=np.int32)
-    encoded = tokenizer([document.text for document in batch], verbose=False)["input_ids"]
-    arrays = [np.asarray(ids, dtype=np.int32) for ids in encoded]
-    counts = [
-        int(np.isin(ids[1:-1], special_ids).sum()) for ids in arrays
-    ]  # the ends may be the tokenizer's BOS and EOS
-    return [
-        TokenizedDocument(document.name, ids, num_special=count)
-        for document, ids, count in zip(batch, arrays, counts, strict=True)
-    ]
+def _tokenize_texts(
+    batch: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", control_tokens: str, notes: ChatNotes
+) -> list[TokenizedDocument]:
+    """Tokenise texts together; those that spell out control tokens again, as text if they are to be text."""
+    control = control_pattern(tokenizer)
+    spells = [bool(control and control.search(document.text or "")) for document in batch]
+    arrays = _input_ids([document.text for document in batch], tokenizer)
+    if control_tokens == "text" and any(spells):
+        spelling = [index for index, is_spelt in enumerate(spells) if is_spelt]
+        again = _input_ids([batch[index].text for index in spelling], tokenizer, split_special_tokens=True)
+        for index, ids in zip(spelling, again, strict=True):
+            arrays[index] = ids
+    special = np.asarray(tokenizer.convert_tokens_to_ids(sorted(control_texts(tokenizer))), dtype=np.int32)
+    made = []
+    for document, ids, is_spelt in zip(batch, arrays, spells, strict=True):
+        inner = ids[1:-1]  # the ends may be the tokenizer's BOS and EOS
+        # Characters that the vocabulary lacks become its unknown token, which nobody spelled out.
+        count = int((np.isin(inner, special) & (inner != tokenizer.unk_token_id)).sum()) if is_spelt else 0
+        if is_spelt and not count:
+            notes.counts[SPELT] += 1
+        made.append(TokenizedDocument(document.name, ids, num_special=count))
+    return made
+
+
+def _input_ids(texts: Sequence[Any], tokenizer: "PreTrainedTokenizerBase", **options: bool) -> list[np.ndarray]:
+    encoded = tokenizer(list(texts), verbose=False, **options)["input_ids"]
+    return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+
+def _count_decomposed(document: Document, tokenizer: "PreTrainedTokenizerBase", notes: ChatNotes) -> None:
+    """Count the tokens of decomposed Unicode as it is and composed, of enough of it to tell what it costs."""
+    for text in document.texts():
+        if not text.isascii() and notes.decomposed["characters"] < DECOMPOSED_CHARS:
+            part = text[:DECOMPOSED_CHARS]
+            composed = unicodedata.normalize("NFC", part)
+            if composed != part:
+                before, after = _input_ids([part, composed], tokenizer, add_special_tokens=False)
+                notes.decomposed.update({"characters": len(part), "as it is": len(before), "composed": len(after)})
 
 
 def note_lines(notes: ChatNotes) -> list[str]:

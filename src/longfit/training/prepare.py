@@ -80,6 +80,7 @@ def tokenize(
         "template_drops": data.template_drops,
         "bad_rows": data.bad_rows,
         "date": data.date,
+        "control_tokens": data.control_tokens,
         "stop_ids": sorted(stop_ids),
     }
     told = _Progress(len(documents), on_event)
