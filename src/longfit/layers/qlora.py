@@ -36,7 +36,8 @@ class QLoRAMatmul(torch.autograd.Function):
     """One frozen matmul and one low-rank adapter.
 
     ``adapter_x`` is ``x`` itself or, under LoRA dropout, the dropped-out ``x``. ``A`` is ``[R, I]``, ``B`` is ``[O,
-    R]``, both fp32.
+    R]``, both fp32. ``known`` is the result where the caller has it, or something that will do for it: then nothing is
+    multiplied but what backward needs.
     """
 
     @staticmethod
@@ -50,11 +51,15 @@ class QLoRAMatmul(torch.autograd.Function):
         constants: Tensor,
         product: Product,
         scaling: float,
+        known: Tensor | None,
     ) -> Tensor:
         flat = adapter_x.reshape(-1, adapter_x.shape[-1])  # [N, I]
         hidden = flat @ A.t().to(flat.dtype)  # [N, R]
-        y = product.linear(x, weight, constants)  # [..., O]
-        y.view(-1, y.shape[-1]).addmm_(hidden, B.t().to(y.dtype), alpha=scaling)
+        if known is None:
+            y = product.linear(x, weight, constants)  # [..., O]
+            y.view(-1, y.shape[-1]).addmm_(hidden, B.t().to(y.dtype), alpha=scaling)
+        else:
+            y = known
         ctx.save_for_backward(flat, hidden, A, B, weight, constants)
         ctx.product, ctx.scaling, ctx.shared_input = product, scaling, adapter_x is x
         return y
@@ -74,7 +79,7 @@ class QLoRAMatmul(torch.autograd.Function):
                 x_grad.view(-1, x_grad.shape[-1]).addmm_(hidden_grad, A.to(grad.dtype))
         if adapter_x_wanted and not ctx.shared_input:
             adapter_x_grad = (hidden_grad @ A.to(grad.dtype)).view(*grad.shape[:-1], -1)
-        return x_grad, adapter_x_grad, A_grad, B_grad, None, None, None, None
+        return x_grad, adapter_x_grad, A_grad, B_grad, *(None,) * 5
 
 
 class LowRank(nn.Module):
@@ -201,11 +206,27 @@ class QLoRALinear(LoraLinear):
         name = self._single_plain_adapter()
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
+        y, bias = self._multiply(name, x), self.packed_base().bias
+        return y if bias is None else y.add_(bias.to(y.dtype))  # y is nobody else's
+
+    def forward_unread(self, x: Tensor) -> Tensor | None:
+        """Record `forward` for backward, with zeros for a result that nobody reads; None where only `forward` will do.
+
+        Args:
+            x: ``[..., I]``.
+        """
+        name, base = self._single_plain_adapter(), self.packed_base()
+        if name is None or base.bias is not None or torch.is_autocast_enabled(x.device.type):
+            return None
+        return self._multiply(name, x, known=x.new_zeros(*x.shape[:-1], base.out_features))
+
+    def _multiply(self, name: str, x: Tensor, *, known: Tensor | None = None) -> Tensor:
+        """The product with the base and one adapter, without the bias."""
         base = self.packed_base()
         x = autocast_input(x)
         dropout = self.lora_dropout[name]
         adapter_x = x if isinstance(dropout, nn.Identity) or not dropout.training else dropout(x)
-        y = QLoRAMatmul.apply(
+        y: Tensor = QLoRAMatmul.apply(
             x,
             adapter_x,
             self.lora_A[name].weight,
@@ -214,8 +235,9 @@ class QLoRALinear(LoraLinear):
             base.constants,
             base.product,
             self.scaling[name],
+            known,
         )
-        return y if base.bias is None else y.add_(base.bias.to(y.dtype))  # y is nobody else's
+        return y
 
     def _single_plain_adapter(self) -> str | None:
         """The name of the one active adapter, if it is plain LoRA without a bias or a start taken out of the base."""

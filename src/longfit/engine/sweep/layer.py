@@ -44,6 +44,7 @@ from longfit.engine.sweep.shared_sequence import (
     whole,
 )
 from longfit.engine.sweep.tile_pass import BackwardPass, ForwardPass, LeavingTile, Visible
+from longfit.engine.sweep.unread_product import UnreadProducts
 from longfit.kernels.workspace import weights_held
 
 
@@ -52,6 +53,7 @@ class Sweep(Protocol):
 
     offload: ActivationOffload
     saved_attention: SavedAttentionBudget
+    unread: UnreadProducts
     sequence: SharedSequence | None
 
     def tile_for(self, hidden: Tensor) -> int:
@@ -169,6 +171,7 @@ class _Backward:
         self._random: list[RandomState | None] = ctx.random
         self._needs_hidden: bool = ctx.needs_input_grad[0]
         self._donated = is_donated(ctx, grad_out)
+        self._unread: UnreadProducts = ctx.sweep.unread
         self._passes = self._work.backward_passes(ctx.saved_attention, ctx.visible)
 
     def run(self) -> None:
@@ -191,8 +194,9 @@ class _Backward:
         hidden = self._restore(tiles.number(index)).requires_grad_(self._needs_hidden)
         tile = tiles.gradient_tile(index)
         start, end = tile.span
-        with torch.enable_grad():
+        with torch.enable_grad(), self._unread.left_out(self._work.call.layer) as run:
             out = self._work.call.run(hidden, tile)
+            run.look(out)
         inputs = [hidden, *self._wanted] if self._needs_hidden else self._wanted
         grads = torch.autograd.grad(out, inputs, self._grad_out[:, start:end], allow_unused=True)
         del out

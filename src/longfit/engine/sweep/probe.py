@@ -35,6 +35,7 @@ from longfit.engine.sweep.layer_call import LayerCall, layer_call
 from longfit.engine.sweep.recompute_state import preserve_random_state
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
 from longfit.engine.sweep.shared_sequence import SharedSequence
+from longfit.engine.sweep.unread_product import UnreadProducts
 from longfit.errors import ModelError
 
 NUM_TOKENS, CUT, TILE = 7, 4, 3
@@ -264,6 +265,7 @@ class _Tiles:
         self.offload: ActivationOffload = DeviceActivations()
         self.sequence: SharedSequence | None = None
         self.saved_attention = SavedAttentionBudget(0)
+        self.unread = UnreadProducts()
 
     def tile_for(self, hidden: Tensor) -> int:
         return TILE

@@ -23,6 +23,7 @@ from longfit.engine.sweep.layer import run_layer, run_layer_without_grad
 from longfit.engine.sweep.layer_call import layer_call
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
 from longfit.engine.sweep.shared_sequence import SharedSequence
+from longfit.engine.sweep.unread_product import UnreadProducts
 from longfit.errors import ModelError
 
 PLAIN = "_longfit_plain"
@@ -75,6 +76,7 @@ class Sweeper:
     forced: bool
     offload: ActivationOffload
     saved_attention: SavedAttentionBudget
+    unread: UnreadProducts = field(default_factory=UnreadProducts)
     swept: set[nn.Module] = field(default_factory=set)
     fused: dict[nn.Module, tuple[Fused, ...]] = field(default_factory=dict)
     weights: WeightStream | None = None
