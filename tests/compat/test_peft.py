@@ -38,6 +38,13 @@ def test_the_files_do_not_carry_it(tmp_path: Path) -> None:
     assert "Own" not in (tmp_path / "adapter_config.json").read_text()
 
 
+def test_names_that_peft_takes_for_experts() -> None:
+    """Else "all-linear" puts adapters of twice the rank on every expert and on the routers of these families."""
+    assert {"gate_proj", "up_proj", "down_proj", "gate"} <= compat.names_of_experts("qwen3_moe")
+    assert {"w1", "w2", "w3", "gate"} <= compat.names_of_experts("mixtral")
+    assert not compat.names_of_experts("llama")
+
+
 @pytest.mark.parametrize("package", TESTED)
 def test_the_tested_versions_are_the_pinned_ones(package: str) -> None:
     pins = (Path(__file__).parents[2] / "constraints.txt").read_text().split()

@@ -14,8 +14,11 @@ from torch import nn
 from longfit.attention.hf_attention import attention_key
 from longfit.engine.loss.training_loss import TrainingLoss, shifted_labels, training_loss
 from longfit.engine.sweep.install import enable_sweep
+from longfit.layers.experts import constants_of
 from longfit.layers.linear4bit import Linear4bit
 from longfit.model.adapters import register_layers
+from longfit.model.pack_experts import compute_packed, pack, packable_experts, packed_parameters, store
+from longfit.numerics.row_format import RowFormat
 from longfit.parallel.layout import Layout
 from longfit.parallel.sequence import SequenceParallelLoss
 from longfit.parallel.shard import Shards, decoder_layers, mesh_of, shard_model, whole_tensor
@@ -29,9 +32,15 @@ def model_of(family: str) -> Any:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and "lm_head" not in name:
             model.set_submodule(name, Linear4bit.from_linear(module.float(), block_size=32))
+    experts = pack_all(model)
     model.set_attn_implementation(attention_key("shifted", 16))
-    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["input_layernorm", "embed_tokens"])
-    register_layers(config)
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj", "v_proj"] if experts else "all-linear",
+        target_parameters=experts,
+        modules_to_save=["input_layernorm", "embed_tokens"],
+    )
+    register_layers(config, model)
     torch.manual_seed(0)
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
@@ -40,6 +49,24 @@ def model_of(family: str) -> Any:
     exact_norms(model)
     enable_sweep(model, tile=8)
     return model.train()
+
+
+def pack_all(model: Any) -> list[str] | None:
+    """Quantise stacked experts in place; their names for PEFT, if there are any."""
+
+    def stored_as(linear: nn.Linear) -> Linear4bit:
+        form = RowFormat(linear.out_features, linear.in_features, block_size=32)
+        return Linear4bit.placeholder(form, bias=False, bias_dtype=torch.float64, device="meta")
+
+    for path, module, names in list(packable_experts(model, {})):
+        dense = {name: getattr(module, name).detach() for name in names}
+        pack(module, names, stored_as)
+        for name, weight in dense.items():
+            rows, constants = store(module, f"{path}.{name}", weight).values()
+            module.register_parameter(name, rows)
+            module.packed.register_buffer(constants_of(name), constants)
+    compute_packed(model)
+    return [f"experts.{name}" for _, _, name, _ in packed_parameters(model)][:2] or None
 
 
 def steps(model: Any, loss_module: nn.Module, parts: int, rank: int | None, collect: Any, local: Any) -> list[Any]:
@@ -85,8 +112,11 @@ def together(rank: int, family: str, sequence: bool) -> list[Any]:
     return told
 
 
-@pytest.mark.parametrize("sequence", [False, True], ids=["windows", "one window"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("family", "sequence"),
+    [("llama", False), ("llama", True), ("gemma3", False), ("gemma3", True), ("mixtral", True)],
+    ids=lambda value: {False: "windows", True: "one window"}.get(value, value),
+)
 def test_sharded_weights_learn_what_whole_ones_learn(family: str, sequence: bool) -> None:
     model = model_of(family)
     alone = steps(model, TrainingLoss(model), 1, None, lambda: None, lambda p: p)

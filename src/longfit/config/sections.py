@@ -141,6 +141,8 @@ class AdapterSection(Section):
     """Dropout on the input of the adapters, while training."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Layers that get an adapter: all-linear (QLoRA) or a list of names such as [q_proj, v_proj]."""
+    experts: bool = False
+    """Also an adapter on every weight of every expert of a mixture of experts; needs dropout 0."""
     train_embeddings: bool = False
     """Also train the input embeddings (LongLoRA, section 3.3)."""
     train_norms: bool = False

@@ -119,6 +119,10 @@ class Linear4bit(QuantizedLinear):
         self.row_format = RowFormat.of(state)
         return to_rows(packed, state)
 
+    def sharing(self, weight: Tensor, constants: Tensor) -> Linear4bit:
+        """A layer of the same format, without a bias, that has these bytes."""
+        return Linear4bit(self.row_format, weight, constants)
+
     def constants_finite(self) -> bool:
         """Whether no block constant is NaN or infinite; double quantisation spreads one NaN to all of them."""
         f = self.row_format

@@ -123,6 +123,10 @@ class Linear8bit(QuantizedLinear):
         """A dense weight in this layer's format: rows, and no constants."""
         return join_rows(*quantize_vectors(weight)), torch.empty(0, dtype=torch.uint8, device=weight.device)
 
+    def sharing(self, weight: Tensor, constants: Tensor) -> Linear8bit:
+        """A layer of the same format, without a bias, that has these bytes."""
+        return Linear8bit(weight, dtype=self.dtype, threshold=self.threshold)
+
     def constants_finite(self) -> bool:
         """Whether no row's constant is NaN or infinite."""
         return bool(split_rows(local_part(self.weight.detach()))[1].isfinite().all())

@@ -77,6 +77,10 @@ class QuantizedLinear(nn.Linear):
         """A dense weight in this layer's format: what `weight` and `constants` would hold."""
         raise NotImplementedError
 
+    def sharing(self, weight: Tensor, constants: Tensor) -> QuantizedLinear:
+        """A layer of the same format, without a bias, that has these bytes."""
+        raise NotImplementedError
+
     def constants_finite(self) -> bool:
         """Whether no block constant is NaN or infinite."""
         raise NotImplementedError

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from longfit.errors import ModelError
+from longfit.layers.experts import constants_of
 from longfit.layers.quantized_linear import QuantizedLinear
+from longfit.model.pack_experts import packed_parameters
 from longfit.model.weight_files import BUFFERS
 
 SHOWN = 3
@@ -46,7 +48,7 @@ def accounted(name: str, load: Callable[..., tuple[Any, dict[str, Any]]], **argu
 def require_complete(name: str, info: Mapping[str, Any]) -> None:
     """Raise ModelError unless every parameter was read and every key was used or is known to be of no use."""
     missing = info["missing_keys"]
-    packed = {f"{key.removesuffix('.weight')}.constants" for key in missing}  # come with their weight
+    packed = {constants for key in missing for constants in _constants_of(key)}  # come with their weight
     if missing := sorted(missing - packed):
         raise ModelError(
             f"{name}: the checkpoint lacks {_some(missing)}; training would start from random weights there: fetch it "
@@ -66,11 +68,20 @@ def require_complete(name: str, info: Mapping[str, Any]) -> None:
         )
 
 
+def _constants_of(key: str) -> tuple[str, str]:
+    """The buffers that belong to a weight of a layer, and to one of stacked experts."""
+    path, _, leaf = key.rpartition(".")
+    return f"{path}.constants", f"{path}.packed.{constants_of(leaf)}"
+
+
 def require_finite(name: str, model: Any) -> None:
     """Raise ModelError naming the first tensor that holds NaN or infinity, block constants included."""
     for key, module in model.named_modules():
         if isinstance(module, QuantizedLinear) and not module.constants_finite():
             raise ModelError(not_finite(name, f"{key}.weight"))
+    for key, packed, leaf, rows in packed_parameters(model):
+        if not packed.constants_finite(leaf, rows):
+            raise ModelError(not_finite(name, key))
     for key, parameter in model.named_parameters():
         if parameter.is_floating_point() and not is_finite(parameter):
             raise ModelError(not_finite(name, key))

@@ -22,28 +22,46 @@ from torch import nn
 
 from longfit.compat.peft import register_adapter_layer
 from longfit.compat.transformers import tied_weights
+from longfit.engine.hf_model import base_model
 from longfit.errors import ModelError
+from longfit.layers.experts import packed_experts
 from longfit.layers.qlora import QLoRALinear
+from longfit.layers.qlora_experts import ParamWrapper
 from longfit.layers.quantized_linear import QuantizedLinear
+from longfit.model.adapter_targets import expert_targets, linear_targets, untargeted
 from longfit.model.vocabulary import added_rows, tables
 
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What is trained: layers with an adapter, modules trained whole, parameter counts, and rows of new tokens."""
+    """What is trained: layers with an adapter, modules trained whole, parameter counts, and rows of new tokens.
+
+    Attributes:
+        adapted: layers with an adapter; stacked experts once for each of their parameters that has one.
+        trained_whole: modules that train as they are.
+        trainable_params, total_params: counts.
+        new_tokens: rows of the embedding that were added and train.
+        untargeted: linear layers whose names PEFT takes for those of experts, and which have no adapter.
+    """
 
     adapted: tuple[str, ...]
     trained_whole: tuple[str, ...]
     trainable_params: int
     total_params: int
     new_tokens: int = 0
+    untargeted: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Say it in one line."""
+        """Say it in a line, and in another which layers have a name that PEFT takes for experts."""
         share = f"{self.trainable_params:,} of {self.total_params:,} parameters train"
         whole = f", {len(self.trained_whole)} modules whole" if self.trained_whole else ""
         rows = f", rows of {self.new_tokens:,} new tokens" if self.new_tokens else ""
-        return f"{share}: adapters on {len(self.adapted)} layers{whole}{rows}"
+        lines = [f"{share}: adapters on {len(self.adapted)} layers{whole}{rows}"]
+        if self.untargeted:
+            more = f" and {len(self.untargeted) - 3} more" if len(self.untargeted) > 3 else ""
+            names = ", ".join(self.untargeted[:3]) + more
+            lines.append(f"no adapter: {names}: PEFT takes these names for the experts of this family")
+        return "\n".join(lines)
 
 
 def add_adapters(
@@ -54,6 +72,7 @@ def add_adapters(
     rank_stabilised: bool = False,
     dropout: float = 0.0,
     targets: str | list[str] = "all-linear",
+    experts: bool = False,
     train_embeddings: bool = False,
     train_norms: bool = False,
     train_new_tokens: bool = False,
@@ -69,6 +88,7 @@ def add_adapters(
             (Kalajdzievski, 2023: rsLoRA).
         dropout: probability, on the adapter's input only.
         targets: ``"all-linear"`` (all but the output head) or the last parts of layer names.
+        experts: an adapter on every weight of every stacked expert too.
         train_embeddings: train the token embeddings whole; a tied output head follows them.
         train_norms: train all normalisation weights whole.
         train_new_tokens: train the rows that ``load(..., resize_embeddings=True)`` added, and no other rows.
@@ -82,8 +102,8 @@ def add_adapters(
         raise ModelError(f"dropout={dropout}: must be at least 0 and below 1")
     if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ModelError("add_adapters: this model has adapters already; load it again or merge them first")
-    if isinstance(targets, list):
-        require_targets(model, targets)
+    target_modules = linear_targets(model, targets)
+    target_parameters = expert_targets(model, dropout=dropout) if experts else None
     trained_whole = whole_modules(model, train_embeddings=train_embeddings, train_norms=train_norms)
     new_rows = _new_rows(model, train_embeddings=train_embeddings) if train_new_tokens else None
     config = LoraConfig(
@@ -91,13 +111,14 @@ def add_adapters(
         lora_alpha=alpha,
         use_rslora=rank_stabilised,
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=target_modules,
+        target_parameters=target_parameters,
         modules_to_save=trained_whole or None,
         trainable_token_indices=new_rows,
         ensure_weight_tying=train_embeddings and bool(tied_weights(model)),
         task_type="CAUSAL_LM",
     )
-    register_layers(config)
+    register_layers(config, model)
     return get_peft_model(model, config)
 
 
@@ -111,19 +132,11 @@ def _new_rows(model: Any, *, train_embeddings: bool) -> dict[str, list[int]]:
     return {name.rsplit(".", 1)[-1]: rows for name in tables(model)}
 
 
-def register_layers(config: LoraConfig) -> None:
-    """Tell PEFT which adapter layer belongs on a quantised layer; not written to its files."""
+def register_layers(config: LoraConfig, model: nn.Module | None = None) -> None:
     register_adapter_layer(config, QuantizedLinear, QLoRALinear)
-
-
-def require_targets(model: nn.Module, targets: list[str]) -> None:
-    """Raise ModelError naming the targets that match no linear layer, and what there is."""
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unknown = [target for target in targets if target.rsplit(".", 1)[-1] not in names]
-    if unknown:
-        raise ModelError(
-            f"targets {', '.join(unknown)}: no such linear layers; this model has {', '.join(sorted(names))}"
-        )
+    modules = () if model is None else model.modules()
+    for kind in {type(module) for module in modules if packed_experts(module) is not None}:
+        register_adapter_layer(config, kind, ParamWrapper)
 
 
 def whole_modules(model: Any, *, train_embeddings: bool, train_norms: bool) -> list[str]:
@@ -154,6 +167,7 @@ def adapter_report(model: nn.Module) -> AdapterReport:
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_params=sum(own_params(module) for _, module in modules),
         new_tokens=max((len(next(iter(m.token_indices.values()), ())) for m in token_layers), default=0),
+        untargeted=untargeted(model, str(base_model(model).config.model_type)),
     )
 
 
@@ -162,4 +176,7 @@ def own_params(module: nn.Module) -> int:
     if isinstance(module, QuantizedLinear):
         bias = 0 if module.bias is None else module.bias.numel()
         return module.in_features * module.out_features + bias
+    if (packed := packed_experts(module)) is not None:
+        own = (p.numel() for name, p in module.named_parameters(recurse=False) if name not in packed.formats)
+        return sum(packed.numel(name) for name in packed.formats) + sum(own)
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))

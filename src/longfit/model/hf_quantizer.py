@@ -9,6 +9,7 @@ so that anyone can load them.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,9 +25,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from longfit.compat.transformers import do_not_initialize, tied_weights
 from longfit.errors import ModelError
+from longfit.layers.experts import packed_experts
 from longfit.layers.linear4bit import Linear4bit
 from longfit.layers.linear8bit import Linear8bit, join_rows
 from longfit.layers.quantized_linear import QuantizedLinear
+from longfit.model import pack_experts
 from longfit.model.accounting import is_finite
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
 from longfit.numerics.row_format import RowFormat, to_rows
@@ -62,6 +65,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         int8_modules: full names of linear layers to store in 8 bits, whatever ``quant_type`` is.
         threshold: int8 only: quantise activations too, up to this magnitude (LLM.int8()); None multiplies by the
             de-quantised weights.
+        experts: quantise stacked experts as well.
         dtype: of the dense weights, as transformers resolves it; recorded in files.
     """
 
@@ -75,6 +79,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         skip_modules: list[str] | None = None,
         int8_modules: list[str] | None = None,
         threshold: float | None = None,
+        experts: bool = True,
         dtype: str = "bfloat16",
         quant_method: str = QUANT_METHOD,
     ) -> None:
@@ -82,6 +87,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         self.quant_type, self.block_size, self.double_quant = quant_type, block_size, double_quant
         self.absmax_block_size, self.skip_modules, self.dtype = absmax_block_size, skip_modules, dtype
         self.int8_modules, self.threshold = int8_modules, threshold
+        self.experts = experts
         self.own_rows: OwnRows | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LongfitQuantizationConfig:
@@ -92,15 +98,19 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_bitsandbytes(cls, block: dict[str, Any]) -> LongfitQuantizationConfig:
-        """Read the ``quantization_config`` block of a bitsandbytes checkpoint, in 4 or 8 bits."""
+        """Read the ``quantization_config`` block of a bitsandbytes checkpoint, in 4 or 8 bits; experts are dense."""
         if block.get("load_in_8bit") or block.get("_load_in_8bit"):
             return cls(
-                quant_type="int8", skip_modules=block.get("llm_int8_skip_modules"), dtype=block.get("dtype", "float16")
+                quant_type="int8",
+                skip_modules=block.get("llm_int8_skip_modules"),
+                experts=False,
+                dtype=block.get("dtype", "float16"),
             )
         return cls(
             quant_type=block.get("bnb_4bit_quant_type", "fp4"),
             double_quant=block.get("bnb_4bit_use_double_quant", False),
             skip_modules=block.get("llm_int8_skip_modules"),
+            experts=False,
             dtype=block.get("bnb_4bit_compute_dtype", "float32"),
         )
 
@@ -112,7 +122,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         """The block written into ``config.json``: bitsandbytes' own where its files can hold the data type."""
         eight = self.quant_type == "int8"
         other_blocks = not eight and (self.block_size != 64 or self.absmax_block_size != 256)
-        if self.quant_type not in BITSANDBYTES_KEYS or other_blocks or self.int8_modules:
+        if self.quant_type not in BITSANDBYTES_KEYS or other_blocks or self.int8_modules or self.experts:
             return self.settings()
         return {
             "_load_in_4bit": not eight,
@@ -147,6 +157,9 @@ class QuantizeWeight(ConversionOps):
                 raise ModelError(f"{name} holds NaN or infinity; the file is damaged or the model is broken")
             layer, _ = get_module_from_name(model, name)
             own = self.hf_quantizer.own_rows
+            if packed_experts(layer) is not None:
+                converted |= pack_experts.store(layer, name, weight)
+                continue
             rows, constants = layer.stored(weight) if own is None else own.stored(layer, weight)
             del weight
             converted |= adopted(layer, name, rows, constants)
@@ -231,6 +244,7 @@ class LongfitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.skipped: dict[str, str] = {}
         self.own_rows: OwnRows | None = quantization_config.own_rows
+        self._renamings: list[Any] = []
 
     @property
     def quantized_element_size(self) -> float:
@@ -243,6 +257,8 @@ class LongfitQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
+        if (packed := packed_experts(module)) is not None:
+            return name in packed.formats
         return isinstance(module, QuantizedLinear) and name == "weight"
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -262,6 +278,26 @@ class LongfitQuantizer(HfQuantizer):
             if self.own_rows is not None and not self.pre_quantized:
                 self.own_rows.make_place(replacement)
             model.set_submodule(name, replacement)
+        self._pack_experts(model)
+
+    def _pack_experts(self, model: Any) -> None:
+        """Make room for bytes in place of stacked experts; a model without any is written as bitsandbytes does."""
+        config = self.quantization_config
+        skipped = pack_experts.skipped_experts(model, config.skip_modules or [], packed_here=config.experts)
+        self.skipped |= skipped
+        found = list(pack_experts.packable_experts(model, skipped))
+        for _path, module, names in found:
+            pack_experts.pack(module, names, partial(self._placeholder, eight=config.quant_type == "int8"))
+        config.experts = bool(found)
+        self._renamings = pack_experts.renamings(model)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        pack_experts.compute_packed(model)
+        return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        renamings = self._renamings if self.pre_quantized else []
+        return [*super().get_weight_conversions(), *renamings]
 
     def _placeholder(self, linear: nn.Linear, *, eight: bool) -> QuantizedLinear:
         config, bias = self.quantization_config, linear.bias is not None
@@ -298,6 +334,8 @@ class LongfitQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The state dict with every quantised layer written under bitsandbytes' keys."""
         state_dict = model.state_dict()
+        for name, written in pack_experts.file_names(model).items():
+            state_dict[written] = state_dict.pop(name)
         for name, module in model.named_modules():
             if isinstance(module, Linear8bit):
                 del state_dict[f"{name}.constants"]
@@ -328,7 +366,7 @@ def skipped_linears(model: Any, skip_modules: list[str]) -> dict[str, str]:
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        if name in skip_modules or any(name.endswith("." + skip) for skip in skip_modules):
+        if pack_experts.is_skipped(name, skip_modules):
             reasons[name] = "named in skip_modules"
         elif name in tied:
             reasons[name] = "shares its weight with the embeddings"

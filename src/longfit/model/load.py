@@ -23,10 +23,12 @@ from longfit.errors import ModelError
 from longfit.files import reading as border
 from longfit.files.reading import read_object, reading
 from longfit.kernels.cpu import processor
+from longfit.layers.experts import constants_of
 from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model import gguf
 from longfit.model.accounting import accounted
 from longfit.model.hf_quantizer import LongfitQuantizationConfig
+from longfit.model.pack_experts import packed_parameters
 from longfit.model.vocabulary import add_rows, require_rows
 from longfit.model.weight_files import read_headers, require_fitting, require_sane_counts
 
@@ -50,6 +52,7 @@ class LoadReport:
         dense_bytes: of everything else.
         half_bytes: of the whole model if every weight were 16-bit.
         bits_per_param: of those layers.
+        quantized_share: of all weights, how many are stored in few bits.
     """
 
     source: str
@@ -59,6 +62,7 @@ class LoadReport:
     dense_bytes: int = 0
     half_bytes: int = 0
     bits_per_param: float = 0.0
+    quantized_share: float = 0.0
 
     @property
     def total_bytes(self) -> int:
@@ -254,26 +258,27 @@ def prequantized(name: str | os.PathLike[str], block: Any) -> LongfitQuantizatio
 def load_report(model: Any) -> LoadReport:
     """Count what a loaded model stores and name what is not quantised, and why."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    stored = {
-        tensor.data_ptr(): tensor
-        for layer in layers.values()
-        for tensor in (local_part(layer.weight), layer.constants)
-        if tensor.numel()
-    }
+    experts = {name: (packed, leaf, rows) for name, packed, leaf, rows in packed_parameters(model)}
+    tensors = [t for layer in layers.values() for t in (local_part(layer.weight), layer.constants)]
+    for packed, leaf, rows in experts.values():
+        tensors += [local_part(rows), getattr(packed, constants_of(leaf))]
+    stored = {tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}
     quantized_bytes = sum(tensor.nbytes for tensor in stored.values())
     quantized_params = sum(layer.in_features * layer.out_features for layer in layers.values())
+    quantized_params += sum(packed.numel(leaf) for packed, leaf, _ in experts.values())
     own = map(local_part, model.parameters())
     everything = {tensor.data_ptr(): tensor for tensor in own if tensor.data_ptr() not in stored}
     dense_bytes = sum(tensor.nbytes for tensor in everything.values())
     dense_params = sum(tensor.numel() for tensor in everything.values())
     return LoadReport(
         source=str(getattr(model.config, "name_or_path", "")),
-        quantized=tuple(layers),
+        quantized=(*layers, *experts),
         dense=dense_reasons(model),
         quantized_bytes=quantized_bytes,
         dense_bytes=dense_bytes,
         half_bytes=2 * (quantized_params + dense_params),
         bits_per_param=8 * quantized_bytes / quantized_params if quantized_params else 16.0,
+        quantized_share=quantized_params / max(1, quantized_params + dense_params),
     )
 
 
@@ -286,9 +291,10 @@ def dense_reasons(model: Any) -> dict[str, str]:
             reasons[name] = "embeddings are looked up, not multiplied"
         elif isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear):
             reasons.setdefault(name, "loaded with quant='none'")
+    packed = {name for name, *_ in packed_parameters(model)}
     for name, parameter in model.named_parameters():
-        if parameter.dim() > 2:
-            reasons[name] = f"a {parameter.dim()}-dimensional parameter (experts), not a linear layer"
+        if parameter.dim() > 2 and name not in packed:
+            reasons.setdefault(name, f"a {parameter.dim()}-dimensional parameter, not a linear layer")
     return reasons
 
 

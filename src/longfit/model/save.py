@@ -84,7 +84,7 @@ def load_adapter(model: Any, path: str | os.PathLike[str], *, trainable: bool = 
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
             raise ModelError(f"{folder}: a {config.peft_type} adapter; longfit reads LoRA adapters")
-        register_layers(config)
+        register_layers(config, model)
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
         _require_complete(adapted, folder)
     return adapted

@@ -251,6 +251,7 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
         rank_stabilised=adapter.rank_stabilised,
         dropout=adapter.dropout,
         targets=adapter.targets,
+        experts=adapter.experts,
         train_embeddings=adapter.train_embeddings,
         train_norms=adapter.train_norms,
         train_new_tokens=new_tokens,
