@@ -1,6 +1,8 @@
 """What a probe finds: each kind of mixing is made here by a few lines, in a model of which only they are new."""
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,16 @@ class Carries(nn.Module):
         return self.mlp(x) + 0.1 * shifted
 
 
+@dataclass
+class InPlace:
+    """Says where a layer's weights are, and knows the model, as a sweep does."""
+
+    base: Any
+
+    def present(self, module: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 def model(**options: Any) -> Any:
     return tiny_model("llama", attn_implementation=attention_key(), **options)
 
@@ -46,6 +58,23 @@ def test_a_plain_decoder_packs_sweeps_and_ends_in_its_norm(dtype: torch.dtype) -
     assert [found.sweeps for found in nature.layers.values()] == [None, None]
     assert all(module.training == mode for module, mode in before)
     assert not plain.is_gradient_checkpointing
+
+
+def test_a_probed_layer_is_copied_without_the_model_and_without_its_packed_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = model(dtype=torch.bfloat16)
+    packed = torch.zeros(2, 8, dtype=torch.uint8)  # one storage, of which each layer has a slice
+    for layer, rows in zip(plain.model.layers, packed, strict=True):
+        layer.mlp.register_buffer("packed", rows)
+
+    def refuse(copied: Any, memo: Any) -> Any:
+        raise AssertionError(f"{type(copied).__name__} was copied")
+
+    monkeypatch.setattr(type(plain), "__deepcopy__", refuse, raising=False)
+    monkeypatch.setattr(torch.UntypedStorage, "__deepcopy__", refuse)
+    present = InPlace(plain).present
+    assert [found.sweeps for found in nature_of(plain, present=present).layers.values()] == [None, None]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -27,7 +27,7 @@ from longfit.attention.backends import tile_forward
 from longfit.attention.spec import AttentionSpec
 from longfit.attention.tile import QueryTile
 from longfit.compat.torch import holds_values
-from longfit.compat.transformers import attention_of, checkpoint_function, set_checkpoint_function
+from longfit.compat.transformers import attention_of, set_checkpoint_function
 from longfit.engine.hf_model import base_model, decoder, last_norm, output_head
 from longfit.engine.offload.activations import ActivationOffload, DeviceActivations
 from longfit.engine.sweep.layer import run_layer_without_grad
@@ -40,6 +40,9 @@ from longfit.errors import ModelError
 
 NUM_TOKENS, CUT, TILE = 7, 4, 3
 """Tokens of the probe, of its first document, and of a tile: tiles and documents begin at different tokens."""
+
+HEAD_ROWS = 4096
+"""Rows of the output matrix that are in float32 at once."""
 
 SAME = 1e-5
 """Relative difference that two float32 runs of one layer may have: a few hundred additions in another order differ by
@@ -302,11 +305,22 @@ def _in_float32(call: LayerCall) -> LayerCall:
     """The call with a copy of the layer in float32; the layer itself where it computes in float32 or float64."""
     dtypes = {p.dtype for p in call.layer.parameters() if p.is_floating_point()}
     if dtypes & {torch.bfloat16, torch.float16} and _has_values(call.layer):
-        functions = map(checkpoint_function, call.layer.modules())  # the probe's own: it leads to the whole model
-        layer = copy.deepcopy(call.layer, {id(function): function for function in functions}).float()
         args, keywords = _float32(call.args), _float32(call.keywords)
-        return replace(call, layer=layer, args=args, keywords=keywords)
+        return replace(call, layer=_layer_in_float32(call.layer), args=args, keywords=keywords)
     return call
+
+
+def _layer_in_float32(layer: nn.Module) -> nn.Module:
+    """A copy of a layer alone: ``deepcopy`` follows a method to what it is bound to, which may be the whole model, and
+    copies the storage of packed weights whole, of which they may be slices; both are shared.
+    """
+    copied: dict[int, Any] = {}
+    for module in layer.modules():
+        copied |= {id(value): value for value in vars(module).values() if inspect.ismethod(value)}
+    for tensor in [*layer.parameters(), *layer.buffers()]:
+        narrow = tensor.dtype in (torch.bfloat16, torch.float16)
+        copied[id(tensor)] = type(tensor)(tensor.detach().float()) if narrow else tensor
+    return copy.deepcopy(layer, copied)
 
 
 def _float32(value: Any) -> Any:
@@ -392,11 +406,14 @@ def _why_not_head(base: Any, result: _Result) -> str | None:
         head = output_head(base)
     except ModelError as error:
         return str(error)
-    hidden, weight = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (result.hidden, head.weight))
-    if weight.shape[1] != hidden.shape[-1]:
-        return f"{type(base).__name__}: its output matrix takes {weight.shape[1]} numbers, not {hidden.shape[-1]}"
-    logits = hidden @ weight.t() + (0 if head.bias is None else head.bias)
-    logits = logits * head.scale
+    if head.weight.shape[1] != result.hidden.shape[-1]:
+        wrong = f"takes {head.weight.shape[1]} numbers, not {result.hidden.shape[-1]}"
+        return f"{type(base).__name__}: its output matrix {wrong}"
+    wide = torch.promote_types(head.weight.dtype, torch.float32)
+    hidden = result.hidden.to(wide)
+    # some rows at a time: the matrix whole in float32 would be the largest tensor of a small model
+    logits = torch.cat([hidden @ rows.to(wide).t() for rows in head.weight.split(HEAD_ROWS)], dim=-1)
+    logits = (logits + (0 if head.bias is None else head.bias)) * head.scale
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
     found = result.logits[..., : logits.shape[-1]].to(logits)
