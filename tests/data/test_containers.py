@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 from longfit.data import containers
 from longfit.data.documents import read_documents
 from longfit.errors import DataError
+from longfit.files import expansion
 
 ROWS = b'{"text": "one"}\n{"text": "two"}\n'
 
@@ -106,3 +108,48 @@ def test_each_member_is_unpacked_once_a_pass(tmp_path: Path, monkeypatch: pytest
     documents = read_documents(tmp_path / "many.zip")
     assert sum(1 for _ in documents) == 300
     assert len(opened) == 3  # its list, the survey, the reading
+
+
+@pytest.mark.parametrize(
+    "name", ["bomb.zip", "bomb.txt.gz", "bomb.txt.xz", "bomb.txt.bz2", "bomb.txt.zst", "bomb.docx"]
+)
+def test_what_expands_without_measure_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+
+    monkeypatch.setattr(expansion, "FREE_BYTES", 1 << 16)
+    path, zeros = tmp_path / name, bytes(4 << 20)
+    if path.suffix in (".zip", ".docx"):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.txt", zeros)
+    elif path.suffix == ".zst":
+        with pyarrow.CompressedOutputStream(str(path), "zstd") as stream:
+            stream.write(zeros)
+    else:
+        path.write_bytes({".gz": gzip, ".xz": lzma, ".bz2": bz2}[path.suffix].compress(zeros))
+    with pytest.raises(DataError, match=rf"(?s){name}.*unpack to"):
+        read_documents(path)
+
+
+def test_a_tar_that_lost_its_end_or_a_header_is_no_shorter_tar(tmp_path: Path) -> None:
+    path = tmp_path / "t.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in ("a.txt", "b.txt"):
+            (tmp_path / name).write_text("text of " + name)
+            tar.add(tmp_path / name, name)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1024])  # a header and a block: the first file, whole
+    with pytest.raises(DataError, match=r"t\.tar.*cut short"):
+        read_documents(path)
+    path.write_bytes(whole[:1024] + b"\x01" + whole[1025:])
+    with pytest.raises(DataError, match=r"t\.tar.*damaged"):
+        read_documents(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.zip").symlink_to("/dev/zero")
+    for name, what in (("pipe.txt", "a named pipe"), ("zero.zip", "a device")):
+        with pytest.raises(DataError, match=f"{name}: is {what}"):
+            read_documents(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a")
+    assert [skipped for skipped, _ in read_documents(tmp_path).report.skipped] == ["pipe.txt", "zero.zip"]

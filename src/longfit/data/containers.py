@@ -11,21 +11,20 @@ What this is not: it chooses no files (`files.py`), and opens no archive inside 
 
 import bz2
 import gzip
-import io
 import lzma
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 from longfit.errors import DataError
+from longfit.files.expansion import bounded, require_modest_zip
+from longfit.files.reading import reading, require_regular
 
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 TAR_SHORT = {".tgz": "gzip", ".tbz2": "bz2", ".txz": "xz"}
-DAMAGED = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, NotImplementedError)
 
 
 class Member(NamedTuple):
@@ -55,31 +54,43 @@ def archive_kind(name: str) -> str | None:
 
 
 @contextmanager
-def decompressed(stream: BinaryIO, compression: str | None) -> Iterator[BinaryIO]:
-    """Open what a compressed stream holds."""
+def decompressed(stream: BinaryIO, compression: str | None, num_bytes: int) -> Iterator[BinaryIO]:
+    """Open what a compressed stream holds.
+
+    Args:
+        num_bytes: of the compressed stream; what it holds may be larger within limits (`expansion.py`).
+    """
     if compression is None:
         yield stream
-    elif compression == "gzip":
-        with gzip.GzipFile(fileobj=stream) as opened:
-            yield cast(BinaryIO, opened)
+        return
+    if compression == "gzip":
+        opened: Any = gzip.GzipFile(fileobj=stream)
     elif compression == "bz2":
-        with bz2.BZ2File(stream) as opened_bz2:
-            yield cast(BinaryIO, opened_bz2)
+        opened = bz2.BZ2File(stream)
     elif compression == "xz":
-        with lzma.LZMAFile(stream) as opened_xz:
-            yield cast(BinaryIO, opened_xz)
+        opened = lzma.LZMAFile(stream)  # noqa: SIM115 (below)
     else:
         import pyarrow  # type: ignore[import-untyped]
 
-        with pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd") as opened_zstd:
-            yield cast(BinaryIO, io.BufferedReader(_Blocks(opened_zstd), 1 << 20))
+        opened = pyarrow.CompressedInputStream(pyarrow.PythonFile(stream, mode="r"), "zstd")
+    with opened:
+        yield bounded(opened, num_bytes)
 
 
 @contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file on disk, decompressed if its ending says so."""
-    with path.open("rb") as raw, decompressed(raw, compression_of(path.name)) as stream:
+    """Open a regular file on disk, decompressed if its ending says so."""
+    require_regular(path, DataError)
+    with path.open("rb") as raw, decompressed(raw, compression_of(path.name), path.stat().st_size) as stream:
         yield stream
+
+
+@contextmanager
+def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    require_regular(path, DataError)
+    with zipfile.ZipFile(path) as archive:
+        require_modest_zip(archive, path.stat().st_size)
+        yield archive
 
 
 def list_members(path: Path) -> list[Member]:
@@ -87,52 +98,62 @@ def list_members(path: Path) -> list[Member]:
 
     Raises: DataError: damaged.
     """
-    kind = archive_kind(path.name)
-    try:
-        if kind == "zip":
-            with zipfile.ZipFile(path) as archive:
+    with reading(path, "the archive", DataError, do="pack it again, or give the folder"):
+        if archive_kind(path.name) == "zip":
+            with _open_zip(path) as archive:
                 entries = [entry for entry in archive.infolist() if not entry.is_dir()]
                 return [Member(entry.filename, bool(entry.flag_bits & 1)) for entry in sorted(entries, key=_zip_order)]
-        with open_file(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-            return [Member(entry.name) for entry in tar if entry.isfile()]
-    except DAMAGED as error:
-        raise DataError(f"{path}: not a readable {kind} archive: {error}") from None
+        with open_file(path) as stream, _tar_files(stream) as (_, files):
+            return [Member(entry.name) for entry in files]
 
 
 def read_members(path: Path, wanted: frozenset[str]) -> Iterator[tuple[str, BinaryIO]]:
     """Open members of an archive one after the other, each to be read before the next is asked for."""
     if archive_kind(path.name) == "zip":
-        with zipfile.ZipFile(path) as archive:
+        with _open_zip(path) as archive:
             for entry in sorted(archive.infolist(), key=_zip_order):
                 if entry.filename in wanted and not entry.is_dir():
                     with (
                         archive.open(entry) as member,
-                        decompressed(cast(BinaryIO, member), compression_of(entry.filename)) as stream,
+                        decompressed(cast(BinaryIO, member), compression_of(entry.filename), entry.file_size) as stream,
                     ):
                         yield entry.filename, stream
         return
-    with open_file(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
-        for item in tar:
-            if item.name in wanted and item.isfile():
+    with open_file(path) as stream, _tar_files(stream) as (tar, files):
+        for item in files:
+            if item.name in wanted:
                 found = cast(BinaryIO, tar.extractfile(item))
-                with decompressed(found, compression_of(item.name)) as opened:
+                with decompressed(found, compression_of(item.name), item.size) as opened:
                     yield item.name, opened
+
+
+class _StrictHeader(tarfile.TarInfo):
+    """A header of a tar archive; tarfile takes a damaged one, and the end of the file, for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the mark of its end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"it is damaged or cut short at byte {archive.offset:,} ({error})") from None
+
+
+@contextmanager
+def _tar_files(stream: BinaryIO) -> Iterator[tuple[tarfile.TarFile, Iterator[tarfile.TarInfo]]]:
+    """Open a tar archive and walk its regular files; one with holes may say that it is of any size, and is refused."""
+
+    def files() -> Iterator[tarfile.TarInfo]:
+        for item in tar:
+            if item.issparse():
+                raise DataError(f"{item.name} is a file with holes; pack it again without them (tar without -S)")
+            if item.isfile():
+                yield item
+
+    with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictHeader) as tar:
+        yield tar, files()
 
 
 def _zip_order(entry: zipfile.ZipInfo) -> list[str]:
     return entry.filename.split("/")
-
-
-class _Blocks(io.RawIOBase):
-    """What Python's buffered reader needs of a stream that only reads blocks."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)

@@ -19,6 +19,8 @@ from xml.etree import ElementTree
 from longfit.data.html import html_text
 from longfit.data.readers import decode_text
 from longfit.errors import DataError
+from longfit.files.expansion import require_modest_zip
+from longfit.files.reading import reason
 
 INSTALL = "pip install 'longfit[documents]'"
 
@@ -49,14 +51,20 @@ def extract(kind: str, stream: BinaryIO) -> tuple[str, Extraction]:
     Raises: DataError: damaged, encrypted, or the extra is not installed.
     """
     unit, read = EXTRACTORS[kind]
+    data = stream.read()
     try:
-        parts = [part.strip("\n") for part in read(io.BytesIO(stream.read()))]
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                require_modest_zip(archive, len(data))
+        parts = [part.strip("\n") for part in read(io.BytesIO(data))]
     except ImportError:
         raise DataError(f"to read {kind} files, install what reads them: {INSTALL}") from None
     except DataError:
         raise
     except Exception as error:  # the libraries raise whatever a damaged file leads them to
-        raise DataError(f"not a readable {kind} file: {error or type(error).__name__}") from None
+        raise DataError(
+            f"not a readable {kind} file: {reason(error)}; save it again, or leave it out with data.exclude"
+        ) from None
     empty = tuple(number for number, part in enumerate(parts, start=1) if not part.strip())
     text = "\n\n".join(part for part in parts if part.strip())
     return text, Extraction(unit, len(parts), len(text), empty)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from longfit.data.containers import archive_kind, inner_name, list_members
 from longfit.errors import DataError
+from longfit.files.reading import require_regular
 
 TEXT_SUFFIXES = frozenset(
     """.txt .text .md .markdown .rst .adoc .org .tex .bib .log .srt .vtt .xml .css .toml .yaml .yml .ini .cfg .py .pyi
@@ -82,6 +83,8 @@ def find_files(path: Path, exclude: Sequence[str] = ()) -> tuple[list[FoundFile]
     """
     if not path.exists():
         raise DataError(_missing(path))
+    if not path.is_dir():
+        require_regular(path, DataError)
     found, skipped = _walk_folder(path, exclude) if path.is_dir() else _single_file(path, exclude)
     if not found:
         raise DataError(_nothing_readable(path, skipped))

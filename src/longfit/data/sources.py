@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from longfit.data import layouts, readers
-from longfit.data.containers import DAMAGED, open_file, read_members
+from longfit.data.containers import open_file, read_members
 from longfit.data.document import Document
 from longfit.data.extraction import EXTRACTORS, extract
 from longfit.data.html import read_html
 from longfit.data.messages import Chat
-from longfit.errors import DataError
+from longfit.errors import DataError, LongfitError
+from longfit.files.reading import NOT_OURS, reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +74,12 @@ class FileSource:
             for member, stream in read_members(self.path, frozenset(kinds)):
                 name, source = f"{self.name}!/{member}", f"{self.path}!/{member}"
                 yield from self._guarded(name, source, kinds[member], lambda: nullcontext(stream), problems)  # noqa: B023 (called at once)
-        except DAMAGED as error:
-            problems.append(f"{self.name}: cannot be read: {error}")
+        except LongfitError as error:
+            _add(problems, self.name, error)
+        except NOT_OURS:
+            raise
+        except BaseException as error:  # whatever a damaged archive leads its readers to
+            problems.append(f"{self.name}: cannot be read: {reason(error)}")
 
     def _guarded(
         self,
@@ -88,10 +93,12 @@ class FileSource:
         try:
             with opened() as stream:
                 yield from self._documents(name, source, kind, stream, problems)
-        except DataError as error:
-            problems += [f"{name}: {problem}" for problem in str(error).splitlines()]
-        except DAMAGED as error:
-            problems.append(f"{name}: cannot be read: {error}")
+        except LongfitError as error:
+            _add(problems, name, error)
+        except NOT_OURS:
+            raise
+        except BaseException as error:  # whatever a damaged file leads its readers to
+            problems.append(f"{name}: cannot be read: {reason(error)}")
 
     def _documents(
         self, name: str, source: str, kind: str, stream: BinaryIO, problems: list[str]
@@ -141,6 +148,13 @@ class FileSource:
         if kind in ("csv", "tsv"):
             return readers.read_csv(stream, encoding=encoding, delimiter=None if kind == "csv" else "\t")
         return readers.read_parquet(_seekable(stream)) if kind == "parquet" else readers.read_arrow(stream)
+
+
+def _add(problems: list[str], name: str, error: LongfitError) -> None:
+    """Add what is wrong with a file; what is wrong with the settings is wrong with all files."""
+    if not isinstance(error, DataError):
+        raise error
+    problems += [problem if name in problem else f"{name}: {problem}" for problem in str(error).splitlines()]
 
 
 def _seekable(stream: BinaryIO) -> BinaryIO:

@@ -1,16 +1,14 @@
 """A chat template: Jinja text that turns messages into the text a model reads, with the day it may print held fixed.
 
-The environment is the one that transformers renders with (sandboxed, blocks trimmed, `tojson` without HTML escapes,
-`raise_exception`, `strftime_now`, the `{% generation %}` tag), so the same template gives the same text; a test
-compares them. It is made here because a run needs what transformers does not offer: a date that a resumed run sees
-again, the words the template itself knows, and where its generation marks lie in the text.
+It is rendered in a process of its own (`rendering.py`), because a template is a program of somebody else. A run needs
+what transformers does not offer: a date that a resumed run sees again, the words the template itself knows, and where
+its generation marks lie in the text.
 
 What this is not: it does not know which tokens are trained (`encoding.py`).
 """
 
-import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -18,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
-from jinja2 import TemplateError, nodes
+from jinja2 import nodes
 
 from longfit.data.messages import Message, Tool
+from longfit.data.rendering import MEMORY_BYTES, Marks, environment
+from longfit.data.template_process import LIMIT_S, template_process
 from longfit.errors import ConfigError, DataError
+from longfit.files.reading import read_text
+from longfit.words import format_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +62,7 @@ CHATML = """\
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
 """
 DATE_FORMAT = "%Y-%m-%d"
+LARGEST_TEMPLATE_BYTES = 1 << 20  # the largest known has a twentieth
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,14 @@ class ChatTemplate:
         special_tokens: what the tokenizer calls its own, such as ``{"eos_token": "</s>"}``.
         date: what `strftime_now` formats; None for the moment of rendering.
         control_tokens: texts that the tokenizer reads as one special token.
+        name: what errors call it.
     """
 
     source: str
     special_tokens: Mapping[str, str]
     date: datetime | None = None
     control_tokens: frozenset[str] = frozenset()
+    name: str = "the chat template"
 
     def render(
         self,
@@ -90,7 +93,8 @@ class ChatTemplate:
     ) -> str:
         """Render messages.
 
-        Raises: DataError: the template refuses them, with its line.
+        Raises: DataError: the template refuses them, with its line. ConfigError: it is no template, or takes too long
+            or too much memory.
         """
         return self.render_marked(messages, tools, add_generation_prompt=add_generation_prompt, **variables)[0]
 
@@ -103,43 +107,34 @@ class ChatTemplate:
         **variables: object,
     ) -> tuple[str, list[tuple[int, int]]]:
         """Render messages; also return the spans of the text that `{% generation %}` marks enclose."""
-        compiled, marks = self._compiled
-        marks.begin()
-        pieces: list[str] = []
-        try:
-            for piece in compiled.generate(
-                **self.special_tokens,
-                messages=[dict(_aliased(message)) for message in messages],
-                tools=list(tools) or None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **variables,
-            ):
-                marks.place(piece)
-                pieces.append(piece)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        given = {
+            **self.special_tokens,
+            "messages": [dict(_aliased(message)) for message in messages],
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
+        found = template_process().render(self.source, date=self.date, variables=given)
+        if "refused" in found:
             raise DataError(
-                f"the chat template refuses this row (template line {_template_line(error)}): {error}; "
+                f"{self.name} refuses this row (template line {found['line']}): {found['refused']}; "
                 "change the row, or choose another template (data.chat_template=chatml, or a file)"
-            ) from None
-        return "".join(pieces), marks.spans
-
-    @cached_property
-    def _compiled(self) -> tuple[jinja2.Template, "_Marks"]:
-        marks = _Marks()
-        environment = _environment(lambda: self.date or datetime.now(), marks)
-        try:
-            return environment.from_string(self.source), marks
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(
-                f"data.chat_template: not a Jinja template (line {error.lineno}): {error.message}; "
-                "give chatml, a file, or Jinja text"
-            ) from None
+            )
+        if "text" not in found:
+            raise ConfigError(f"{self.name}: {_trouble(found)}; give chatml, a file, or Jinja text")
+        return found["text"], [(start, end) for start, end in found["spans"]]
 
     @cached_property
     def words(self) -> frozenset[str]:
         """Names and texts that occur in the template's own expressions: what it can ask a message for or compare."""
-        tree = _environment(datetime.now, _Marks()).parse(self.source)
+        try:
+            tree = environment(datetime.now, Marks()).parse(self.source)
+        except jinja2.TemplateSyntaxError as error:
+            trouble = _trouble({"syntax": error.message, "line": error.lineno})
+            raise ConfigError(f"{self.name}: {trouble}; give chatml, a file, or Jinja text") from None
+        except RecursionError:
+            raise ConfigError(f"{self.name}: is nested too deeply; give chatml, a file, or Jinja text") from None
         texts = {str(node.value) for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
         names = {node.attr for node in tree.find_all(nodes.Getattr)} | {node.name for node in tree.find_all(nodes.Name)}
         return frozenset(texts | names)
@@ -147,7 +142,8 @@ class ChatTemplate:
     @cached_property
     def control(self) -> re.Pattern[str] | None:
         """Finds control tokens in a text, the longest where several begin."""
-        return _pattern(self.control_tokens)
+        tokens = sorted(self.control_tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens))) if tokens else None
 
     @cached_property
     def signs(self) -> re.Pattern[str] | None:
@@ -180,6 +176,7 @@ def choose_template(
         stops: tokens at which generation stops, control tokens whatever the tokenizer says of them.
     Raises: ConfigError: the tokenizer has none, as base models do, and none was given; or what was given is neither.
     """
+    name = "the chat template"
     if given is None:
         if not tokenizer.chat_template:
             raise ConfigError(
@@ -188,42 +185,46 @@ def choose_template(
             )
         source = tokenizer.chat_template
         if isinstance(source, dict):  # several by name: the one for tools renders everything the other one does
-            source = source.get("tool_use", source.get("default", next(iter(source.values()))))
+            source = source.get("tool_use", source.get("default", next(iter(source.values()), None)))
+        if not isinstance(source, str):
+            raise ConfigError(
+                f"the tokenizer's chat template is {type(source).__name__}, not a text; fetch its files again, "
+                "or give chatml, a file, or Jinja text in data.chat_template"
+            )
     elif given == "chatml":
         source = CHATML
     elif "{" in given:
         source = given
     else:
-        try:
-            source = Path(given).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(
-                f"data.chat_template: {given!r} is neither chatml, nor Jinja text, nor a file ({error}); "
-                "try data.chat_template=chatml"
-            ) from None
+        source, name = read_template(given), f"the chat template {given}"
     if source == CHATML and not tokenizer.eos_token:
         raise ConfigError(
             "data.chat_template=chatml ends turns with the tokenizer's end token, which it lacks; give a Jinja template"
         )
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     when = None if date is None else datetime.strptime(date, DATE_FORMAT)
-    return ChatTemplate(source, special, when, control_tokens(tokenizer) | frozenset(stops))
+    return ChatTemplate(source, special, when, control_tokens(tokenizer) | frozenset(stops), name)
+
+
+def read_template(path: str) -> str:
+    """Read a template from a file.
+
+    Raises: ConfigError: it is none, and no other way of giving a template.
+    """
+    if not Path(path).exists():
+        raise ConfigError(
+            f"data.chat_template: {path!r} is neither chatml, nor Jinja text, nor a file; try data.chat_template=chatml"
+        )
+    return read_text(
+        Path(path), ConfigError, what="the chat template", do="try data.chat_template=chatml",
+        largest_bytes=LARGEST_TEMPLATE_BYTES,
+    )  # fmt: skip
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
     """The texts that a tokenizer reads as one special token wherever they stand."""
     added = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return frozenset(added | set(tokenizer.all_special_tokens))
-
-
-def control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
-    """Finds control tokens in a text, the longest where several begin; None where there are none."""
-    return _pattern(control_tokens(tokenizer))
-
-
-def _pattern(texts: Collection[str]) -> re.Pattern[str] | None:
-    longest_first = sorted(texts, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def _aliased(message: Message) -> Message:
@@ -234,73 +235,12 @@ def _aliased(message: Message) -> Message:
     return {"reasoning": thought, "thinking": thought, **message}
 
 
-class _Marks:
-    """Where the `{% generation %}` blocks of one rendering lie. Jinja yields a block's text as a piece of its own."""
-
-    def __init__(self) -> None:
-        self.begin()
-
-    def begin(self) -> None:
-        self.spans: list[tuple[int, int]] = []
-        self._length = 0
-        self._open: list[str] = []
-
-    def add(self, text: str) -> None:
-        self._open.append(text)
-
-    def place(self, piece: str) -> None:
-        for text in self._open:
-            if piece == text:
-                self.spans.append((self._length, self._length + len(piece)))
-        self._open.clear()
-        self._length += len(piece)
-
-
-def _environment(now: Callable[[], datetime], marks: _Marks) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    class Generation(jinja2.ext.Extension):
-        """The tag around what the assistant says."""
-
-        tags = {"generation"}  # noqa: RUF012 (Jinja's interface)
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return nodes.CallBlock(self.call_method("enclose"), [], [], body).set_lineno(line)
-
-        def enclose(self, caller: Callable[[], str]) -> str:
-            text = caller()
-            marks.add(text)
-            return text
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: now().strftime(form)
-    return environment
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _template_line(error: Exception) -> int | str:
-    """Find the template's line: Jinja rewrites its frames so that they carry it."""
-    line: int | str = "unknown"
-    trace = error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == "<template>":
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return line
+def _trouble(found: Mapping[str, Any]) -> str:
+    """Say why a template gave no text; ``found`` is the answer of the process that it ran in."""
+    if "syntax" in found:
+        return f"not a Jinja template (line {found['line']}): {found['syntax']}"
+    if "slow" in found:
+        return f"a chat was not rendered in {LIMIT_S:.0f} s; it probably loops for ever"
+    if "grows" in found:
+        return f"made a text of more than {found['grows']:,} characters of one chat; it probably loops"
+    return f"took more than {format_bytes(MEMORY_BYTES)} of memory to render one chat"

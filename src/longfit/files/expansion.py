@@ -1,0 +1,59 @@
+"""How far a compressed file may expand: a few kilobytes must not become a disk full, nor a gigabyte in memory.
+
+Text and tables compress to a tenth, repetitive ones to a hundredth; deflate ends at a thousandth, newer methods
+nowhere. What stays small is let through however dense it was.
+"""
+
+import io
+import zipfile
+from typing import Any, BinaryIO
+
+from longfit.errors import DataError
+from longfit.words import format_bytes
+
+MOST_TIMES = 250
+FREE_BYTES = 64 << 20
+
+
+def most_bytes(compressed_bytes: int) -> int:
+    """Return the bytes that a compressed file of a size may become."""
+    return max(FREE_BYTES, MOST_TIMES * compressed_bytes)
+
+
+def require_modest_zip(archive: zipfile.ZipFile, archive_bytes: int) -> None:
+    """Raise DataError if the members of a zip archive together, by its own list, are larger than they may be.
+
+    What the list says is true: zipfile reads no more of a member.
+    """
+    require_modest(sum(entry.file_size for entry in archive.infolist()), archive_bytes)
+
+
+def require_modest(expanded_bytes: int, compressed_bytes: int) -> None:
+    """Raise DataError if so many bytes may not come out of so few."""
+    if expanded_bytes > most_bytes(compressed_bytes):
+        raise DataError(
+            f"{format_bytes(compressed_bytes)} unpack to {format_bytes(expanded_bytes)} or more; allowed are "
+            f"{format_bytes(most_bytes(compressed_bytes))}: unpack it yourself, and give the folder"
+        )
+
+
+def bounded(stream: BinaryIO, compressed_bytes: int) -> BinaryIO:
+    """Read a stream that unpacks ``compressed_bytes``, up to what they may become."""
+    return io.BufferedReader(_Bounded(stream, compressed_bytes), 1 << 20)
+
+
+class _Bounded(io.RawIOBase):
+    """Counts what is read; also what Python's buffered reader needs of a stream that only reads blocks."""
+
+    def __init__(self, stream: BinaryIO, compressed_bytes: int) -> None:
+        self._stream, self._compressed_bytes, self._bytes = stream, compressed_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer))
+        self._bytes += len(data)
+        require_modest(self._bytes, self._compressed_bytes)
+        buffer[: len(data)] = data
+        return len(data)
