@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from transformers.masking_utils import (
     and_masks,
     causal_mask_function,
@@ -12,7 +13,8 @@ from transformers.masking_utils import (
 )
 
 from longfit.attention import mask_reading
-from longfit.attention.mask_reading import read_mask
+from longfit.attention.hf_attention import attend
+from longfit.attention.mask_reading import read_mask, unreadable
 from longfit.errors import ModelError
 
 TOKENS = 41
@@ -83,5 +85,8 @@ def test_queries_at_the_end_of_a_cache_are_counted_from_its_first_key(name: str)
 )
 def test_a_mask_of_another_kind_is_refused(function, checked_pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mask_reading, "CHECKED_PAIRS", checked_pairs)
-    with pytest.raises(ModelError, match="none that longfit's attention computes"):
-        read_mask(function, batch_size=1, num_queries=TOKENS, num_keys=TOKENS, num_heads=3)
+    read = read_mask(function, batch_size=1, num_queries=TOKENS, num_keys=TOKENS, num_heads=3)
+    assert unreadable(read)
+    q = torch.zeros(1, 3, TOKENS, 8)
+    with pytest.raises(ModelError, match="none that longfit's attention computes"):  # the layer that would use it
+        attend(nn.Module(), q, q, q, read)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.families.tiny_family import tiny_family
 from tests.tiny_models import FAMILIES, VOCABULARY, tiny_model
 
 from longfit.attention.hf_attention import attention_key
@@ -34,8 +35,8 @@ def test_reading_in_chunks_is_reading_at_once(family: str) -> None:
 
 def test_only_what_is_new_is_read() -> None:
     model, seen = tiny_model("llama"), []
-    model.model.embed_tokens.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[1]))
     reader, document = Reader(model, chunk_tokens=16), text(50)
+    model.model.embed_tokens.register_forward_pre_hook(lambda layer, args: seen.append(args[0].shape[1]))
     reader.read(document)
     assert seen == [16, 16, 16, 2]
     seen.clear()
@@ -48,6 +49,31 @@ def test_only_what_is_new_is_read() -> None:
     storage = [part.data_ptr() for part in reader.cache.layers[0].storage]
     reader.read(torch.cat([document[:30], text(2)]))
     assert storage == [part.data_ptr() for part in reader.cache.layers[0].storage]  # room, not a copy a token
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("llama", "roomy"),
+        ("falcon", "roomy"),  # takes no attention but its own
+        ("minimax", "own"),  # a class of cache of its own, which it makes itself
+        ("lfm2", "own"),  # convolutions with a state
+        ("mamba", "single"),  # goes on from its state by one token only
+        ("xlstm", "none"),  # its cache does not fit these sizes
+    ],
+)
+def test_the_fastest_way_that_gives_the_same_is_used(kind: str, way: str) -> None:
+    family = tiny_family(kind)
+    ids = family.tokens(30)
+    expected = at_once(family.model, ids)
+    reader = Reader(family.model, chunk_tokens=7)
+    assert reader.way == way
+    other = torch.cat([ids[:17], family.tokens(5, seed=1)])
+    for asked in (ids[:11], ids, other, ids):
+        reader.read(asked)
+    reader.read(ids[:20])
+    # softmax and norms of transformers work in float32
+    torch.testing.assert_close(reader.read(ids, keep=9), expected[-9:], rtol=1e-6, atol=1e-6)
 
 
 def test_a_model_in_training_is_read_exactly_and_left_so() -> None:

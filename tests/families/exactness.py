@@ -183,6 +183,8 @@ def check_cached(family: Family, folder: Path) -> None:
             expected = model(input_ids=ids, use_cache=False).logits[0]
     except Exception as error:
         raise NotInTransformers(f"{type(error).__name__}: {_line(error)}") from error
+    for end in (TILE, CUT, *range(CUT + TILE, TOKENS, TILE)):  # of the chunks that are read
+        _require_future_unseen(family, ids, end)
     model.set_attn_implementation(attention_key())
     reader = Reader(model, chunk_tokens=TILE)
     first = reader.read(ids[0, :CUT], keep=3)

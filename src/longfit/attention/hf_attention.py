@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from longfit.attention.backends import sinks_grad, tile_backward, tile_forward
-from longfit.attention.mask_reading import read_mask
+from longfit.attention.mask_reading import read_mask, unreadable
 from longfit.attention.spec import AttentionSpec
 from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import Schedule, check_group_size, keeps_own_structure
@@ -78,7 +78,6 @@ def visible_keys(
     Args: those of transformers' mask functions.
     Returns: int32 ``[B, 1, keys that hold tokens, 2]`` of ``read_mask``, or None when all see everything before them;
         shorter than the keys of a static cache.
-    Raises: ModelError: as ``read_mask``.
     """
     from transformers.masking_utils import causal_mask_function
 
@@ -210,6 +209,11 @@ def _refuse(module: nn.Module, attention_mask: Tensor | None, is_causal: bool | 
     name = type(module).__name__
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ModelError(f"{name}: attends in both directions; longfit's attention is causal; use attention 'sdpa'")
+    if attention_mask is not None and unreadable(attention_mask):
+        raise ModelError(
+            f"{name}: this model's mask is none that longfit's attention computes: it shows a token something else than"
+            " one range of keys that ends at itself; use attention 'eager' or 'sdpa' (engine=plain)"
+        )
     read = attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.int32
     if attention_mask is not None and attention_mask.dim() != 2 and not (read and attention_mask.shape[-1] == 2):
         raise ModelError(

@@ -10,7 +10,8 @@ bisection, for all tokens at once, and says everything:
 
 The heads' axis of one stands where transformers has it in its own masks, as models cut masks along the queries.
 That the function is of this kind is checked: every pair of tokens of a short text, samples of a long one. A mask that
-is not is refused, never approximated.
+is not is refused, never approximated; but only by the layer that attends with it, as families make masks for kinds of
+layers of which they have none (``unreadable``).
 """
 
 from collections.abc import Callable
@@ -20,10 +21,14 @@ import torch
 from torch import Tensor
 
 from longfit.attention.visibility import document_starts
-from longfit.errors import ModelError
 
 CHECKED_PAIRS = 1 << 16
 """Pairs of tokens whose visibility is compared with the range that was read; a text of 256 tokens is compared whole."""
+
+
+def unreadable(read: Tensor) -> bool:
+    """Whether a mask stands for one that is not a range of keys; it is int64 instead of int32."""
+    return read.dim() == 4 and read.dtype == torch.int64
 
 
 def read_mask(
@@ -51,14 +56,15 @@ def read_mask(
         own_structure: that the layer has a window or chunks of its own.
         device: of the result.
     Returns: int32 ``[B, 1, num_keys, 2]``, counted from the first key; rows before the first query only honour padding.
-    Raises: ModelError: some query sees a later key, a range with holes, or less than the query before it does.
-        DataError: the padding has holes.
+        int64 if some query sees a later key, a range with holes, or less than the one before it.
+    Raises: DataError: the padding has holes.
     """
     see = _Visible(mask_function, batch_size, key_offset, device)
     starts = document_starts(batch_size, num_keys, attention_mask=padding, device=device).to(torch.int64)
     queries = torch.arange(num_keys - num_queries, num_keys, device=device).expand(batch_size, -1)  # [B, Q]
     first = _first_visible(see, starts[:, num_keys - num_queries :], queries)
-    _check(see, queries, first, padding, num_heads)
+    if not _is_one_range(see, queries, first, padding, num_heads):
+        return torch.stack([starts, starts], -1)[:, None]
     starts[:, num_keys - num_queries :] = first
     structure = torch.full_like(starts, int(own_structure))
     return torch.stack([starts, structure], -1)[:, None].to(torch.int32)
@@ -93,10 +99,10 @@ def _first_visible(see: _Visible, low: Tensor, queries: Tensor) -> Tensor:
     return high
 
 
-def _check(see: _Visible, queries: Tensor, first: Tensor, padding: Tensor | None, num_heads: int) -> None:
+def _is_one_range(see: _Visible, queries: Tensor, first: Tensor, padding: Tensor | None, num_heads: int) -> bool:
     """Compare the ranges with the function: on all pairs if they are few, else on samples."""
     if bool((first[:, 1:] < first[:, :-1]).any()):
-        raise _unknown("a token sees further back than the one before it")
+        return False
     batch, count = queries.shape
     end = int(queries[0, -1]) + 1
     if count * end <= CHECKED_PAIRS:
@@ -116,13 +122,4 @@ def _check(see: _Visible, queries: Tensor, first: Tensor, padding: Tensor | None
         whole = padding.to(queries.device, torch.bool)
         rows = torch.arange(batch, device=queries.device)[:, None, None]
         real = whole[rows, asked] & whole[rows, keys]
-    for head in {0, num_heads - 1}:
-        if bool(((see(asked, keys, head=head) != expected) & real).any()):
-            raise _unknown("it shows a token something else than one range of keys that ends at itself")
-
-
-def _unknown(what: str) -> ModelError:
-    return ModelError(
-        f"this model's mask is none that longfit's attention computes: {what}; use attention 'eager' or 'sdpa'"
-        " (engine=plain)"
-    )
+    return not any(bool(((see(asked, keys, head=head) != expected) & real).any()) for head in {0, num_heads - 1})

@@ -1,5 +1,7 @@
 """The state in which a model is measured: eval mode, exact attention, nothing recorded; and back as it was.
 
+Exact is longfit's attention where the model runs with it, else the model's own.
+
 Training may use shifted attention, dropout, checkpointing. A number that is compared must not depend on them. With
 ``swept=True`` the layers run tile by tile (``engine/sweep``), so that a long window costs two hidden states a token
 and the keys of one layer, not the activations of all its tokens.
@@ -7,19 +9,16 @@ and the keys of one layer, not the activations of all its tokens.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longfit.attention.hf_attention import attention_key
-from longfit.compat.transformers import attention_of
-from longfit.engine.hf_model import base_model
 from longfit.engine.model_state import preserve_state
+from longfit.engine.sweep.attention_choice import take_exact_attention
 from longfit.engine.sweep.evaluation import swept_evaluation
 from longfit.engine.sweep.install import enable_sweep
 from longfit.engine.sweep.sweeper import sweeper_of
-from longfit.errors import DataError, ModelError
+from longfit.errors import DataError
 
 
 @contextmanager
@@ -29,34 +28,19 @@ def measured(model: nn.Module, *, swept: bool = False) -> Iterator[None]:
     Args:
         model: a transformers causal language model, or a PeftModel around one.
         swept: run the layers tile by tile; only without a key/value cache.
-    Raises: ModelError: the model is no causal language model, or takes no attention but its own.
+    Raises: ModelError: the model is no causal language model, or does not run.
     """
-    base = base_model(model)
-    attention = attention_of(base)
     with preserve_state(model), torch.no_grad():
         model.eval()
-        if not str(attention).startswith("longfit-"):
-            use_attention(base, attention_key())
+        sweeper = sweeper_of(model)
+        take_exact_attention(model, present=None if sweeper is None else sweeper.present)
         if not swept:
             yield
             return
-        if sweeper_of(model) is None:
+        if sweeper is None:
             enable_sweep(model)
         with swept_evaluation(model):
             yield
-
-
-def use_attention(base: Any, key: str) -> None:
-    """Set a model's attention, and make sure that it took it.
-
-    Raises: ModelError: it did not.
-    """
-    base.set_attn_implementation(key)
-    if attention_of(base) != key:
-        raise ModelError(
-            f"{type(base).__name__}: takes no attention from transformers' AttentionInterface, so it cannot be measured"
-            " in tiles; use a model that does, as Llama, Qwen, Mistral, Gemma and Phi do"
-        )
 
 
 def require_known(token_ids: Tensor, num_words: int) -> None:

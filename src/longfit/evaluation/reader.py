@@ -8,6 +8,9 @@ Reading goes in chunks, so that a long document needs the activations of one chu
 are what a token costs. Attention is exact. Two prompts may share any number of first tokens; nothing else is guessed.
 Keys and values lie in storage with room for more, so that one more token does not copy all those before it.
 
+How a model goes on from what it has read is not believed but tried on six tokens (``WAYS``); the fastest way that gives
+what reading at once gives is used, and one that is slow is said.
+
 Not here: sampling (``generate.py``), and measuring a window of given text (``perplexity.py``), which needs no cache.
 """
 
@@ -22,14 +25,28 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from longfit.engine.hf_model import base_model, output_head
 from longfit.errors import DataError, ModelError
 from longfit.evaluation.evaluation_mode import measured, require_known
+from longfit.notice import notify
 
 CHUNK_TOKENS = 2048
 """Tokens read at once: enough for full speed of the matmuls, and for SmolLM2-135M about 60 MB of activations."""
 
-
 ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.02}
 """Relative difference of logits that reading in another order may cause; 1e-4 in wider dtypes. A layer that forgets
 what it has read changes them by tens of per cent."""
+
+WAYS = {
+    "roomy": "keys and values in storage with room, from which the last tokens can be taken out again",
+    "own": "the model's own cache; a text that goes back is read again",
+    "single": "the model's own cache, one token at a time after the first reading",
+    "none": "no cache: the whole text is read for every token",
+}
+"""How what has been read is kept, the fastest first."""
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
+"""What models call their cache, in the call and in what it returns; which one, the signature says."""
+
+NUM_TRIED = 6
+"""Tokens of the trial."""
 
 
 class RoomyLayer(DynamicLayer):
@@ -53,7 +70,13 @@ class RoomyLayer(DynamicLayer):
 
 
 class Reader:
-    """See the module. One text at a time; reading another keeps what the two share."""
+    """See the module. One text at a time; reading another keeps what the two share.
+
+    Attributes:
+        way: one of ``WAYS``.
+        token_ids: what has been read, int64 ``[N]``.
+        cache: what is kept of it.
+    """
 
     def __init__(self, model: nn.Module, *, chunk_tokens: int = CHUNK_TOKENS) -> None:
         """Begin with nothing read.
@@ -61,12 +84,18 @@ class Reader:
         Args:
             model: a transformers causal language model, or a PeftModel around one.
             chunk_tokens: read at once.
+        Raises: ModelError: the model does not run.
         """
         self.model, self.chunk_tokens = model, chunk_tokens
         self.num_words, self.device = output_head(model).weight.shape[0], output_head(model).weight.device
+        parameters = inspect.signature(base_model(model).forward).parameters
+        self._cache_name = next((name for name in CACHE_NAMES if name in parameters), None)
+        self._keeps = "logits_to_keep" in parameters
+        self.way = "none"
+        self.cache: Any = None
         self.token_ids = torch.zeros(0, dtype=torch.int64)
-        self.cache = _empty_cache(model)
-        self.continues = not isinstance(self.cache, DynamicCache) or self._continues_in_chunks()
+        self.way = self._choose()
+        self._forget_after(0)
 
     def read(self, token_ids: Tensor, *, keep: int = 1, on_progress: Callable[[int, int], Any] | None = None) -> Tensor:
         """Read tokens, reusing what the last text began with.
@@ -83,24 +112,14 @@ class Reader:
         require_known(token_ids, self.num_words)
         token_ids = token_ids.to("cpu", torch.int64)
         first_kept = len(token_ids) - keep
-        done = min(shared_prefix(self.token_ids, token_ids), first_kept)
-        if done < len(self.token_ids) and not _forgets(self.cache):
-            done = 0  # a recurrent state cannot go back to an earlier token: all is read again
-        if not self.continues and len(token_ids) - done > 1:
-            done = 0
+        done = self._reused(token_ids, first_kept)
         self._forget_after(done)
         kept = []
         with measured(self.model):
             while done < len(token_ids):
-                end = min(done + self.chunk_tokens, len(token_ids)) if self.continues else len(token_ids)
+                end = self._next_end(done, len(token_ids))
                 wanted = end - max(done, min(end, first_kept))
-                kept_here = max(1, wanted)
-                logits = self.model(
-                    input_ids=token_ids[None, done:end].to(self.device),
-                    past_key_values=self.cache,
-                    use_cache=True,
-                    **self._keep(end - done, kept_here),
-                ).logits[0, -kept_here:]
+                logits = self._step(token_ids[done:end], max(1, wanted))
                 if wanted:
                     kept.append(logits.to(torch.promote_types(logits.dtype, torch.float32)))
                 done = end
@@ -109,37 +128,76 @@ class Reader:
                     on_progress(done, len(token_ids))
         return torch.cat(kept)
 
-    def _continues_in_chunks(self) -> bool:
-        """Whether a second chunk goes on from the state of the first, tried on six tokens: some layers begin anew.
+    def _reused(self, token_ids: Tensor, first_kept: int) -> int:
+        """First tokens that need not be read again."""
+        done = min(shared_prefix(self.token_ids, token_ids), first_kept)
+        return done if self.way == "roomy" or (self.way != "none" and done == len(self.token_ids)) else 0
 
-        Raises: ModelError: not even a single token goes on from it.
+    def _next_end(self, done: int, num_tokens: int) -> int:
+        if self.way == "none" or (self.way == "single" and done == 0):
+            return num_tokens
+        return min(done + (1 if self.way == "single" else self.chunk_tokens), num_tokens)
+
+    def _step(self, token_ids: Tensor, wanted: int) -> Tensor:
+        """Read some tokens after those that are kept; their last logits ``[wanted, V]``."""
+        given: dict[str, Any] = {"use_cache": False} if self.way == "none" else {"use_cache": True}
+        if self.way != "none" and self._cache_name is not None:
+            given[self._cache_name] = self.cache
+        if self._keeps:  # positions, as a number would let some families drop tokens in their upper layers
+            given["logits_to_keep"] = torch.arange(len(token_ids) - wanted, len(token_ids), device=self.device)
+        out = self.model(input_ids=token_ids[None].to(self.device), **given)
+        if self.way in ("own", "single"):
+            assert self._cache_name is not None, "a way that needs one"
+            self.cache = getattr(out, self._cache_name)
+        logits: Tensor = out.logits[0, -wanted:]
+        return logits
+
+    def _choose(self) -> str:
+        """The fastest way that gives, on six tokens, what reading at once gives.
+
+        Raises: ModelError: the model does not run.
         """
-        ids = torch.arange(6, device=self.device)[None] % self.num_words
+        ids = (torch.arange(NUM_TRIED) + 8) % self.num_words
         with measured(self.model):
-            whole = self.model(input_ids=ids, use_cache=False).logits[0, -1]
-            found = []
-            for cut in (3, 5):
-                cache = _empty_cache(self.model)
-                for part in (ids[:, :cut], ids[:, cut:]):
-                    last = self.model(input_ids=part, past_key_values=cache, use_cache=True).logits[0, -1]
-                found.append(bool((last - whole).norm() <= ROUNDING.get(whole.dtype, 1e-4) * whole.norm()))
-        if not found[1]:
-            raise ModelError(
-                f"{type(base_model(self.model)).__name__} does not go on from its cache: a token after five read gives"
-                " other logits than six tokens read at once; longfit cannot talk to this model"
-            )
-        return found[0]
+            try:
+                whole = self._step(ids, 1)
+            except Exception as error:
+                name = type(base_model(self.model)).__name__
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise ModelError(f"{name} does not read a text of {NUM_TRIED} tokens: {reason}") from error
+            possible = () if self._cache_name is None else ("roomy", "own", "single")
+            for way in possible:
+                if (way != "roomy" or _only_attends(self.model)) and self._agrees(way, ids, whole):
+                    break
+            else:
+                way = "none"
+        if way in ("single", "none"):
+            notify(f"{type(base_model(self.model)).__name__} does not go on from its cache in chunks: {WAYS[way]}")
+        return way
 
-    def _keep(self, num_tokens: int, wanted: int) -> dict[str, Tensor]:
-        """Which logits to make: positions, as a number would let some families drop tokens in their upper layers."""
-        if "logits_to_keep" not in inspect.signature(base_model(self.model).forward).parameters:
-            return {}
-        return {"logits_to_keep": torch.arange(num_tokens - wanted, num_tokens, device=self.device)}
+    def _agrees(self, way: str, ids: Tensor, whole: Tensor) -> bool:
+        """Try a way: two readings, and, where tokens can be taken out again, a third that goes back."""
+        self.way, found = way, []
+        try:
+            for cut in (5,) if way == "single" else (3,):
+                self._forget_after(0)
+                self._step(ids[:cut], 1)
+                found.append(self._step(ids[cut:], 1))
+            if way == "roomy":
+                self.token_ids = ids
+                self._forget_after(2)
+                found.append(self._step(ids[2:], 1))
+        except Exception:  # in whatever way a model fails with a cache that it does not know
+            return False
+        finally:
+            self.token_ids = ids[:0]
+        allowed = ROUNDING.get(whole.dtype, 1e-4) * whole.norm()
+        return all(bool((last - whole).norm() <= allowed) for last in found)
 
     def _forget_after(self, num_tokens: int) -> None:
         surplus = len(self.token_ids) - num_tokens
         if num_tokens == 0:
-            self.cache = _empty_cache(self.model)
+            self.cache = Cache(layer_class_to_replicate=RoomyLayer) if self.way == "roomy" else None
         elif surplus:
             for layer in self.cache.layers:
                 layer.crop(-surplus)
@@ -153,14 +211,7 @@ def shared_prefix(one: Tensor, other: Tensor) -> int:
     return int(differ[0]) if len(differ) else length
 
 
-def _empty_cache(model: nn.Module) -> Cache:
-    """Roomy layers where a model only attends; its own kind of cache where some layers keep a state."""
+def _only_attends(model: nn.Module) -> bool:
+    """Whether a model's cache is keys and values alone, so far as its configuration says."""
     own = DynamicCache(config=base_model(model).config.get_text_config(decoder=True))
-    if all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in own.layers):
-        return Cache(layer_class_to_replicate=RoomyLayer)
-    return own
-
-
-def _forgets(cache: Cache) -> bool:
-    """Whether the last tokens can be taken out of a cache again."""
-    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in own.layers)

@@ -7,22 +7,20 @@ travels. A layer that does not use both is named and checkpointed in the ordinar
 
 import os
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from longfit.attention.hf_attention import attention_key
-from longfit.compat.transformers import attention_of, set_checkpoint_function, supports_sdpa
+from longfit.compat.transformers import attention_of, set_checkpoint_function
 from longfit.engine.hf_model import base_model, decoder
 from longfit.engine.model_state import ModelState
 from longfit.engine.offload.activations import ActivationOffload
 from longfit.engine.offload.place import open_offload
 from longfit.engine.offload.weights import StreamReport, WeightStream
 from longfit.engine.sizes import CPU_SAVED_ATTENTION_BYTES, tile_tokens
+from longfit.engine.sweep.attention_choice import take_exact_attention
 from longfit.engine.sweep.fused_modules import find_fused
-from longfit.engine.sweep.probe import nature_of
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
 from longfit.engine.sweep.sweeper import PLAIN, Sweeper, SweepReport, sweeper_of
 from longfit.errors import ConfigError, ModelError
@@ -72,7 +70,6 @@ def enable_sweep(
     _check_sizes(tile, saved_attention_bytes)
     base, inner, before = base_model(model), decoder(model), sweeper_of(model)
     config = base.config.get_text_config()
-    own_attention = attention_of(base)
     device = _device(base, before)
     place = open_offload(offload, device, folder=offload_folder)
     chosen = tile or choose_tile(config, max(2, inner.get_input_embeddings().weight.element_size()), device.type)
@@ -81,15 +78,8 @@ def enable_sweep(
     sweeper = Sweeper(base, chosen, tile is not None, place, SavedAttentionBudget(saved_attention_bytes))
     sweeper.weights = None if before is None else before.weights
     state = ModelState(model)
-    probe = partial(nature_of, model, present=sweeper.present, device=device, again=True)
     try:
-        if not own_attention.startswith("longfit-"):
-            base.set_attn_implementation(attention_key())
-        try:
-            nature = probe()
-        except ModelError as error:
-            _back_to_own_attention(base, own_attention, error)
-            nature = probe()
+        nature = take_exact_attention(model, present=sweeper.present, device=device, again=True)
         if nature.causal is not None:
             raise ModelError(f"{nature.causal}: longfit trains models in which a token sees only what comes before it")
         reasons = {layer: found.sweeps for layer, found in nature.layers.items()}
@@ -133,21 +123,6 @@ def sweep_by_default(model: nn.Module) -> Sweeper | None:
     swept = str(report).splitlines()[0]
     notify(f"{swept}; enable_sweep(model, ...) chooses otherwise, engine='plain' is ordinary autograd")
     return sweeper_of(model)
-
-
-def _back_to_own_attention(base: Any, before: str, error: ModelError) -> None:
-    """Give a model that does not run with longfit's exact attention one of transformers', and say so.
-
-    Raises: ModelError: ``error`` itself, when shifted attention was asked for, which only longfit has.
-    """
-    if before.startswith("longfit-shifted"):
-        raise error
-    for key in dict.fromkeys((before, "sdpa", "eager")):
-        if key.startswith("longfit-") or (key == "sdpa" and not supports_sdpa(base)):
-            continue
-        base.set_attn_implementation(key)
-        warnings.warn(f"{error}; attention {key!r} is used instead, and layers are not swept", stacklevel=3)
-        return
 
 
 def change_sweep(

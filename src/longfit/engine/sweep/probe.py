@@ -472,7 +472,7 @@ _STATE = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
 
 
 # ------------------------------------------------------------------------------------------------ found once
-_FOUND: WeakKeyDictionary[nn.Module, tuple[str, ModelNature]] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[nn.Module, dict[str, "ModelNature | ModelError"]] = WeakKeyDictionary()
 """What was found, by model and attention: a cache of what a probe finds again, which lives as long as the model."""
 
 
@@ -481,12 +481,17 @@ def nature_of(
 ) -> ModelNature:
     """What a model does to its tokens with the attention it has now; probed when first asked, or ``again``.
 
-    Raises: ModelError: no causal language model.
+    Raises: ModelError: no causal language model, or one that does not run with that attention.
     """
     base, inner = base_model(model), decoder(model)
-    attention = attention_of(base)
-    known = _FOUND.get(base)
-    if again or known is None or known[0] != attention:
+    known, attention = _FOUND.setdefault(base, {}), attention_of(base)
+    if again or attention not in known:
         device = device or inner.get_input_embeddings().weight.device
-        known = _FOUND[base] = attention, probe_model(base, inner, device, present=present)
-    return known[1]
+        try:
+            known[attention] = probe_model(base, inner, device, present=present)
+        except ModelError as error:
+            known[attention] = error.with_traceback(None)
+    found = known[attention]
+    if isinstance(found, ModelError):
+        raise found
+    return found
