@@ -37,10 +37,10 @@ def test_what_a_template_may_not_do_is_named(source: str, kind: type[Exception],
 
 
 def test_a_template_that_loops_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = TemplateProcess(limit_s=0.5)
+    process = TemplateProcess(limit_s=5)
     began = time.monotonic()
     assert process.render(LOOPS, date=None, variables={}) == {"slow": True}
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 15
     assert process.render("{{ x }}", date=None, variables={"x": 1})["text"] == "1"
     monkeypatch.setattr("longfit.data.template.template_process", lambda: process)
     with pytest.raises(ConfigError, match="loops for ever"):

@@ -142,8 +142,7 @@ class ChatTemplate:
     @cached_property
     def control(self) -> re.Pattern[str] | None:
         """Finds control tokens in a text, the longest where several begin."""
-        tokens = sorted(self.control_tokens, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, tokens))) if tokens else None
+        return _pattern(self.control_tokens)
 
     @cached_property
     def signs(self) -> re.Pattern[str] | None:
@@ -225,6 +224,16 @@ def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> frozenset[str]:
     """The texts that a tokenizer reads as one special token wherever they stand."""
     added = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
     return frozenset(added | set(tokenizer.all_special_tokens))
+
+
+def control_pattern(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
+    """Finds control tokens in a text, the longest where several begin; None where there are none."""
+    return _pattern(control_tokens(tokenizer))
+
+
+def _pattern(texts: Collection[str]) -> re.Pattern[str] | None:
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def _aliased(message: Message) -> Message:
