@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from longfit.data.documents import read_documents
 from longfit.data.ledger import Ledger
 from longfit.data.packing import pack
-from longfit.data.tokenizing import TokenizedDocument, tokenize_documents
+from longfit.data.tokenized import TokenizedDocument
+from longfit.data.tokenizing import tokenize_documents
 from longfit.errors import DataError
 
 SHOWN = (

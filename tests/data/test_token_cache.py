@@ -112,4 +112,8 @@ def test_a_process_that_is_killed_leaves_no_entry_and_its_rest_is_removed_later(
     long_ago = time.time() - token_cache.UNFINISHED_SECONDS - 1
     os.utime(rest, (long_ago, long_ago))
     token_cache.TokenWriter(place).abandon()
+    assert rest.is_dir()  # something was written into it a moment ago
+    for written in (*rest.iterdir(), rest):
+        os.utime(written, (long_ago, long_ago))
+    token_cache.TokenWriter(place).abandon()
     assert list(place.parent.iterdir()) == []

@@ -16,6 +16,7 @@ from longfit.words import format_bytes, sparkline
 if TYPE_CHECKING:
     from longfit.training.metrics import Event, OnEvent
 
+COUNT_SECONDS = 5.0  # between lines that say how many documents are done
 LINE_SECONDS = 2.0  # between plain step lines, so that a log of a fast run stays readable
 
 
@@ -111,6 +112,15 @@ def show_progress(*, quiet: bool = False) -> Iterator["OnEvent"]:
                 text += _memory(values)
                 progress.update(task, description=text, completed=int(str(values["step"])))
                 return
+            if event.kind == "count":
+                total = values["of"]
+                progress.update(
+                    task,
+                    description=event.text,
+                    completed=int(str(values["done"])),
+                    total=None if total is None else int(str(total)),
+                )
+                return
             if "total_steps" in values:
                 progress.update(task, total=int(str(values["total_steps"])), completed=int(str(values["step"])))
             progress.console.print(f"warning: {event.text}" if event.kind == "warning" else event.text)
@@ -156,6 +166,7 @@ class _Lines:
     def __init__(self, console: Console, *, quiet: bool) -> None:
         self.console, self.quiet = console, quiet
         self.next_line_at = 0.0
+        self.next_count_at = time.monotonic() + COUNT_SECONDS
         self.total_steps: object = None
 
     def __call__(self, event: "Event") -> None:
@@ -165,6 +176,11 @@ class _Lines:
             return
         now = time.monotonic()
         if self.quiet:
+            return
+        if event.kind == "count":
+            if now >= self.next_count_at:
+                self.next_count_at = now + COUNT_SECONDS
+                self.console.print(event.text)
             return
         if event.kind == "step" and now < self.next_line_at and event.values["step"] != self.total_steps:
             return

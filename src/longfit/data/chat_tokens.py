@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def with_bos(ids: np.ndarray, tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+def with_bos(ids: np.ndarray, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> np.ndarray:
     """Begin with BOS exactly once if the tokenizer begins its texts with it.
 
     Raises: DataError: the template wrote two.
@@ -30,8 +30,7 @@ def with_bos(ids: np.ndarray, tokenizer: "PreTrainedTokenizerBase") -> np.ndarra
         raise DataError(
             f"two {tokenizer.bos_token!r} tokens at the start; remove one from the template (data.chat_template)"
         )
-    begins = tokenizer("a")["input_ids"]
-    if len(begins) > 1 and begins[0] == bos and not (len(ids) and ids[0] == bos):
+    if template.adds_bos and not (len(ids) and ids[0] == bos):
         return np.concatenate([np.asarray([bos], dtype=np.int32), ids])
     return ids
 

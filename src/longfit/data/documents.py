@@ -11,7 +11,7 @@ token is made.
 import unicodedata
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import pairwise
@@ -25,6 +25,7 @@ from longfit.data.extraction import Extraction
 from longfit.data.files import find_files
 from longfit.data.source_report import SourceReport, listing
 from longfit.data.sources import FileSource, MemorySource, Reading, Source
+from longfit.data.survey_cache import read_survey, survey_key, write_survey
 from longfit.errors import ConfigError, DataError
 
 
@@ -97,6 +98,9 @@ def read_documents(
     exclude: Sequence[str] = (),
     normalise: str = "none",
     bad_rows: str = "stop",
+    cache: Path | None = None,
+    cached_bytes: int = 0,
+    on_document: Callable[[int], None] | None = None,
 ) -> Documents:
     """Find and check every document under a path.
 
@@ -112,6 +116,9 @@ def read_documents(
         exclude: glob patterns, matched against the path relative to `path` and each of its parts.
         normalise: "nfc" composes decomposed Unicode, "none" leaves it.
         bad_rows: "stop" at rows and files that cannot be used, "skip" them and list them in the report.
+        cache: folder that keeps what is known of documents from one start to the next; None keeps nothing.
+        cached_bytes: of files, below which nothing is kept: reading them again takes less time.
+        on_document: called with the number of documents read so far, for progress.
     Raises:
         DataError: as :func:`find_files`, or damaged files: all of them in one message, each with its place.
         ConfigError: unknown encoding or column name.
@@ -120,8 +127,22 @@ def read_documents(
     found, skipped = find_files(path, exclude)
     reading = Reading(encoding, text_column, tuple((columns or {}).items()), normalise, bad_rows)
     files = [FileSource(*file, reading) for file in found]
-    num_bytes = sum(file.stat().st_size for file in {source.path for source in files})
-    return _survey(files, num_bytes=num_bytes, skipped=tuple(skipped), path=path, bad_rows=bad_rows)
+    paths = list(dict.fromkeys(source.path for source in files))
+    num_bytes = sum(file.stat().st_size for file in paths)
+    kept_in = cache if num_bytes >= cached_bytes else None
+    key = None if kept_in is None else survey_key(paths, found=[file.name for file in found], reading=reading)
+    place = kept_in / f"{key}.npz" if kept_in is not None and key is not None else None
+    if place is not None and (kept := read_survey(place)) is not None:
+        arrays, report, is_chat = kept
+        report = replace(report, skipped=tuple(skipped))
+        return Documents(tuple(files), **arrays, report=report, is_chat=is_chat)
+    documents = _survey(
+        files, num_bytes=num_bytes, skipped=tuple(skipped), path=path, bad_rows=bad_rows, on_document=on_document
+    )
+    if place is not None and survey_key(paths, found=[file.name for file in found], reading=reading) == key:
+        arrays = {"source": documents.source, "position": documents.position, "digests": documents.digests}
+        write_survey(place, (arrays, replace(documents.report, skipped=()), documents.is_chat))
+    return documents
 
 
 def split_documents(
@@ -180,6 +201,7 @@ def _survey(
     skipped: tuple[tuple[str, str], ...],
     path: Path | None = None,
     bad_rows: str = "stop",
+    on_document: Callable[[int], None] | None = None,
 ) -> Documents:
     """Read every source once: collect problems, drop empty documents, fingerprint the others."""
     places: tuple[array[int], array[int]] = array("i"), array("q")
@@ -195,6 +217,8 @@ def _survey(
     for index, source in enumerate(sources):
         for position, document in enumerate(source.read(problems)):
             unread.update(document.unread)
+            if on_document is not None:
+                on_document(len(places[0]) + 1)
             if document.extraction is not None:
                 extractions.append((document.name, document.extraction))
             if document.text is not None and not document.text.strip():

@@ -94,7 +94,7 @@ def encode_prompt(
     without = provenance.render(chat, template)
     inside = [(s.start, s.end) for s in without.segments or () if text[: s.end] == without.text[: s.end]]
     ids, _ = text_to_tokens(text, inside, tokenizer, template)
-    return with_bos(ids, tokenizer)
+    return with_bos(ids, tokenizer, template)
 
 
 def _as_template_knows(chat: Chat, template: ChatTemplate, notes: ChatNotes) -> Chat:
@@ -206,7 +206,7 @@ def _tokenise(row: Row, tokenizer: "PreTrainedTokenizerBase", template: ChatTemp
     trained = np.zeros(len(ids), dtype=bool)
     for start, end in row.spans:
         trained |= (starts >= start) & (starts < end)
-    whole = with_bos(ids, tokenizer)
+    whole = with_bos(ids, tokenizer, template)
     trained = np.concatenate([np.zeros(len(whole) - len(ids), dtype=bool), trained])
     if not trained[1:].any():
         raise DataError("0 trained tokens: the template renders nothing of the assistant's answer")

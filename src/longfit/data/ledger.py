@@ -21,7 +21,8 @@ import numpy as np
 
 from longfit.data.packing import PackedDataset, document_lengths
 from longfit.data.source_report import SourceReport
-from longfit.data.tokenizing import TokenizedDocument, TokenizedSet, note_lines, unread_lines
+from longfit.data.tokenized import TokenizedDocument
+from longfit.data.tokenizing import TokenizedSet, note_lines, unread_lines
 from longfit.errors import DataError
 from longfit.numerics.labels import IGNORED
 

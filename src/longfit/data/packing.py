@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longfit.data.tokenizing import TokenizedDocument
+from longfit.data.tokenized import TokenizedDocument
 from longfit.errors import ConfigError, DataError
 from longfit.numerics.labels import IGNORED
 

@@ -75,6 +75,7 @@ class ChatTemplate:
         date: what `strftime_now` formats; None for the moment of rendering.
         control_tokens: texts that the tokenizer reads as one special token.
         name: what errors call it.
+        adds_bos: whether the tokenizer begins its texts with BOS.
     """
 
     source: str
@@ -82,6 +83,7 @@ class ChatTemplate:
     date: datetime | None = None
     control_tokens: frozenset[str] = frozenset()
     name: str = "the chat template"
+    adds_bos: bool = False
 
     def render(
         self,
@@ -202,7 +204,9 @@ def choose_template(
         )
     special = {key: str(value) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     when = None if date is None else datetime.strptime(date, DATE_FORMAT)
-    return ChatTemplate(source, special, when, control_tokens(tokenizer) | frozenset(stops), name)
+    begins = tokenizer("a")["input_ids"]
+    adds_bos = len(begins) > 1 and begins[0] == tokenizer.bos_token_id
+    return ChatTemplate(source, special, when, control_tokens(tokenizer) | frozenset(stops), name, adds_bos)
 
 
 def read_template(path: str) -> str:

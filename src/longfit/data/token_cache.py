@@ -25,7 +25,8 @@ import numpy as np
 
 from longfit.data.chat_notes import ChatNotes
 from longfit.data.template import ChatTemplate
-from longfit.data.tokenizing import TokenizedDocument, TokenizedSet
+from longfit.data.tokenized import TokenizedDocument
+from longfit.data.tokenizing import TokenizedSet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,5 +177,6 @@ def read_entry(place: Path) -> TokenizedSet | None:
 def _remove_abandoned(folder: Path) -> None:
     for path in folder.glob(".*.unfinished"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > UNFINISHED_SECONDS:
+            written = max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
+            if time.time() - written > UNFINISHED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)

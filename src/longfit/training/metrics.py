@@ -25,7 +25,7 @@ from longfit.files.writing import write_text, writing
 class Event:
     """Something a watcher of a run may want to show: its kind, a sentence, and the numbers in it."""
 
-    kind: Literal["phase", "warning", "step", "eval", "checkpoint"]
+    kind: Literal["phase", "warning", "count", "step", "eval", "checkpoint"]
     text: str
     values: Mapping[str, object] = field(default_factory=dict)
 

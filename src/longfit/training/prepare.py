@@ -4,6 +4,7 @@ The only place where the config becomes arguments of the floors below. Training,
 share these steps, so that what is shown and measured is what was trained.
 """
 
+import os
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -26,6 +27,7 @@ from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weig
 from longfit.engine.sweep.probe import nature_of
 from longfit.errors import ConfigError, ModelError
 from longfit.kernels.cpu import processor
+from longfit.kernels.cpu.threads import usable_cores
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters
 from longfit.model.context import ContextReport, extend_context
@@ -41,19 +43,20 @@ from longfit.words import format_bytes
 NO_NEW_TOKENS = "adapter.train_new_tokens: there are none, every token of the tokenizer has a row already"
 
 
-def read_data(config: RunConfig) -> tuple[Documents, Documents | None]:
+def read_data(config: RunConfig, *, on_event: OnEvent = ignore) -> tuple[Documents, Documents | None]:
     """Read the training documents and, if there are any, those held out."""
     data = config.data
-    documents = read_path(data.path, data)
+    documents = read_path(data.path, data, on_event=on_event)
     if data.validation is not None:
-        return documents, read_path(data.validation, data)
+        return documents, read_path(data.validation, data, on_event=on_event)
     if not data.validation_fraction:
         return documents, None
     return split_documents(documents, validation_fraction=data.validation_fraction, seed=config.train.seed)
 
 
-def read_path(path: str, data: DataSection) -> Documents:
+def read_path(path: str, data: DataSection, *, on_event: OnEvent = ignore) -> Documents:
     """Read the documents under a path as a run reads its own."""
+    told = Progress("read", on_event)
     return read_documents(
         path,
         text_column=data.text_column,
@@ -62,6 +65,9 @@ def read_path(path: str, data: DataSection) -> Documents:
         exclude=data.exclude,
         normalise=data.normalise,
         bad_rows=data.bad_rows,
+        cache=None if data.cache == "off" else cache_folder() / "documents",
+        cached_bytes=CACHED_BYTES if data.cache == "auto" else 0,
+        on_document=told,
     )
 
 
@@ -83,7 +89,7 @@ def tokenize(
         "control_tokens": data.control_tokens,
         "stop_ids": sorted(stop_ids),
     }
-    told = _Progress(len(documents), on_event)
+    told = Progress("tokenised", on_event, total=len(documents))
     large = data.cache == "on" or (data.cache == "auto" and documents.report.num_bytes >= CACHED_BYTES)
     key = entry_key(tokenizer, documents=documents.digest(), **settings) if large else None
     if key is None:
@@ -94,19 +100,26 @@ def tokenize(
         return found
     writer = TokenWriter(place)
     try:
-        return tokenize_documents(documents, tokenizer, **settings, on_document=told, sink=writer)
+        return tokenize_documents(
+            documents, tokenizer, **settings, processes=_processes(), on_document=told, sink=writer
+        )
     except BaseException:
         writer.abandon()
         raise
 
 
-class _Progress:
-    """Say every few seconds how many documents are tokenised, and how long the others will take."""
+def _processes() -> int:
+    """Cores for each of the processes that torchrun has started on this machine."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-    SECONDS = 5.0
 
-    def __init__(self, total: int, on_event: OnEvent) -> None:
-        self.total, self.on_event = total, on_event
+class Progress:
+    """Say every second how many documents are done, and how long the others will take."""
+
+    SECONDS = 1.0
+
+    def __init__(self, what: str, on_event: OnEvent, *, total: int | None = None) -> None:
+        self.what, self.on_event, self.total = what, on_event, total
         self.began = time.monotonic()
         self.next_at = self.began + self.SECONDS
 
@@ -115,9 +128,11 @@ class _Progress:
         if now < self.next_at:
             return
         self.next_at = now + self.SECONDS
-        left = (now - self.began) * (self.total - done) / max(1, done)
-        text = f"tokenised {done:,} of {self.total:,} documents, {left:,.0f} s left"
-        self.on_event(Event("phase", text, {"documents": done, "of": self.total}))
+        text = f"{self.what} {done:,} documents"
+        if self.total is not None:
+            left = (now - self.began) * (self.total - done) / max(1, done)
+            text = f"{self.what} {done:,} of {self.total:,} documents, {left:,.0f} s left"
+        self.on_event(Event("count", text, {"done": done, "of": self.total}))
 
 
 def stop_ids(name: str) -> tuple[int, ...]:
@@ -319,7 +334,7 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
     """
     name = config.model.name
     on_event(Event("phase", f"reading {config.data.path}"))
-    documents, held_out = read_data(config)
+    documents, held_out = read_data(config, on_event=on_event)
     config = resolve_date(config, documents)
     if gguf.is_gguf(Path(name)):
         model_config, tokenizer = gguf.read_config(Path(name)), gguf.read_tokenizer(Path(name))

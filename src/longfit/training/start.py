@@ -174,7 +174,7 @@ def _start(
     if layout.devices > 1:
         notify(Event("phase", str(layout)))
     notify(Event("phase", f"reading {config.data.path}"))
-    documents, held_out = read_data(config)
+    documents, held_out = read_data(config, on_event=notify)
     config = resolve_date(config, documents)
     train = config.train
     require_validation(keep_best=train.keep_best, patience=train.patience, has_validation=held_out is not None)
