@@ -38,8 +38,8 @@ from longfit.errors import PlanError
 from longfit.kernels import dispatch
 from longfit.layers.linear4bit import Linear4bit
 from longfit.layers.qlora import QLoRAMatmul
-from longfit.model.fused import fuse
-from longfit.numerics.adamw import RunState, RunUpdate, step_scalars
+from longfit.model.liger_kernels import fuse
+from longfit.numerics.adamw import AdamwState, AdamwUpdate, step_scalars
 from longfit.numerics.row_format import RowFormat, to_rows
 from longfit.planning.memory import memory_plan
 from longfit.planning.settings import PlanSettings
@@ -98,13 +98,13 @@ def _adamw_rows(bench: Bench) -> None:
     numel = bench.sizes.copy_bytes // 16
     for bits, per_element in ((32, 8 + 8 + 4 + 8), (8, 2 + 2 + 4 + 8)):  # moments read and written, grad, param
         if bits == 32:
-            state = RunState(*(torch.zeros(numel, device=bench.device) for _ in range(2)))
+            state = AdamwState(*(torch.zeros(numel, device=bench.device) for _ in range(2)))
         else:
             codes = [torch.zeros(numel, dtype=torch.uint8, device=bench.device) for _ in range(2)]
-            state = RunState(*codes, *(torch.zeros(-(-numel // 256), device=bench.device) for _ in range(2)))
+            state = AdamwState(*codes, *(torch.zeros(-(-numel // 256), device=bench.device) for _ in range(2)))
         scalars = step_scalars(1, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
         param, grad = (bench.randn(numel, dtype=torch.float32) for _ in range(2))
-        update = RunUpdate(param, grad, state, scalars)
+        update = AdamwUpdate(param, grad, state, scalars)
         seconds = bench.seconds(partial(dispatch.adamw_step, [update]))
         bench.report.add("kernels", f"AdamW with {bits}-bit moments", numel * per_element / seconds / 1e9, "GB/s")
 

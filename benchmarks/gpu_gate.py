@@ -10,9 +10,9 @@ from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.gradient_check import TOLERANCES, check_gradients
 from longfit.engine.loss.training_loss import training_loss
 from longfit.kernels import dispatch
-from longfit.model.fused import fuse
+from longfit.model.liger_kernels import fuse
 from longfit.numerics import adamw, quant_state
-from longfit.numerics.adamw import RunState, RunUpdate, step_scalars
+from longfit.numerics.adamw import AdamwState, AdamwUpdate, step_scalars
 from longfit.numerics.row_format import RowFormat, dequantize_rows, to_rows
 
 
@@ -57,12 +57,12 @@ def _hold_fused(bench: Bench, ids: Tensor) -> None:
 
 
 def _hold_adamw(bench: Bench) -> None:
-    def update(device: torch.device) -> RunUpdate:
+    def update(device: torch.device) -> AdamwUpdate:
         torch.manual_seed(0)
         codes = [torch.zeros(3000, dtype=torch.uint8, device=device) for _ in range(2)]
-        state = RunState(*codes, *(torch.zeros(12, device=device) for _ in range(2)))
+        state = AdamwState(*codes, *(torch.zeros(12, device=device) for _ in range(2)))
         scalars = step_scalars(1, lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-        return RunUpdate(torch.randn(3000).to(device), torch.randn(3000).to(device), state, scalars)
+        return AdamwUpdate(torch.randn(3000).to(device), torch.randn(3000).to(device), state, scalars)
 
     mine, theirs = update(bench.device), update(torch.device("cpu"))
     dispatch.adamw_step([mine])

@@ -7,7 +7,7 @@ import torch
 from tests.tiny_models import VOCABULARY, tiny_model
 
 from longfit.attention.hf_attention import attention_key
-from longfit.engine.sizes import SMALLEST_TILE
+from longfit.engine.working_memory import SMALLEST_TILE
 from longfit.errors import ConfigError, DataError
 from longfit.evaluation.perplexity import perplexity
 
@@ -82,7 +82,7 @@ def test_longlora_convention_is_the_mean_over_whole_windows() -> None:
 
 def test_windows_are_read_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers never see a whole window, and nothing of the model's own checkpointing or attention is lost."""
-    monkeypatch.setattr("longfit.engine.sizes.LARGEST_TILE", SMALLEST_TILE)
+    monkeypatch.setattr("longfit.engine.working_memory.LARGEST_TILE", SMALLEST_TILE)
     model, seen = tiny_model("llama", attn_implementation="sdpa"), []
     model.gradient_checkpointing_enable()
     doors = [vars(module).get("_gradient_checkpointing_func") for module in model.modules()]

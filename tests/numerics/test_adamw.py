@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from longfit.numerics.adamw import BLOCK_SIZE, SLICE_NUMEL, RunState, RunUpdate, StepScalars, adamw_step, step_scalars
+from longfit.numerics.adamw import (
+    BLOCK_SIZE,
+    SLICE_NUMEL,
+    AdamwState,
+    AdamwUpdate,
+    StepScalars,
+    adamw_step,
+    step_scalars,
+)
 from longfit.numerics.blockwise import nearest_codes
 from longfit.numerics.codebooks import dynamic_map
 from longfit.numerics.stochastic_rounding import round_stochastically
@@ -15,13 +23,13 @@ from longfit.numerics.stochastic_rounding import round_stochastically
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def new_state(numel: int, *, bits: int = 32, master: bool = False, dtype: torch.dtype = torch.float32) -> RunState:
+def new_state(numel: int, *, bits: int = 32, master: bool = False, dtype: torch.dtype = torch.float32) -> AdamwState:
     kept = torch.zeros(numel) if master else None
     if bits == 32:
-        return RunState(torch.zeros(numel, dtype=dtype), torch.zeros(numel, dtype=dtype), master=kept)
+        return AdamwState(torch.zeros(numel, dtype=dtype), torch.zeros(numel, dtype=dtype), master=kept)
     blocks = -(-numel // BLOCK_SIZE)
     codes = [torch.zeros(numel, dtype=torch.uint8) for _ in range(2)]
-    return RunState(*codes, torch.zeros(blocks), torch.zeros(blocks), kept)
+    return AdamwState(*codes, torch.zeros(blocks), torch.zeros(blocks), kept)
 
 
 def step_in_numpy(param: np.ndarray, grad: np.ndarray, m: np.ndarray, v: np.ndarray, s: StepScalars) -> None:
@@ -39,7 +47,7 @@ def test_every_operation_is_one_rounding_in_the_order_that_is_written_down() -> 
     for step in range(1, 6):
         grad = torch.randn(5000) * 10 ** torch.randn(5000)
         scalars = step_scalars(step, **HYPER)
-        adamw_step([RunUpdate(param, grad, state, scalars)])
+        adamw_step([AdamwUpdate(param, grad, state, scalars)])
         step_in_numpy(expected, grad.numpy(), m, v, scalars)
     np.testing.assert_array_equal(param.numpy(), expected)
     np.testing.assert_array_equal(state.exp_avg_sq.numpy(), v)
@@ -55,7 +63,7 @@ def test_fifty_steps_equal_torch_within_rounding(dtype: torch.dtype) -> None:
         grad = torch.randn(3000, dtype=dtype)
         peer.grad = grad.clone()
         optimizer.step()
-        adamw_step([RunUpdate(param, grad, state, step_scalars(step, **HYPER))])
+        adamw_step([AdamwUpdate(param, grad, state, step_scalars(step, **HYPER))])
     # Per step: the parameter (below 8) rounds twice, half an ulp each, in either program; the update is at most
     # lr * 1 / sqrt(1 - beta2) = 32 lr and carries some ten roundings, relative.
     epsilon = torch.finfo(dtype).eps
@@ -67,7 +75,7 @@ def test_a_16_bit_parameter_is_its_master_rounded_and_small_steps_add_up() -> No
     assert state.master is not None
     for step in range(1, 501):
         scalars = step_scalars(step, lr=2e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-        adamw_step([RunUpdate(param, torch.ones(300, dtype=torch.bfloat16), state, scalars)])
+        adamw_step([AdamwUpdate(param, torch.ones(300, dtype=torch.bfloat16), state, scalars)])
         assert torch.equal(param, state.master.bfloat16())
     # A constant gradient moves by lr a step: 500 * 2e-5 = 0.01, of which bfloat16 alone would take none.
     torch.testing.assert_close(state.master, torch.full((300,), 0.99), rtol=0, atol=1e-4)
@@ -76,11 +84,11 @@ def test_a_16_bit_parameter_is_its_master_rounded_and_small_steps_add_up() -> No
 def test_a_parameter_changed_from_outside_wins_over_its_master() -> None:
     param, state = torch.ones(4, dtype=torch.float16), new_state(4, master=True)
     scalars = step_scalars(1, lr=0.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    adamw_step([RunUpdate(param, torch.ones(4), state, scalars)])
+    adamw_step([AdamwUpdate(param, torch.ones(4), state, scalars)])
     assert state.master is not None
     state.master[0] += 1e-4  # below half an ulp: the master's own digits, to be kept
     param[1] = 3.0
-    adamw_step([RunUpdate(param, torch.ones(4), state, scalars)])
+    adamw_step([AdamwUpdate(param, torch.ones(4), state, scalars)])
     assert state.master.tolist() == [pytest.approx(1.0001, abs=1e-7), 3.0, 1.0, 1.0]
 
 
@@ -88,8 +96,8 @@ def test_without_a_master_bfloat16_is_rounded_stochastically() -> None:
     param, state = torch.randn(700).bfloat16(), new_state(700)
     wide, moments = param.float(), new_state(700)
     grad, scalars = torch.randn(700), step_scalars(1, **HYPER)
-    adamw_step([RunUpdate(param, grad, state, scalars, rounding_key=7, start=512)])
-    adamw_step([RunUpdate(wide, grad, moments, scalars)])
+    adamw_step([AdamwUpdate(param, grad, state, scalars, rounding_key=7, start=512)])
+    adamw_step([AdamwUpdate(wide, grad, moments, scalars)])
     assert torch.equal(param, round_stochastically(wide, key=7, start=512))
 
 
@@ -99,16 +107,16 @@ def test_long_runs_are_the_same_whole_or_cut_between_blocks() -> None:
     parts = whole.clone()
     grad, scalars = torch.randn(numel), step_scalars(1, **HYPER)
     state, cut = new_state(numel, bits=8), new_state(numel, bits=8)
-    adamw_step([RunUpdate(whole, grad, state, scalars)])
+    adamw_step([AdamwUpdate(whole, grad, state, scalars)])
     edges = [0, 2 * BLOCK_SIZE, 5 * BLOCK_SIZE, numel]
     runs = [slice(begin, end) for begin, end in pairwise(edges)]
-    adamw_step([RunUpdate(parts[run], grad[run], cut.part(run), scalars) for run in runs])
+    adamw_step([AdamwUpdate(parts[run], grad[run], cut.part(run), scalars) for run in runs])
     assert torch.equal(whole, parts)
     assert torch.equal(state.exp_avg_sq, cut.exp_avg_sq)
     assert torch.equal(absmax(state), absmax(cut))
 
 
-def absmax(state: RunState) -> Tensor:
+def absmax(state: AdamwState) -> Tensor:
     assert state.exp_avg_absmax is not None
     assert state.exp_avg_sq_absmax is not None
     return torch.stack([state.exp_avg_absmax, state.exp_avg_sq_absmax])
@@ -119,9 +127,9 @@ def test_8_bit_moments_are_the_nearest_codes_and_a_positive_v_is_never_0() -> No
     state, scalars = new_state(numel, bits=8), step_scalars(1, **HYPER)
     grad = torch.randn(numel) * torch.exp(4 * torch.randn(numel))
     grad[5], grad[6] = 0.0, 1e-18
-    adamw_step([RunUpdate(torch.randn(numel), grad, state, scalars)])
+    adamw_step([AdamwUpdate(torch.randn(numel), grad, state, scalars)])
     exact = new_state(numel)
-    adamw_step([RunUpdate(torch.randn(numel), grad, exact, scalars)])
+    adamw_step([AdamwUpdate(torch.randn(numel), grad, exact, scalars)])
 
     m_scale, v_scale = (
         row.clamp(min=1e-38).reciprocal().repeat_interleave(BLOCK_SIZE)[:numel] for row in absmax(state)
@@ -142,7 +150,7 @@ def test_the_second_moment_keeps_small_values_beside_large_ones() -> None:
     numel = 1 << 16
     state = new_state(numel, bits=8)
     grad = torch.exp(2 * torch.randn(numel))  # v is log-normal with sigma 4
-    adamw_step([RunUpdate(torch.zeros(numel), grad, state, step_scalars(1, **HYPER))])
+    adamw_step([AdamwUpdate(torch.zeros(numel), grad, state, step_scalars(1, **HYPER))])
     decoded = dynamic_map(signed=False)[state.exp_avg_sq.int()] * absmax(state)[1].repeat_interleave(BLOCK_SIZE)
     exact = (1 - HYPER["betas"][1]) * grad * grad
     assert ((decoded - exact).abs() / exact).median() < 0.10
@@ -156,8 +164,8 @@ def test_a_broken_gradient_spoils_its_own_weight_only() -> None:
     broken[3], broken[4], broken[300] = float("nan"), float("-inf"), 1e25  # the last one's square overflows
     grad[[3, 4]] = 0.0
     grad[300] = 0.0
-    adamw_step([RunUpdate(param, broken, state, scalars)])
-    adamw_step([RunUpdate(expected, grad, clean, scalars)])
+    adamw_step([AdamwUpdate(param, broken, state, scalars)])
+    adamw_step([AdamwUpdate(expected, grad, clean, scalars)])
     assert param[3].isnan()
     assert param[4].isnan()
     others = torch.ones(600, dtype=torch.bool)
@@ -170,4 +178,4 @@ def test_a_broken_gradient_spoils_its_own_weight_only() -> None:
 
 
 def test_an_empty_run_is_fine() -> None:
-    adamw_step([RunUpdate(torch.empty(0), torch.empty(0), new_state(0), step_scalars(1, **HYPER))])
+    adamw_step([AdamwUpdate(torch.empty(0), torch.empty(0), new_state(0), step_scalars(1, **HYPER))])

@@ -19,7 +19,7 @@ from longfit.layers.linear4bit import Linear4bit
 from longfit.model.adapters import register_layers
 from longfit.model.pack_experts import compute_packed, pack, packable_experts, packed_parameters, store
 from longfit.numerics.row_format import RowFormat
-from longfit.parallel.layout import Layout
+from longfit.parallel.device_layout import DeviceLayout
 from longfit.parallel.sequence import SequenceParallelLoss
 from longfit.parallel.shard import Shards, decoder_layers, mesh_of, shard_model, whole_tensor
 
@@ -97,7 +97,7 @@ def steps(model: Any, loss_module: nn.Module, parts: int, rank: int | None, coll
 def together(rank: int, family: str, sequence: bool) -> list[Any]:
     model = model_of(family)
     loss: Any = training_loss
-    layout = Layout(2, 2 if sequence else 1, 2)
+    layout = DeviceLayout(2, 2 if sequence else 1, 2)
     if sequence:
         loss = SequenceParallelLoss(torch.distributed.group.WORLD, balanced=False)
     module = TrainingLoss(model, loss=loss)

@@ -8,13 +8,13 @@ from tests.planning.configs import NAMES, config
 from tests.planning.fake_run import meta_model, step_peaks
 
 from longfit.attention.visibility import build_schedule, document_starts
-from longfit.engine.sizes import DEVICE_LOGITS
 from longfit.engine.sweep.tile_pass import Visible
+from longfit.engine.working_memory import DEVICE_LOGITS
 from longfit.layers.linear8bit import Linear8bit
 from longfit.numerics.adamw import BLOCK_SIZE
 from longfit.numerics.row_format import RowFormat
 from longfit.optim.checks import default_page_bytes
-from longfit.optim.layout import Layout, format_of
+from longfit.optim.page_layout import PageLayout, format_of
 from longfit.planning import constant_bytes, per_token_bytes
 from longfit.planning.memory import PHASES, MemoryPlan, memory_plan
 from longfit.planning.settings import PlanSettings
@@ -129,7 +129,7 @@ def test_packed_bytes_are_those_of_the_row_format(out: int, into: int, double_qu
 def test_optimiser_state_is_that_of_its_pages(name: str, optim: str) -> None:
     settings = PlanSettings(1024, optim=optim, rank=8, train_embeddings=True, train_norms=True)
     model = meta_model(config(name), layers=None, rank=8, train_embeddings=True, train_norms=True)
-    layout = Layout(default_page_bytes(None))
+    layout = PageLayout(default_page_bytes(None))
     bits = 8 if optim == "adamw8bit" else 32
     learned = [p for p in model.parameters() if p.requires_grad]
     forms = [format_of(p, state_bits=bits, master_weights="fp32") for p in learned]

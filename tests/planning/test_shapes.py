@@ -11,7 +11,7 @@ from tests.planning.configs import FOLDER, NAMES, config
 
 from longfit.errors import ModelError
 from longfit.files.gguf_header import read_header
-from longfit.planning.gguf_header import gguf_config
+from longfit.planning.gguf_config import gguf_config
 from longfit.planning.shapes import ModelShape, read_shape
 
 

@@ -47,7 +47,7 @@ NAMES = {  # of the layouts, as errors call them
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class ColumnLayout:
     """One way to write a row, and which of its columns are read."""
 
     name: str
@@ -67,7 +67,7 @@ class Content:
 
 def recognise(
     keys: Collection[str], *, text_column: str | None = None, columns: Mapping[str, str] | None = None
-) -> Layout:
+) -> ColumnLayout:
     """Tell the layout of a row from its columns.
 
     Args:
@@ -91,19 +91,19 @@ def recognise(
     )
 
 
-def _known(keys: Collection[str]) -> Layout | None:
+def _known(keys: Collection[str]) -> ColumnLayout | None:
     """The first layout that the columns fit."""
     for key in TURN_LISTS:
         if key in keys:
             name = "messages" if key == "messages" else "sharegpt"
-            return Layout(name, (key, *SYSTEMS, *TOOLS), partial(_listed_turns, key=key))
+            return ColumnLayout(name, (key, *SYSTEMS, *TOOLS), partial(_listed_turns, key=key))
     answer = next((key for key in ANSWERS if key in keys), None)
     for key in QUESTIONS:
         if key in keys and answer is not None:
             beside = ("context", "input") if key == "instruction" else ("context",)
             reads = (key, answer, *SYSTEMS, "history", *beside, *TOOLS)
-            return Layout(NAMES[key], reads, partial(_pair_turns, question=key, answer=answer))
-    return Layout("text", ("text",), None) if "text" in keys else None
+            return ColumnLayout(NAMES[key], reads, partial(_pair_turns, question=key, answer=answer))
+    return ColumnLayout("text", ("text",), None) if "text" in keys else None
 
 
 def _known_layouts() -> str:
@@ -128,7 +128,7 @@ def _quoted(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z_][\w.-]*", name) else json.dumps(name, ensure_ascii=False)
 
 
-def read_row(row: Row, layout: Layout) -> Content:
+def read_row(row: Row, layout: ColumnLayout) -> Content:
     """Take the text or the checked chat out of a row. An empty or missing text is the empty string.
 
     Raises: DataError: a value of the wrong type, or a chat that cannot be trained on (see `read_chat`).
@@ -149,7 +149,7 @@ def read_row(row: Row, layout: Layout) -> Content:
     return Content(None, read_chat(_with_system(renamed, layout.turns(renamed)), tools=tools), unread)
 
 
-def _mapped(keys: Collection[str], columns: Mapping[str, str]) -> Layout:
+def _mapped(keys: Collection[str], columns: Mapping[str, str]) -> ColumnLayout:
     if unknown := [name for name in columns if name not in MAPPED]:
         raise ConfigError(f"data.columns: unknown name {unknown[0]!r}; allowed are {', '.join(MAPPED)}")
     for name, column in columns.items():
@@ -158,11 +158,13 @@ def _mapped(keys: Collection[str], columns: Mapping[str, str]) -> Layout:
             raise DataError(f"{setting} is not among the columns {_listed(keys)}")
     reads = tuple(columns)
     if "text" in columns:
-        return Layout("text", ("text",), None, columns)
+        return ColumnLayout("text", ("text",), None, columns)
     if "messages" in columns:
-        return Layout("messages", reads, partial(_listed_turns, key="messages"), columns)
+        return ColumnLayout("messages", reads, partial(_listed_turns, key="messages"), columns)
     if "prompt" in columns and "answer" in columns:
-        return Layout("prompt-completion", reads, partial(_pair_turns, question="prompt", answer="answer"), columns)
+        return ColumnLayout(
+            "prompt-completion", reads, partial(_pair_turns, question="prompt", answer="answer"), columns
+        )
     raise ConfigError("data.columns: name the text, the messages, or prompt and answer")
 
 

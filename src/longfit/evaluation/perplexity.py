@@ -75,7 +75,7 @@ class PerplexityResult:
     by_window: tuple[float, ...]
 
 
-class Window(NamedTuple):
+class ScoredWindow(NamedTuple):
     """Tokens ``[start, stop)`` of a document are read; those from ``first_scored`` on count."""
 
     document: int
@@ -155,25 +155,25 @@ def perplexity(
     )
 
 
-def _windows(number: int, ids: Tensor, window: int, stride: int, convention: str) -> Iterator[Window]:
+def _windows(number: int, ids: Tensor, window: int, stride: int, convention: str) -> Iterator[ScoredWindow]:
     if ids.dim() != 1:
         raise DataError(f"token_ids: document {number} has shape {list(ids.shape)}; give one dimension per document")
     if convention == "longlora":
         for start in range(0, len(ids) - window + 1, stride):
-            yield Window(number, start, start + window, start + 1)
+            yield ScoredWindow(number, start, start + window, start + 1)
         return
     scored = 0
     for start in range(0, len(ids), stride):
         stop = min(start + window, len(ids))
         first = max(scored, start + 1)  # a window's first token has nothing to be predicted from
         if first < stop:
-            yield Window(number, start, stop, first)
+            yield ScoredWindow(number, start, stop, first)
         scored = stop
         if stop == len(ids):
             return
 
 
-def _unread(documents: Sequence[Tensor], plan: Sequence[Window]) -> int:
+def _unread(documents: Sequence[Tensor], plan: Sequence[ScoredWindow]) -> int:
     """Tokens that no window covers; windows of a document overlap or touch, unless the stride exceeds the window."""
     read = 0
     for part, following in zip(plan, [*plan[1:], None], strict=True):

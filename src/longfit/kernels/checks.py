@@ -15,7 +15,7 @@ from longfit.numerics.row_format import RowFormat
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-class Layout:
+class RowSizes:
     """A row format and the sizes that every call is checked against, computed once per format."""
 
     def __init__(self, fmt: RowFormat) -> None:
@@ -23,9 +23,9 @@ class Layout:
 
 
 @cache
-def layout_of(fmt: RowFormat) -> Layout:
-    """Return the layout of a format."""
-    return Layout(fmt)
+def row_sizes_of(fmt: RowFormat) -> RowSizes:
+    """Return the sizes of a format."""
+    return RowSizes(fmt)
 
 
 def check_float(name: str, values: Tensor) -> None:
@@ -55,28 +55,28 @@ def check_codebook(codebook: Tensor) -> None:
         raise ValueError(f"codebook: got {codebook.dtype} {list(codebook.shape)}; allowed: float32 [2] to [256]")
 
 
-def check_rows(rows: Tensor, constants: Tensor, layout: Layout, first_row: int) -> int:
-    """Return the number of rows; raise ValueError unless they and the constants belong to the layout."""
+def check_rows(rows: Tensor, constants: Tensor, sizes: RowSizes, first_row: int) -> int:
+    """Return the number of rows; raise ValueError unless they and the constants belong to the format."""
     shape = rows.shape
-    if rows.dtype != torch.uint8 or len(shape) != 2 or shape[1] != layout.row_bytes:
-        raise ValueError(f"rows: got {rows.dtype} {list(shape)}; {layout.fmt} needs uint8 [n, {layout.row_bytes}]")
-    if not 0 <= first_row <= layout.rows - shape[0]:
-        raise ValueError(f"first_row: got {first_row} with {shape[0]} rows; the weight is laid out in {layout.rows}")
-    if constants.dtype != torch.uint8 or constants.shape != (layout.constant_bytes,):
+    if rows.dtype != torch.uint8 or len(shape) != 2 or shape[1] != sizes.row_bytes:
+        raise ValueError(f"rows: got {rows.dtype} {list(shape)}; {sizes.fmt} needs uint8 [n, {sizes.row_bytes}]")
+    if not 0 <= first_row <= sizes.rows - shape[0]:
+        raise ValueError(f"first_row: got {first_row} with {shape[0]} rows; the weight is laid out in {sizes.rows}")
+    if constants.dtype != torch.uint8 or constants.shape != (sizes.constant_bytes,):
         raise ValueError(
-            f"constants: got {constants.dtype} {list(constants.shape)}; {layout.fmt} needs "
-            f"uint8 [{layout.constant_bytes}]"
+            f"constants: got {constants.dtype} {list(constants.shape)}; {sizes.fmt} needs "
+            f"uint8 [{sizes.constant_bytes}]"
         )
     return shape[0]
 
 
-def check_matmul(name: str, x: Tensor, features: int, rows: Tensor, constants: Tensor, layout: Layout) -> None:
+def check_matmul(name: str, x: Tensor, features: int, rows: Tensor, constants: Tensor, sizes: RowSizes) -> None:
     """Raise ValueError or TypeError unless the last axis of ``x`` meets the whole weight, on one device."""
     check_float(name, x)
     if x.shape[-1:] != (features,):
-        raise ValueError(f"{name}: got {list(x.shape)}; the last axis must be {features} for {layout.fmt}")
-    num_rows = check_rows(rows, constants, layout, 0)
-    if num_rows != layout.rows:
-        raise ValueError(f"rows: got {num_rows}; a matmul needs all {layout.rows} rows of {layout.fmt}")
+        raise ValueError(f"{name}: got {list(x.shape)}; the last axis must be {features} for {sizes.fmt}")
+    num_rows = check_rows(rows, constants, sizes, 0)
+    if num_rows != sizes.rows:
+        raise ValueError(f"rows: got {num_rows}; a matmul needs all {sizes.rows} rows of {sizes.fmt}")
     if rows.device != x.device:
         raise ValueError(f"{name}: on {x.device}, the weight is on {rows.device}; move one of them")

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from longfit.errors import BackendError
 from longfit.kernels import ops
-from longfit.numerics.adamw import RunUpdate
+from longfit.numerics.adamw import AdamwUpdate
 from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat
 
@@ -304,7 +304,7 @@ def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: R
     return _CALLS["linear_4bit_grad_input"](grad, rows, constants, fmt)
 
 
-def adamw_step(updates: Sequence[RunUpdate]) -> None:
+def adamw_step(updates: Sequence[AdamwUpdate]) -> None:
     """Take one AdamW step on runs of elements, in place; see `longfit.numerics.adamw.adamw_step`.
 
     Not a torch operator: optimisers run outside of traced graphs.

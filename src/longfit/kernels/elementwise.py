@@ -1,7 +1,7 @@
 """Which backend computes norms, gated products, rotary embeddings and the cross-entropy of a call.
 
     cpu         the C++ kernels (``cpu/elementwise.py``), on the dtypes and processors that they say they take
-    liger       liger-kernel's Triton kernels, put into a whole model (``model/fused.py``)
+    liger       liger-kernel's Triton kernels, put into a whole model (``model/liger_kernels.py``)
     reference   the model's own torch operations
 
 Who has such an operation asks here before it calls the kernel; `use_backend` decides here too.

@@ -26,7 +26,7 @@ from longfit.kernels.checks import (
     check_matmul,
     check_packed,
     check_rows,
-    layout_of,
+    row_sizes_of,
 )
 from longfit.numerics.absmax import check_absmax, check_block_size, num_blocks
 from longfit.numerics.double_quant import STORAGES, DoubleQuant
@@ -238,7 +238,7 @@ def _empty_dequantize_8bit(
 def _check_dequantize_rows(
     rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype, first_row: int
 ) -> Arguments:
-    check_rows(rows, constants, layout_of(fmt), first_row)
+    check_rows(rows, constants, row_sizes_of(fmt), first_row)
     check_dtype(dtype)
     return (rows, constants, fmt, dtype), {"first_row": first_row}
 
@@ -250,7 +250,7 @@ def _empty_dequantize_rows(
 
 
 def _check_linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Arguments:
-    check_matmul("x", x, fmt.in_features, rows, constants, layout_of(fmt))
+    check_matmul("x", x, fmt.in_features, rows, constants, row_sizes_of(fmt))
     return (x, rows, constants, fmt), {}
 
 
@@ -259,7 +259,7 @@ def _empty_linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowForma
 
 
 def _check_linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> Arguments:
-    check_matmul("grad", grad, fmt.out_features, rows, constants, layout_of(fmt))
+    check_matmul("grad", grad, fmt.out_features, rows, constants, row_sizes_of(fmt))
     return (grad, rows, constants, fmt), {}
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longfit.numerics import adamw, quant_state, row_format
-from longfit.numerics.adamw import RunUpdate
+from longfit.numerics.adamw import AdamwUpdate
 from longfit.numerics.blockwise import dequantize_blockwise, quantize_blockwise
 from longfit.numerics.quant_state import QuantState
 from longfit.numerics.row_format import RowFormat
@@ -66,6 +66,6 @@ def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: R
     return grad @ row_format.dequantize_rows(rows, constants, fmt, grad.dtype)
 
 
-def adamw_step(updates: Sequence[RunUpdate]) -> None:
+def adamw_step(updates: Sequence[AdamwUpdate]) -> None:
     """See `longfit.numerics.adamw.adamw_step`."""
     adamw.adamw_step(updates)

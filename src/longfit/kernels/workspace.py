@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from longfit.compat.torch import version_of
-from longfit.kernels.sizes import HELD_BYTES
+from longfit.kernels.dense_weight_bytes import HELD_BYTES
 
 
 class Workspace:

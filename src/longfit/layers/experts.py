@@ -59,7 +59,7 @@ class ExpertsMatmul(torch.autograd.Function):
         weight: Tensor,
         constants: Tensor,
         spans: tuple[Span, ...],
-        weights: Weights,
+        weights: ExpertProduct,
         scaling: float,
     ) -> Tensor:
         y = x.new_zeros(len(x), weights.out_features)  # [S, O]; rows of no expert stay zero
@@ -112,7 +112,7 @@ def _per_expert(A: Tensor, B: Tensor, num_experts: int, dtype: torch.dtype) -> t
 
 
 @dataclass(frozen=True)
-class Weights:
+class ExpertProduct:
     """How the stored weight of an expert multiplies tokens, whichever way round it is stored."""
 
     product: Product
@@ -188,7 +188,7 @@ class PackedExperts(nn.Module):
         """Multiply ``[S, in]``, sorted by expert, by each token's expert: ``[S, out]``, in the dtype of ``x``."""
         x = autocast_input(x)
         layer, adapter = self.formats[name], self.adapters.get(name)
-        weights = Weights(layer.product, self.in_out(name)[1], self.transposed)
+        weights = ExpertProduct(layer.product, self.in_out(name)[1], self.transposed)
         A, B, scaling = (None, None, 0.0) if adapter is None else (adapter.A, adapter.B, adapter.scaling)
         constants = getattr(self, constants_of(name))
         y: Tensor = ExpertsMatmul.apply(x, A, B, weight, constants, spans, weights, scaling)

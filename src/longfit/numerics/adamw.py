@@ -57,7 +57,7 @@ class StepScalars:
 
 
 @dataclass(frozen=True)
-class RunState:
+class AdamwState:
     """The state of ``n`` consecutive elements of one parameter; the tensors are changed in place.
 
     ``exp_avg`` and ``exp_avg_sq`` are fp32 (fp64 for an fp64 parameter) or, with their absmax beside them, 8-bit codes.
@@ -70,10 +70,10 @@ class RunState:
     exp_avg_sq_absmax: Tensor | None = None  # [ceil(n / 256)] fp32
     master: Tensor | None = None  # [n] fp32
 
-    def part(self, run: slice) -> "RunState":
+    def part(self, run: slice) -> "AdamwState":
         """Return the state of some of the elements; ``run`` begins at a multiple of 256."""
         blocks = slice(run.start // BLOCK_SIZE, -(-run.stop // BLOCK_SIZE))
-        return RunState(
+        return AdamwState(
             exp_avg=self.exp_avg[run],
             exp_avg_sq=self.exp_avg_sq[run],
             exp_avg_absmax=None if self.exp_avg_absmax is None else self.exp_avg_absmax[blocks],
@@ -98,7 +98,7 @@ def step_scalars(step: int, *, lr: float, betas: tuple[float, float], eps: float
 
 
 @dataclass(frozen=True)
-class RunUpdate:
+class AdamwUpdate:
     """One step of ``n`` consecutive elements of one parameter; ``param`` and ``state`` are changed in place.
 
     Attributes:
@@ -111,20 +111,20 @@ class RunUpdate:
 
     param: Tensor
     grad: Tensor
-    state: RunState
+    state: AdamwState
     scalars: StepScalars
     rounding_key: int = 0
     start: int = 0
 
 
-def adamw_step(updates: Sequence[RunUpdate]) -> None:
+def adamw_step(updates: Sequence[AdamwUpdate]) -> None:
     """Take one AdamW step on runs of elements that do not overlap, all on one device."""
     for update in updates:
         for begin in range(0, update.param.numel(), SLICE_NUMEL):
             _step_slice(update, slice(begin, min(begin + SLICE_NUMEL, update.param.numel())))
 
 
-def _step_slice(update: RunUpdate, here: slice) -> None:
+def _step_slice(update: AdamwUpdate, here: slice) -> None:
     param, state, scalars = update.param[here], update.state.part(here), update.scalars
     grad = update.grad[here].to(torch.promote_types(param.dtype, torch.float32))
     exp_avg, exp_avg_sq = _decode_moments(state)
@@ -167,7 +167,7 @@ def _refresh_master(master: Tensor, param: Tensor) -> None:
     torch.where(master.to(param.dtype) == param, master, param.to(master.dtype), out=master)
 
 
-def _decode_moments(state: RunState) -> tuple[Tensor, Tensor]:
+def _decode_moments(state: AdamwState) -> tuple[Tensor, Tensor]:
     if state.exp_avg_absmax is None or state.exp_avg_sq_absmax is None:
         return state.exp_avg, state.exp_avg_sq
     return (
@@ -180,7 +180,7 @@ def _decode(codes: Tensor, absmax: Tensor, levels: Tensor) -> Tensor:
     return dequantize_blockwise(codes, absmax, levels, block_size=BLOCK_SIZE, dtype=torch.float32)
 
 
-def _encode_moments(state: RunState, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+def _encode_moments(state: AdamwState, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
     if state.exp_avg_absmax is None or state.exp_avg_sq_absmax is None:
         return
     finite = exp_avg.isfinite()

@@ -24,7 +24,7 @@ from torch import Tensor
 from longfit.compat.torch import is_out_of_memory
 from longfit.errors import ConfigError, PagingError
 from longfit.kernels.dispatch import adamw_step
-from longfit.numerics.adamw import RunState, RunUpdate, StepScalars, step_scalars
+from longfit.numerics.adamw import AdamwState, AdamwUpdate, StepScalars, step_scalars
 from longfit.numerics.stochastic_rounding import rounding_key
 from longfit.optim.checks import (
     check_hyperparameters,
@@ -35,9 +35,9 @@ from longfit.optim.checks import (
 )
 from longfit.optim.elements import put, take
 from longfit.optim.frames import Frames
-from longfit.optim.layout import Layout, Page, Run, StateFormat, format_of
 from longfit.optim.mapped_frames import MappedFrames, can_map
 from longfit.optim.page_file import PageFile
+from longfit.optim.page_layout import Page, PageLayout, ParameterRun, StateFormat, format_of
 from longfit.optim.paging import PageCache
 from longfit.optim.saved_state import collect, scatter, whole_state, zeros_in_file
 
@@ -113,13 +113,14 @@ class PagedAdamW(torch.optim.Optimizer):
         self.budget_bytes = budget_bytes
         self.host_budget_bytes = host_budget_bytes
         self._seed = torch.initial_seed() & 0xFFFFFFFF  # read, not drawn: the caller's random numbers stay as they were
-        self._layout = Layout(page_bytes)
+        self._layout = PageLayout(page_bytes)
         self._formats: list[StateFormat] = []  # of the parameters that have a place, by number
         self._devices: list[torch.device] = []  # likewise: where their state is
         self._steps: list[int] = []  # steps taken, likewise
         self._caches: dict[torch.device, PageCache] = {}
         self._host: PageCache | None = None  # below the accelerators' caches
-        self._views: dict[int, tuple[Tensor, list[tuple[Run, RunState]]]] = {}  # page -> its frame and runs' state
+        # page -> its frame and the state of its runs
+        self._views: dict[int, tuple[Tensor, list[tuple[ParameterRun, AdamwState]]]] = {}
         self._unusable: str | None = None  # why, if it is
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._file = PageFile(path, run=run, page_bytes=page_bytes) if path is not None else None
@@ -385,7 +386,7 @@ class PagedAdamW(torch.optim.Optimizer):
             for batch in cache.sweep(here, change=change):
                 yield [(self._layout.pages[number], frame) for number, frame in batch]
 
-    def _states(self, page: Page, frame: Tensor) -> list[tuple[Run, RunState]]:
+    def _states(self, page: Page, frame: Tensor) -> list[tuple[ParameterRun, AdamwState]]:
         """Return the state of each run of a page; made once for a page that stays in its frame."""
         known = self._views.get(page.number)
         if known is None or known[0] is not frame:
@@ -427,13 +428,13 @@ def _scalars_of(group: dict[str, Any], step: int) -> StepScalars:
     )
 
 
-def _step_runs(states: list[tuple[Run, RunState]], parts: dict[int, _Part]) -> None:
+def _step_runs(states: list[tuple[ParameterRun, AdamwState]], parts: dict[int, _Part]) -> None:
     """Step runs of elements."""
     updates = []
     for run, state in states:
         part = parts[run.param]
         param, grad = take(part.param, run.start, run.stop), take(part.grad, run.start, run.stop)
-        update = RunUpdate(param, grad, state, part.scalars, part.rounding_key, run.start)
+        update = AdamwUpdate(param, grad, state, part.scalars, part.rounding_key, run.start)
         if part.param.is_contiguous() and part.grad.is_contiguous():
             updates.append(update)
         else:  # copies: stepped at once, so that no more than one run's are alive

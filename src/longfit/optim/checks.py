@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from longfit.errors import ConfigError
-from longfit.optim.layout import StateFormat
+from longfit.optim.page_layout import StateFormat
 from longfit.optim.paging import SMALLEST_CAPACITY
-from longfit.optim.sizes import PAGE_BYTES
+from longfit.optim.state_sizes import PAGE_BYTES
 
 _PAGE_GRAIN = 4096  # bytes: the file system's own pages
 

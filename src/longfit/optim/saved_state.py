@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longfit.optim.elements import take
-from longfit.optim.layout import Run, StateFormat
+from longfit.optim.page_layout import ParameterRun, StateFormat
 
 NewValues = Callable[[int, torch.dtype], Tensor]
 
@@ -41,7 +41,7 @@ def zeros_in_file(folder: Path, count: int, dtype: torch.dtype) -> Tensor:
         return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
 
 
-def collect(run: Run, frame: Tensor, into: dict[str, Tensor]) -> None:
+def collect(run: ParameterRun, frame: Tensor, into: dict[str, Tensor]) -> None:
     """Copy a run's state out of its page, to its place in the parameter's whole state."""
     for field in run.format.fields:
         begin = run.start // field.elements_per_value
@@ -49,7 +49,7 @@ def collect(run: Run, frame: Tensor, into: dict[str, Tensor]) -> None:
         into[field.name][begin : begin + view.numel()].copy_(view)
 
 
-def scatter(run: Run, saved: dict[str, Any], frame: Tensor) -> None:
+def scatter(run: ParameterRun, saved: dict[str, Any], frame: Tensor) -> None:
     """Copy a run's part of a saved state into its page; what was not saved becomes zero, which is a new state."""
     for field in run.format.fields:
         view = run.views(frame)[field.name]

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from longfit.parallel.layout import Layout
+from longfit.parallel.device_layout import DeviceLayout
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -75,7 +75,7 @@ def _in_place_of(place: DTensor, rows: Tensor) -> nn.Parameter:
     return nn.Parameter(filled, requires_grad=False)
 
 
-def mesh_of(layout: Layout, device: torch.device) -> DeviceMesh:
+def mesh_of(layout: DeviceLayout, device: torch.device) -> DeviceMesh:
     """The devices of a run; those along the last axis share one copy of the weights. Call it in every process."""
     if layout.shard == layout.devices:
         return init_device_mesh(device.type, (layout.devices,), mesh_dim_names=("shard",))

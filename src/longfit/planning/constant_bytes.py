@@ -6,9 +6,9 @@ state in the precision that learning needs. Each function follows the file that 
 
 from dataclasses import dataclass
 
-from longfit.engine.sizes import GRADIENT_ROWS
-from longfit.kernels.sizes import HELD_BYTES, TILE_BYTES
-from longfit.optim.sizes import PAGE_BYTES, SMALLEST_8BIT_NUMEL
+from longfit.engine.working_memory import GRADIENT_ROWS
+from longfit.kernels.dense_weight_bytes import HELD_BYTES, TILE_BYTES
+from longfit.optim.state_sizes import PAGE_BYTES, SMALLEST_8BIT_NUMEL
 from longfit.planning.settings import PlanSettings, UnplannedError
 from longfit.planning.shapes import Matrix, ModelShape, last_parts
 
@@ -38,7 +38,7 @@ def packed_bytes(matrix: Matrix, settings: PlanSettings) -> int:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightBytes:
     """Bytes of a loaded model.
 
     Attributes:
@@ -54,7 +54,7 @@ class Weights:
     largest_unit: int
 
 
-def weights(shape: ModelShape, settings: PlanSettings) -> Weights:
+def weights(shape: ModelShape, settings: PlanSettings) -> WeightBytes:
     """Count the base model's bytes (``model/hf_quantizer.py``: the output matrix stays dense)."""
     element = settings.element_bytes
 
@@ -66,7 +66,7 @@ def weights(shape: ModelShape, settings: PlanSettings) -> Weights:
     one_layer = sum(stored(matrix) * matrix.count for matrix in shape.layer_matrices)
     tower = sum(stored(matrix) * matrix.count for matrix in shape.tower)
     vocabulary = shape.vocab_params * element
-    return Weights(
+    return WeightBytes(
         layers=shape.num_layers * one_layer + tower,
         vocabulary=vocabulary,
         rest=(shape.norm_params + shape.tower_params) * element,
@@ -154,7 +154,7 @@ def trained(shape: ModelShape, settings: PlanSettings) -> Trained:
 
 
 def state_bytes(parts: Trained, settings: PlanSettings) -> int:
-    """Bytes of all optimiser state, as a checkpoint has it (``optim/layout.py``)."""
+    """Bytes of all optimiser state, as a checkpoint has it (``optim/page_layout.py``)."""
 
     def bytes_of(numel: int, master: int) -> int:
         eight_bit = settings.optim == "adamw8bit" and numel >= SMALLEST_8BIT_NUMEL

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from longfit.attention.limits import KEY_BLOCK
-from longfit.engine.sizes import CPU_LOGITS, CPU_SAVED_ATTENTION_BYTES, DEVICE_LOGITS
+from longfit.engine.working_memory import CPU_LOGITS, CPU_SAVED_ATTENTION_BYTES, DEVICE_LOGITS
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 

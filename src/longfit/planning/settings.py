@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from longfit.attention.limits import quarter_of
-from longfit.engine.sizes import tile_tokens
+from longfit.engine.working_memory import tile_tokens
 from longfit.errors import ConfigError, ContextError
 from longfit.planning.shapes import ModelShape
 
@@ -146,7 +146,7 @@ class PlanSettings:
         return self.offload == "device" or (self.offload == "ram" and self.device == "cpu")
 
     def tile_tokens(self, shape: ModelShape) -> int:
-        """Tokens of a tile in each row of the batch (``engine/sizes.py``, ``Sweeper.tile_for``)."""
+        """Tokens of a tile in each row of the batch (``engine/working_memory.py``, ``Sweeper.tile_for``)."""
         if self.tile is not None:
             return min(self.tile, self.context)
         width = max(2, self.element_bytes)

@@ -15,7 +15,7 @@ from typing import Any
 from longfit.errors import ModelError
 from longfit.files.reading import read_object, reading
 from longfit.model.weight_files import require_sane_counts
-from longfit.planning.gguf_header import gguf_config
+from longfit.planning.gguf_config import gguf_config
 
 
 @dataclass(frozen=True)

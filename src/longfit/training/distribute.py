@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from longfit.config import RunConfig
 from longfit.engine.loss.training_loss import TrainingLoss, training_loss
 from longfit.errors import ConfigError, RunError
-from longfit.parallel.layout import Layout
+from longfit.parallel.device_layout import DeviceLayout
 from longfit.parallel.processes import exchange_timeout
 from longfit.parallel.sequence import SequenceParallelLoss, require_shareable, sequence_group
 from longfit.parallel.shard import Shards, decoder_layers, shard_model
@@ -45,7 +45,7 @@ def make_accelerator(device: str, *, timeout: float) -> Accelerator:
     return Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=handlers)
 
 
-def choose_loss(model: Any, config: RunConfig, layout: Layout, accelerator: Accelerator) -> Any:
+def choose_loss(model: Any, config: RunConfig, layout: DeviceLayout, accelerator: Accelerator) -> Any:
     """Return the loss of a model and a batch, or of this process's part of the batch.
 
     Raises: ModelError: the model's layers cannot share a window.
@@ -77,7 +77,7 @@ def wrap(
     return module.train(), shards.groups(groups), shards
 
 
-def same_windows(config: RunConfig, state: RunState, layout: Layout, notify: OnEvent) -> RunConfig:
+def same_windows(config: RunConfig, state: RunState, layout: DeviceLayout, notify: OnEvent) -> RunConfig:
     """Keep the windows of a step when a run goes on with more or fewer of them at once.
 
     Raises: RunError: they cannot be divided so.

@@ -45,7 +45,7 @@ from longfit.training.model_card import refused_by_servers, write_cards
 from longfit.training.optimizer import clip_gradients, discard_file, relieve
 from longfit.training.samples import answer, write_samples
 from longfit.training.schedule import learning_rate
-from longfit.training.start import Run, start
+from longfit.training.start import TrainingRun, start
 from longfit.training.trackers import Trackers
 
 PROBE_MARGIN = 1.05  # a window that is longer than those of the first step by more than this is tried before it
@@ -156,7 +156,7 @@ class _NotFiniteError(Exception):
     """The loss or the gradient is NaN or infinite; the parameters are still those of the step before."""
 
 
-def _loop(run: Run) -> TrainResult:
+def _loop(run: TrainingRun) -> TrainResult:
     """Train from the run's state to its end, or to an interruption."""
     train, finished = run.config.train, False
     with Interruptible(deferred=run.shards is not None) as interruptible:
@@ -207,7 +207,7 @@ def _loop(run: Run) -> TrainResult:
     return _result(run, finished=finished)
 
 
-def _probe(run: Run) -> None:
+def _probe(run: TrainingRun) -> None:
     """Run the longest window once, if the first step has none as long: what does not fit shows now, not in an hour.
 
     All processes decide alike, from the windows of all of them: if one tried a window alone, its exchanges would meet
@@ -228,7 +228,7 @@ def _probe(run: Run) -> None:
         run.shards.drop_gradients()
 
 
-def _step(run: Run, interruptible: Interruptible) -> None:
+def _step(run: TrainingRun, interruptible: Interruptible) -> None:
     """Take one optimiser step and write its line into ``metrics.jsonl``."""
     began = time.perf_counter()
     train, step = run.config.train, run.state.step
@@ -281,7 +281,7 @@ def _step(run: Run, interruptible: Interruptible) -> None:
     run.tell(Event("step", f"{text}  {num_tokens / seconds:,.0f} tokens/s", record))
 
 
-def _scaled_gradients(run: Run, batches: list["_Batch"], num_trained: float) -> tuple[float, float, float]:
+def _scaled_gradients(run: TrainingRun, batches: list["_Batch"], num_trained: float) -> tuple[float, float, float]:
     """Make and clip the gradients of a step, again with half the loss scale as long as they overflow float16.
 
     Returns: the loss and the gradient norm over all processes, and the scale that they were made with.
@@ -299,7 +299,7 @@ def _scaled_gradients(run: Run, batches: list["_Batch"], num_trained: float) -> 
         scale = smaller
 
 
-def _within_memory(run: Run, differentiate: Callable[[], float]) -> float:
+def _within_memory(run: TrainingRun, differentiate: Callable[[], float]) -> float:
     """Call what makes gradients; where memory runs out, make room and call it again.
 
     Of several processes none may try again alone: the others wait for its gradients where they are.
@@ -316,7 +316,7 @@ def _within_memory(run: Run, differentiate: Callable[[], float]) -> float:
         raise PlanError(f"out of memory ({error}); choose a smaller engine.tile or engine.offload=file") from error
 
 
-def _differentiate(run: Run, batches: list["_Batch"], num_trained: float, scale: float) -> float:
+def _differentiate(run: TrainingRun, batches: list["_Batch"], num_trained: float, scale: float) -> float:
     """Put the gradients of a step's micro-batches in their place; return this process's part of the loss."""
     accelerator, loss = run.accelerator, 0.0
     loss_scale.begin(run.parameters, num_processes=accelerator.num_processes)
@@ -345,7 +345,7 @@ class _Batch:
     tensors: dict[str, Tensor]
 
 
-def _window_indices(run: Run, window: int) -> Iterator[list[int]]:
+def _window_indices(run: TrainingRun, window: int) -> Iterator[list[int]]:
     """Yield the windows of each micro-batch of this step, of the ``window``-th of those that are trained at once.
 
     The whole run walks `PackedDataset.order`.
@@ -358,7 +358,7 @@ def _window_indices(run: Run, window: int) -> Iterator[list[int]]:
         yield [int(run.windows.order(p // len(run.windows))[p % len(run.windows)]) for p in positions]
 
 
-def _batch(run: Run, indices: list[int], *, windows: PackedDataset | None = None) -> _Batch:
+def _batch(run: TrainingRun, indices: list[int], *, windows: PackedDataset | None = None) -> _Batch:
     rows = [(windows or run.windows)[index] for index in indices]
     device = run.accelerator.device
     return _Batch(indices, {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]})
@@ -376,7 +376,7 @@ def _seed(seed: int, *place: int) -> int:
     return int.from_bytes(blake2b(repr((seed, *place)).encode(), digest_size=7).digest(), "little")
 
 
-def _over_processes(run: Run, value: float) -> float:
+def _over_processes(run: TrainingRun, value: float) -> float:
     """Add up a number over all processes."""
     if run.accelerator.num_processes == 1:
         return value
@@ -384,12 +384,12 @@ def _over_processes(run: Run, value: float) -> float:
     return float(run.accelerator.reduce(total, reduction="sum").item())
 
 
-def _over_windows(run: Run, value: float) -> float:
+def _over_windows(run: TrainingRun, value: float) -> float:
     """Add up a number over all windows trained at once; those who share a window all know it, the first tells it."""
     return _over_processes(run, value if run.layout.stretch_of(run.rank) == 0 else 0)
 
 
-def _of_each_process(run: Run) -> dict[str, list[int]]:
+def _of_each_process(run: TrainingRun) -> dict[str, list[int]]:
     """The most memory that each process has held so far, and the bytes of keys and their gradients it has sent."""
     own = {"peak_memory_bytes_by_process": peak_memory_bytes(run.accelerator.device)}
     if isinstance(run.loss_of, SequenceParallelLoss):
@@ -398,7 +398,7 @@ def _of_each_process(run: Run) -> dict[str, list[int]]:
     return {name: gathered[:, number].tolist() for number, name in enumerate(own)}
 
 
-def _require_finite(run: Run, what: str, value: float, batch: _Batch) -> None:
+def _require_finite(run: TrainingRun, what: str, value: float, batch: _Batch) -> None:
     if math.isfinite(value):
         return
     windows = run.windows
@@ -412,7 +412,7 @@ def _require_finite(run: Run, what: str, value: float, batch: _Batch) -> None:
 
 # ------------------------------------------------------------------------------------------------ between steps
 @torch.no_grad()
-def _evaluate(run: Run, validation: PackedDataset) -> str | None:
+def _evaluate(run: TrainingRun, validation: PackedDataset) -> str | None:
     """Measure the validation loss; shifted attention acts only in train mode, so this one is exact.
 
     Processes may have different numbers of windows, one even none. So nothing is exchanged before all are done: the
@@ -454,7 +454,7 @@ def _evaluate(run: Run, validation: PackedDataset) -> str | None:
     return reason
 
 
-def _sample(run: Run) -> None:
+def _sample(run: TrainingRun) -> None:
     """Ask the model what ``train.samples`` says; all processes do, as a sharded model needs them all."""
     train = run.config.train
     document = Path(train.samples_document).read_text(encoding="utf-8") if train.samples_document else None
@@ -467,12 +467,12 @@ def _sample(run: Run) -> None:
         write_samples(run.run_dir / "samples.jsonl", run.state.step, answers)
 
 
-def _save(run: Run) -> None:
+def _save(run: TrainingRun) -> None:
     with nullcontext() if run.heartbeat is None else run.heartbeat.patient():
         _save_checkpoint(run)
 
 
-def _save_checkpoint(run: Run) -> None:
+def _save_checkpoint(run: TrainingRun) -> None:
     whole = None
     if run.shards is not None:
         whole = _whole_trained(run), whole_state(run.optimizer.state_dict(), run.shards.parameters)
@@ -489,7 +489,7 @@ def _save_checkpoint(run: Run) -> None:
         run.tell(Event("checkpoint", f"saved {path}", {"step": run.state.step, "path": str(path)}))
 
 
-def _keep(run: Run, interruptible: Interruptible) -> str:
+def _keep(run: TrainingRun, interruptible: Interruptible) -> str:
     """Save the state if that can be done; say what is kept and how to go on."""
     try:
         with interruptible.held():
@@ -500,12 +500,12 @@ def _keep(run: Run, interruptible: Interruptible) -> str:
     return f"The state is saved in {checkpoint}: resume the run with --resume"
 
 
-def _whole_trained(run: Run) -> dict[str, Tensor]:
+def _whole_trained(run: TrainingRun) -> dict[str, Tensor]:
     """The trained tensors, whole, in host memory; every process must call it."""
     return {name: whole_tensor(tensor.detach()).cpu() for name, tensor in trained_tensors(run.model).items()}
 
 
-def _save_result(run: Run) -> None:
+def _save_result(run: TrainingRun) -> None:
     trained = None if run.shards is None else _whole_trained(run)
     if run.is_main:
         save_result(run.run_dir, model=run.model, tokenizer=run.tokenizer, trained=trained)
@@ -515,7 +515,7 @@ def _save_result(run: Run) -> None:
             run.tell(Event("warning", refused))
 
 
-def _result(run: Run, *, finished: bool) -> TrainResult:
+def _result(run: TrainingRun, *, finished: bool) -> TrainResult:
     peak = peak_memory_bytes(run.accelerator.device)
     if run.plan is not None and run.is_main:
         run_directory.write_plan(run.run_dir, memory_check.plan_json(run.plan, measured_bytes=peak))

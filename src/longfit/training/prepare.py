@@ -31,7 +31,7 @@ from longfit.kernels.cpu.threads import usable_cores
 from longfit.model import gguf
 from longfit.model.adapters import add_adapters
 from longfit.model.context import ContextReport, extend_context
-from longfit.model.fused import fuse
+from longfit.model.liger_kernels import fuse
 from longfit.model.load import auto_dtype, load, read_config, read_tokenizer
 from longfit.model.own_rows import OwnRows
 from longfit.model.save import load_adapter, restore_chat

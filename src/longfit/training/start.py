@@ -26,8 +26,8 @@ from longfit.model import weight_files
 from longfit.model.load import load_report
 from longfit.model.own_rows import OwnRows
 from longfit.parallel.agreement import require_agreement, versions
+from longfit.parallel.device_layout import DeviceLayout, choose_layout
 from longfit.parallel.heartbeat import Heartbeat
-from longfit.parallel.layout import Layout, choose_layout
 from longfit.parallel.processes import start_heartbeat
 from longfit.parallel.shard import Shards, mesh_of
 from longfit.planning.plan import Plan
@@ -68,7 +68,7 @@ from longfit.training.warm_start import find_initial_adapter, warm_start
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """Everything a training step needs.
 
     Attributes:
@@ -83,7 +83,7 @@ class Run:
     run_dir: Path
     notify: OnEvent
     accelerator: Accelerator
-    layout: Layout
+    layout: DeviceLayout
     heartbeat: Heartbeat | None
     shards: Shards | None
     loss_of: Any
@@ -140,7 +140,7 @@ class Run:
                 self.notify = ignore
 
 
-def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) -> Run:
+def start(config: RunConfig, run_dir: Path, notify: OnEvent, *, resume: bool) -> TrainingRun:
     """Do everything that can fail before anything is written: read, load, pack; then make or open the run directory."""
     accelerator = make_accelerator(config.model.device, timeout=config.parallel.timeout)
     run_dir = Path(_same_everywhere(accelerator, str(run_dir)))
@@ -161,7 +161,7 @@ def _start(
     heartbeat: Heartbeat | None,
     *,
     resume: bool,
-) -> Run:
+) -> TrainingRun:
     parallel = config.parallel
     layout = choose_layout(
         accelerator.num_processes,
@@ -292,7 +292,7 @@ def _start(
         ),
         notify,
     )
-    return Run(
+    return TrainingRun(
         config, run_dir, notify, accelerator, layout, heartbeat, shards, loss_of, loss_module, model, tokenizer,
         optimizer, windows, validation, metrics, PagingMeter(optimizer), plan, step_down, state, seconds,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longfit.engine.loss.linear_cross_entropy import linear_cross_entropy, token_losses
-from longfit.engine.sizes import GRADIENT_ROWS
+from longfit.engine.working_memory import GRADIENT_ROWS
 from longfit.errors import DataError
 
 # float64, sums of at most a few thousand terms of order one in another order: 1e3 x 2.2e-16, with a margin of five.

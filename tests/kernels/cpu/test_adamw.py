@@ -10,7 +10,7 @@ from torch import Tensor
 from longfit.kernels.cpu import adamw as cpu_adamw
 from longfit.kernels.cpu import library as cpu_library
 from longfit.numerics import adamw
-from longfit.numerics.adamw import BLOCK_SIZE, RunState, RunUpdate, step_scalars
+from longfit.numerics.adamw import BLOCK_SIZE, AdamwState, AdamwUpdate, step_scalars
 from longfit.numerics.codebooks import dynamic_map
 
 pytestmark = pytest.mark.skipif(
@@ -32,12 +32,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu_library.library().isa = before
 
 
-def new_state(numel: int, bits: int, master: bool) -> RunState:
+def new_state(numel: int, bits: int, master: bool) -> AdamwState:
     kept = torch.zeros(numel) if master else None
     if bits == 32:
-        return RunState(torch.zeros(numel), torch.zeros(numel), master=kept)
+        return AdamwState(torch.zeros(numel), torch.zeros(numel), master=kept)
     codes = [torch.zeros(numel, dtype=torch.uint8) for _ in range(2)]
-    return RunState(*codes, *(torch.zeros(-(-numel // BLOCK_SIZE)) for _ in range(2)), kept)
+    return AdamwState(*codes, *(torch.zeros(-(-numel // BLOCK_SIZE)) for _ in range(2)), kept)
 
 
 def bits_of(tensor: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def assert_same(mine: list[Tensor], theirs: list[Tensor]) -> None:
         assert torch.equal(bits_of(a), bits_of(b))
 
 
-def tensors(update: RunUpdate) -> list[Tensor]:
+def tensors(update: AdamwUpdate) -> list[Tensor]:
     s = update.state
     kept = (update.param, s.exp_avg, s.exp_avg_sq, s.exp_avg_absmax, s.exp_avg_sq_absmax, s.master)
     return [tensor for tensor in kept if tensor is not None]
@@ -83,7 +83,7 @@ def test_bits_of_the_reference(isa: str, bits: int, param_dtype: torch.dtype, gr
         grads = [hard_gradient(param.numel(), grad_dtype) for param, _ in mine]
         scalars = step_scalars(step, **HYPER)
         updates, expected = (
-            [RunUpdate(p, g, s, scalars, 0xDEADBEEF, 512) for (p, s), g in zip(side, grads, strict=True)]
+            [AdamwUpdate(p, g, s, scalars, 0xDEADBEEF, 512) for (p, s), g in zip(side, grads, strict=True)]
             for side in (mine, theirs)
         )
         cpu_adamw.adamw_step(updates)  # all runs in one call, lengths mixed
@@ -110,7 +110,7 @@ def test_every_threshold_of_the_8_bit_maps(isa: str) -> None:
         grad = moment if signed else moment.sqrt()
         scalars = step_scalars(1, lr=0.0, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
         mine, theirs = (
-            RunUpdate(torch.ones_like(grad), grad, new_state(grad.numel(), 8, False), scalars) for _ in "ab"
+            AdamwUpdate(torch.ones_like(grad), grad, new_state(grad.numel(), 8, False), scalars) for _ in "ab"
         )
         cpu_adamw.adamw_step([mine])
         adamw.adamw_step([theirs])
@@ -122,19 +122,19 @@ def test_the_number_of_threads_does_not_matter() -> None:
     results = []
     for threads in (1, 3):
         torch.set_num_threads(threads)
-        update = RunUpdate(torch.ones(100_000), grad, new_state(100_000, 8, False), step_scalars(1, **HYPER))
+        update = AdamwUpdate(torch.ones(100_000), grad, new_state(100_000, 8, False), step_scalars(1, **HYPER))
         cpu_adamw.adamw_step([update])
         results.append(tensors(update))
     assert_same(*results)
 
 
 def test_float64_parameters_and_gradients() -> None:
-    wide = RunState(torch.zeros(9, dtype=torch.float64), torch.zeros(9, dtype=torch.float64))
+    wide = AdamwState(torch.zeros(9, dtype=torch.float64), torch.zeros(9, dtype=torch.float64))
     scalars = step_scalars(1, **HYPER)
     exact = torch.ones(9, dtype=torch.float64)
     rounded = torch.ones(9)
     grad = torch.linspace(-1, 1, 9, dtype=torch.float64)
-    updates = [RunUpdate(exact, grad, wide, scalars), RunUpdate(rounded, grad, new_state(9, 32, False), scalars)]
+    updates = [AdamwUpdate(exact, grad, wide, scalars), AdamwUpdate(rounded, grad, new_state(9, 32, False), scalars)]
     cpu_adamw.adamw_step(updates)
     torch.testing.assert_close(rounded, exact.float(), rtol=1e-6, atol=0)
     assert not torch.equal(exact, rounded.double()), "float64 stays float64"

@@ -11,7 +11,7 @@ from tests.kernels.same_bits import assert_same
 from torch import Tensor
 
 from longfit.numerics import adamw
-from longfit.numerics.adamw import BLOCK_SIZE, RunState, RunUpdate, step_scalars
+from longfit.numerics.adamw import BLOCK_SIZE, AdamwState, AdamwUpdate, step_scalars
 from longfit.numerics.codebooks import dynamic_map
 
 pytest.importorskip("triton", reason="the package triton is missing; it comes with the dev extra on Linux")
@@ -32,29 +32,29 @@ PAIRS = [
 ]
 
 
-def new_state(numel: int, bits: int, master: bool) -> RunState:
+def new_state(numel: int, bits: int, master: bool) -> AdamwState:
     kept = torch.zeros(numel) if master else None
     if bits == 32:
-        return RunState(torch.zeros(numel), torch.zeros(numel), master=kept)
+        return AdamwState(torch.zeros(numel), torch.zeros(numel), master=kept)
     codes = [torch.zeros(numel, dtype=torch.uint8) for _ in range(2)]
-    return RunState(*codes, *(torch.zeros(-(-numel // BLOCK_SIZE)) for _ in range(2)), kept)
+    return AdamwState(*codes, *(torch.zeros(-(-numel // BLOCK_SIZE)) for _ in range(2)), kept)
 
 
-def on(device: str, update: RunUpdate) -> RunUpdate:
+def on(device: str, update: AdamwUpdate) -> AdamwUpdate:
     """A copy of an update elsewhere."""
     s = update.state
     kept = (s.exp_avg, s.exp_avg_sq, s.exp_avg_absmax, s.exp_avg_sq_absmax, s.master)
-    state = RunState(*(None if x is None else x.to(device, copy=True) for x in kept))  # type: ignore[arg-type]
+    state = AdamwState(*(None if x is None else x.to(device, copy=True) for x in kept))  # type: ignore[arg-type]
     return replace(update, param=update.param.to(device, copy=True), grad=update.grad.to(device), state=state)
 
 
-def tensors(update: RunUpdate) -> list[Tensor]:
+def tensors(update: AdamwUpdate) -> list[Tensor]:
     s = update.state
     kept = (update.param, s.exp_avg, s.exp_avg_sq, s.exp_avg_absmax, s.exp_avg_sq_absmax, s.master)
     return [tensor for tensor in kept if tensor is not None]
 
 
-def step_both(mine: list[RunUpdate], theirs: list[RunUpdate]) -> None:
+def step_both(mine: list[AdamwUpdate], theirs: list[AdamwUpdate]) -> None:
     triton_adamw.adamw_step(mine)
     adamw.adamw_step(theirs)
     for a, b in zip(mine, theirs, strict=True):
@@ -78,7 +78,7 @@ def test_bits_of_the_reference(
 ) -> None:
     forms = {torch.float32: (False,), torch.bfloat16: (True, False), torch.float16: (True,)}[param_dtype]
     theirs = [
-        RunUpdate(
+        AdamwUpdate(
             torch.linspace(-3, 3, numel).to(param_dtype), torch.empty(0), new_state(numel, bits, master),
             step_scalars(1, **HYPER), 0xDEADBEEF, (1 << 32) - 512,
         )
@@ -108,7 +108,7 @@ def test_every_threshold_of_the_8_bit_maps(triton_device: str, signed: bool) -> 
     moment = block.view(-1)
     grad = moment if signed else moment.sqrt()  # beta = 0 makes the moment the gradient (m), or its square (v)
     scalars = step_scalars(1, lr=0.0, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
-    theirs = RunUpdate(torch.ones_like(grad), grad, new_state(grad.numel(), 8, False), scalars)
+    theirs = AdamwUpdate(torch.ones_like(grad), grad, new_state(grad.numel(), 8, False), scalars)
     step_both([on(triton_device, theirs)], [theirs])
 
 
@@ -118,15 +118,15 @@ def test_many_runs_with_settings_of_their_own(triton_device: str) -> None:
     for number in range(37):
         numel = (number * 397) % 1500
         wide = torch.float64 if number % 9 == 5 else torch.float32
-        state = RunState(torch.zeros(numel, dtype=wide), torch.zeros(numel, dtype=wide))
+        state = AdamwState(torch.zeros(numel, dtype=wide), torch.zeros(numel, dtype=wide))
         scalars = step_scalars(1 + number, lr=1e-3 * number, betas=(0.9, 0.95), eps=1e-6, weight_decay=number / 40)
-        theirs.append(RunUpdate(torch.randn(numel, dtype=wide), torch.randn(numel, dtype=wide), state, scalars))
+        theirs.append(AdamwUpdate(torch.randn(numel, dtype=wide), torch.randn(numel, dtype=wide), state, scalars))
     step_both([on(triton_device, update) for update in theirs], theirs)
     triton_adamw.adamw_step([])
 
 
 def test_a_loaded_parameter_wins_over_its_master(triton_device: str) -> None:
-    theirs = RunUpdate(
+    theirs = AdamwUpdate(
         torch.randn(300).bfloat16(), torch.randn(300), new_state(300, 32, True), step_scalars(1, **HYPER)
     )
     mine = on(triton_device, theirs)

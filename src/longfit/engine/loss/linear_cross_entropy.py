@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longfit.engine import host_memory
-from longfit.engine.sizes import CPU_LOGITS, DEVICE_LOGITS, GRADIENT_ROWS
 from longfit.engine.sweep.grad_donation import donate, receiver_of
+from longfit.engine.working_memory import CPU_LOGITS, DEVICE_LOGITS, GRADIENT_ROWS
 from longfit.errors import DataError
 from longfit.kernels.cpu import elementwise as cpu_elementwise
 from longfit.kernels.elementwise import runs_kernel
@@ -98,7 +98,7 @@ class _Head:
 
 
 @dataclass(frozen=True)
-class _Tiles:
+class _LossTiles:
     """Which rows are computed, and in what portions."""
 
     rows: Tensor  # [M] int64: the rows whose label counts
@@ -116,7 +116,7 @@ class _Tiles:
         ]
 
 
-def _choose_tiles(labels: Tensor, vocab_size: int, token_tile: int | None, vocab_tile: int | None) -> _Tiles:
+def _choose_tiles(labels: Tensor, vocab_size: int, token_tile: int | None, vocab_tile: int | None) -> _LossTiles:
     """Prefer the whole vocabulary for fewer tokens: then the logits of the forward sum also serve the gradient."""
     for name, value in (("token_tile", token_tile), ("vocab_tile", vocab_tile)):
         if value is not None and value < 1:
@@ -126,7 +126,7 @@ def _choose_tiles(labels: Tensor, vocab_size: int, token_tile: int | None, vocab
         token_tile = max(128, min(1024, elements // (vocab_tile or vocab_size)))
     if vocab_tile is None:
         vocab_tile = max(1, min(vocab_size, elements // token_tile))
-    return _Tiles(_trained_rows(labels, vocab_size), token_tile, min(vocab_tile, vocab_size), vocab_size)
+    return _LossTiles(_trained_rows(labels, vocab_size), token_tile, min(vocab_tile, vocab_size), vocab_size)
 
 
 def _trained_rows(labels: Tensor, vocab_size: int) -> Tensor:
@@ -149,7 +149,7 @@ def _label_logits(logits: Tensor, labels: Tensor, vocab_slice: slice) -> Tensor:
     return torch.where(here, found, 0.0)
 
 
-def _log_sum_exp(head: _Head, hidden: Tensor, labels: Tensor, tiles: _Tiles) -> tuple[Tensor, Tensor]:
+def _log_sum_exp(head: _Head, hidden: Tensor, labels: Tensor, tiles: _LossTiles) -> tuple[Tensor, Tensor]:
     """Log-sum-exp over the whole vocabulary and the label's logit, one vocabulary tile at a time: each [t]."""
     total = hidden.new_full((len(hidden),), -torch.inf, dtype=head.sum_dtype)
     label = torch.zeros_like(total)
@@ -195,7 +195,7 @@ def _d_logits(
 
 
 def _tile_loss_and_gradient(
-    head: _Head, hidden: Tensor, labels: Tensor, tiles: _Tiles, factor: Tensor, gradients: _Gradients
+    head: _Head, hidden: Tensor, labels: Tensor, tiles: _LossTiles, factor: Tensor, gradients: _Gradients
 ) -> tuple[Tensor, Tensor]:
     """Losses [t] of one token tile, and its hidden gradient [t, D]."""
     slices = tiles.vocab_slices()
@@ -244,7 +244,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         num_items: Tensor,
         rule: tuple[float | None, float],
-        tiles: _Tiles,
+        tiles: _LossTiles,
         norm: nn.Module | None,
         overwrite_hidden: bool,
         *norm_parameters: Tensor,

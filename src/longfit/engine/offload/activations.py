@@ -110,7 +110,7 @@ class _DeviceInput:
 
 # ------------------------------------------------------------------------------------------------ a file
 @dataclass(frozen=True)
-class _Slot:
+class _Stretch:
     offset: int
     num_bytes: int
 
@@ -133,7 +133,7 @@ class FileActivations:
         self.place = f"in a file in {self.folder}"
         self._file: Any = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  (lives as long as this)
         self._end = 0
-        self._free: dict[int, list[_Slot]] = defaultdict(list)
+        self._free: dict[int, list[_Stretch]] = defaultdict(list)
 
     def open(self, num_tiles: int) -> "_FileInput":
         return _FileInput(self)
@@ -143,14 +143,14 @@ class FileActivations:
         """Size of the file."""
         return self._end
 
-    def take(self, num_bytes: int) -> _Slot:
+    def take(self, num_bytes: int) -> _Stretch:
         """Take a stretch of the file; the space is reserved now, so that a full disk shows here.
 
         Raises: PlanError: the disk is full.
         """
         if self._free[num_bytes]:
             return self._free[num_bytes].pop()
-        slot = _Slot(self._end, num_bytes)
+        slot = _Stretch(self._end, num_bytes)
         try:
             if sys.platform == "linux":
                 os.posix_fallocate(self._file.fileno(), slot.offset, num_bytes)
@@ -167,17 +167,17 @@ class FileActivations:
         self._end += num_bytes
         return slot
 
-    def give(self, slot: _Slot) -> None:
+    def give(self, slot: _Stretch) -> None:
         """Give a stretch back."""
         self._free[slot.num_bytes].append(slot)
 
-    def write(self, slot: _Slot, data: memoryview) -> None:
+    def write(self, slot: _Stretch, data: memoryview) -> None:
         """Write all of ``data``."""
         done = 0
         while done < slot.num_bytes:
             done += os.pwrite(self._file.fileno(), data[done:], slot.offset + done)
 
-    def read(self, slot: _Slot, data: memoryview) -> None:
+    def read(self, slot: _Stretch, data: memoryview) -> None:
         """Fill all of ``data``."""
         done = 0
         while done < slot.num_bytes:
@@ -186,7 +186,7 @@ class FileActivations:
                 raise PlanError(f"{self.folder}: the file of layer inputs ends early; was it truncated by someone?")
             done += count
 
-    def will_need(self, slot: _Slot) -> None:
+    def will_need(self, slot: _Stretch) -> None:
         """Let the kernel read ahead."""
         if sys.platform == "linux":
             os.posix_fadvise(self._file.fileno(), slot.offset, slot.num_bytes, os.POSIX_FADV_WILLNEED)
@@ -199,7 +199,7 @@ class FileActivations:
 class _FileInput:
     def __init__(self, offload: FileActivations) -> None:
         self._offload = offload
-        self._tiles: dict[int, tuple[_Slot, torch.Size, torch.dtype, torch.device]] = {}
+        self._tiles: dict[int, tuple[_Stretch, torch.Size, torch.dtype, torch.device]] = {}
 
     def put(self, index: int, tile: Tensor) -> None:
         data = tile.detach().contiguous().cpu()

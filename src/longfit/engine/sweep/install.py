@@ -18,11 +18,11 @@ from longfit.engine.model_state import ModelState
 from longfit.engine.offload.activations import ActivationOffload
 from longfit.engine.offload.place import open_offload
 from longfit.engine.offload.weights import StreamReport, WeightStream
-from longfit.engine.sizes import CPU_SAVED_ATTENTION_BYTES, tile_tokens
 from longfit.engine.sweep.attention_choice import take_exact_attention
 from longfit.engine.sweep.fused_modules import find_fused
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
 from longfit.engine.sweep.sweeper import PLAIN, Sweeper, SweepReport, sweeper_of
+from longfit.engine.working_memory import CPU_SAVED_ATTENTION_BYTES, tile_tokens
 from longfit.errors import ConfigError, ModelError
 from longfit.notice import notify
 
@@ -35,7 +35,7 @@ def _check_sizes(tile: int | None, saved_attention_bytes: int | None) -> None:
 
 
 def choose_tile(config: Any, element_bytes: int, device_type: str) -> int:
-    """Tokens per tile for a model: ``sizes.tile_tokens`` of its config."""
+    """Tokens per tile for a model: ``working_memory.tile_tokens`` of its config."""
     inner = config.to_dict().get("intermediate_size") or 4 * config.hidden_size
     inner = max(inner) if isinstance(inner, (list, tuple)) else inner
     return tile_tokens(config.hidden_size, inner, element_bytes, device_type)

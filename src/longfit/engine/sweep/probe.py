@@ -234,7 +234,7 @@ def _why_not_swept(call: LayerCall, hidden: Tensor, out: Any) -> str | None:
     if not _has_values(call.layer):
         return None
     try:
-        tiled = run_layer_without_grad(hidden, replace(call, keywords=_apart(call.keywords)), _Tiles())
+        tiled = run_layer_without_grad(hidden, replace(call, keywords=_apart(call.keywords)), _ProbeSweep())
     except (ModelError, RuntimeError, ValueError, IndexError) as error:
         return f"{name} does not run on a tile of tokens ({str(error).splitlines()[0]})"
     if not _same(tiled, out, slice(None)):
@@ -261,7 +261,7 @@ class _Counter:
         return tile_forward(tile)[0].transpose(1, 2)
 
 
-class _Tiles:
+class _ProbeSweep:
     """A sweep in tiles of three tokens that keeps nothing."""
 
     def __init__(self) -> None:

@@ -17,13 +17,13 @@ from longfit.engine.hf_model import base_model
 from longfit.engine.host_memory import give_back
 from longfit.engine.offload.activations import ActivationOffload
 from longfit.engine.offload.weights import WeightStream
-from longfit.engine.sizes import TRIMMED_LAYERS
 from longfit.engine.sweep.fused_modules import Fused, fused_forwards, fused_rotary
 from longfit.engine.sweep.layer import run_layer, run_layer_without_grad
 from longfit.engine.sweep.layer_call import layer_call
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
 from longfit.engine.sweep.shared_sequence import SharedSequence
 from longfit.engine.sweep.unread_product import UnreadProducts
+from longfit.engine.working_memory import TRIMMED_LAYERS
 from longfit.errors import ModelError
 
 PLAIN = "_longfit_plain"

@@ -28,13 +28,13 @@ class UnreadProducts:
         self._known: dict[nn.Module, QLoRALinear | None] = {}
 
     @contextmanager
-    def left_out(self, layer: nn.Module) -> Iterator["Run"]:
+    def left_out(self, layer: nn.Module) -> Iterator["LayerRun"]:
         """Leave the product out of what the layer computes while this lasts; end with ``Run.look`` at its output."""
         module = self._known.get(layer)
         if module is None or "forward" in vars(module) or any(map(is_hooked, _around(layer, module))):
-            yield Run(self, layer, None)
+            yield LayerRun(self, layer, None)
             return
-        run = Run(self, layer, module)
+        run = LayerRun(self, layer, module)
         module.forward = run.forward  # type: ignore[method-assign]
         try:
             yield run
@@ -47,7 +47,7 @@ class UnreadProducts:
         return found
 
 
-class Run:
+class LayerRun:
     """One computation of a layer."""
 
     def __init__(self, products: UnreadProducts, layer: nn.Module, module: QLoRALinear | None) -> None:

@@ -10,12 +10,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from longfit.kernels.cpu.library import library
+from longfit.kernels.cpu.library import DTYPES, library
 from longfit.numerics import adamw
-from longfit.numerics.adamw import BLOCK_SIZE, RunUpdate
+from longfit.numerics.adamw import BLOCK_SIZE, AdamwUpdate
 from longfit.numerics.codebooks import dynamic_map
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LOW_32 = 0xFFFFFFFF
 
 
@@ -48,7 +47,7 @@ class AdamwRun(ctypes.Structure):
     ]
 
 
-def adamw_step(updates: Sequence[RunUpdate]) -> None:
+def adamw_step(updates: Sequence[AdamwUpdate]) -> None:
     """See `longfit.numerics.adamw.adamw_step`, which also steps the fp64 parameters, as they are rare."""
     adamw.adamw_step([update for update in updates if update.param.dtype == torch.float64])
     native = [update for update in updates if update.param.dtype != torch.float64]
@@ -61,10 +60,10 @@ def adamw_step(updates: Sequence[RunUpdate]) -> None:
     library().kernel("adamw")(runs, len(native), torch.get_num_threads())
 
 
-def _describe(run: AdamwRun, update: RunUpdate, grad: Tensor, end_block: int) -> None:
+def _describe(run: AdamwRun, update: AdamwUpdate, grad: Tensor, end_block: int) -> None:
     state, scalars = update.state, update.scalars
-    run.param, run.param_dtype = update.param.data_ptr(), _DTYPES[update.param.dtype]
-    run.grad, run.grad_dtype = grad.data_ptr(), _DTYPES[grad.dtype]
+    run.param, run.param_dtype = update.param.data_ptr(), DTYPES[update.param.dtype]
+    run.grad, run.grad_dtype = grad.data_ptr(), DTYPES[grad.dtype]
     run.exp_avg, run.exp_avg_sq = state.exp_avg.data_ptr(), state.exp_avg_sq.data_ptr()
     if state.exp_avg_absmax is not None and state.exp_avg_sq_absmax is not None:
         run.exp_avg_absmax, run.exp_avg_sq_absmax = state.exp_avg_absmax.data_ptr(), state.exp_avg_sq_absmax.data_ptr()
@@ -84,7 +83,7 @@ def _describe(run: AdamwRun, update: RunUpdate, grad: Tensor, end_block: int) ->
 
 
 def _readable(grad: Tensor) -> Tensor:
-    return grad.contiguous() if grad.dtype in _DTYPES else grad.float()
+    return grad.contiguous() if grad.dtype in DTYPES else grad.float()
 
 
 @cache

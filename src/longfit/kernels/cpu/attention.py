@@ -29,7 +29,7 @@ class View(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("token", c_int64)]
 
 
-class Tile(ctypes.Structure):
+class TileStruct(ctypes.Structure):
     """``longfit_attention_tile`` of csrc/attention.h, which explains the fields."""
 
     _fields_ = [
@@ -167,7 +167,7 @@ class _Call:
         self._out_of_memory = torch.zeros((), dtype=torch.int32)
         batch, heads, queries, head_dim = q.shape
         self._dtype = q.dtype
-        self._tile = Tile(
+        self._tile = TileStruct(
             batch=batch,
             query_heads=heads,
             kv_heads=k.shape[1],

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from longfit.errors import BackendError
-from longfit.kernels.sizes import TILE_BYTES
+from longfit.kernels.dense_weight_bytes import TILE_BYTES
 
 ABI = 8  # LONGFIT_ABI of csrc/longfit.h
 
@@ -31,7 +31,7 @@ HUGE_BYTES = 4 << 20
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class Weight4(ctypes.Structure):
+class Weight4Struct(ctypes.Structure):
     """``longfit_weight4`` of csrc/longfit.h, which explains the fields."""
 
     _fields_ = [
@@ -53,11 +53,11 @@ class Weight4(ctypes.Structure):
 
 _SIGNATURES: dict[str, list[Any]] = {
     "dequantize_4bit": [
-        ctypes.POINTER(Weight4), c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int, c_int,
+        ctypes.POINTER(Weight4Struct), c_int64, c_int64, c_int64, c_int64, c_void_p, c_int64, c_int, c_int,
     ],
-    "linear_4bit": [ctypes.POINTER(Weight4), c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int],
+    "linear_4bit": [ctypes.POINTER(Weight4Struct), c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int, c_int],
     "matmul_4bit": [
-        ctypes.POINTER(Weight4), c_int, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int,
+        ctypes.POINTER(Weight4Struct), c_int, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int,
     ],
     "quantize_4bit": [c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
     "nearest_table": [c_void_p, c_int, c_void_p],

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longfit.kernels.cpu import processor
-from longfit.kernels.cpu.library import DTYPES, Weight4, library, unavailable, why
-from longfit.kernels.sizes import TILE_BYTES
+from longfit.kernels.cpu.library import DTYPES, Weight4Struct, library, unavailable, why
+from longfit.kernels.dense_weight_bytes import TILE_BYTES
 from longfit.numerics import codebooks
 from longfit.numerics.absmax import num_blocks
 from longfit.numerics.double_quant import DoubleQuant
@@ -81,26 +81,28 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Te
     return _as(out, dtype)
 
 
-def _flat_weight(packed: Tensor, state: QuantState) -> tuple[Weight4, list[Tensor]]:
+def _flat_weight(packed: Tensor, state: QuantState) -> tuple[Weight4Struct, list[Tensor]]:
     """Describe a weight in the flat format; the tensors returned with it must outlive the description."""
     absmax, held = state.absmax, [packed.contiguous()]
     if isinstance(absmax, DoubleQuant):
         held += [absmax.codes.contiguous(), absmax.absmax.contiguous()]
         template = _flat_template(state.quant_type, state.block_size, absmax.storage, absmax.absmax_block_size)
-        weight = Weight4.from_buffer_copy(template)
+        weight = Weight4Struct.from_buffer_copy(template)
         weight.nested, weight.offset = held[2].data_ptr(), absmax.offset.data_ptr()
     else:
         held.append(absmax.contiguous())
-        weight = Weight4.from_buffer_copy(_flat_template(state.quant_type, state.block_size))
+        weight = Weight4Struct.from_buffer_copy(_flat_template(state.quant_type, state.block_size))
     weight.codes, weight.scales = held[0].data_ptr(), held[1].data_ptr()
     return weight, held
 
 
 @cache
-def _flat_template(quant_type: str, block_size: int, storage: str | None = None, absmax_block_size: int = 0) -> Weight4:
+def _flat_template(
+    quant_type: str, block_size: int, storage: str | None = None, absmax_block_size: int = 0
+) -> Weight4Struct:
     """Return what all weights of a format share; making it takes as long as filling in the rest."""
     scale_map = None if storage is None else _SCALE_MAPS[storage].data_ptr()
-    return Weight4(
+    return Weight4Struct(
         codebook=_CODEBOOKS[quant_type].data_ptr(),
         block_size=block_size,
         scale_map=scale_map,
@@ -202,7 +204,7 @@ def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: R
     return out
 
 
-def _multiply(a: Tensor, weight: Weight4, out: Tensor, *, transposed: bool) -> None:
+def _multiply(a: Tensor, weight: Weight4Struct, out: Tensor, *, transposed: bool) -> None:
     """Fill ``out`` [..., N] with ``a`` [M, K] times W or W^T, de-quantising where a GEMM copies its operands anyhow."""
     depth = a.shape[1]
     if depth % 2:
@@ -222,7 +224,7 @@ def _multiply(a: Tensor, weight: Weight4, out: Tensor, *, transposed: bool) -> N
     )
 
 
-def _linear_by_tiles(x2: Tensor, weight: Weight4, fmt: RowFormat, y: Tensor) -> None:
+def _linear_by_tiles(x2: Tensor, weight: Weight4Struct, fmt: RowFormat, y: Tensor) -> None:
     """Fill ``y`` [M, O] by running torch's GEMM of ``x2`` [M, I] with a de-quantised tile of rows of W at a time."""
     height = _tile(fmt.out_features, fmt.in_features, y.dtype)
     tile = library().tile(height, fmt.in_features, dtype=_stored(y.dtype))
@@ -233,7 +235,7 @@ def _linear_by_tiles(x2: Tensor, weight: Weight4, fmt: RowFormat, y: Tensor) -> 
         _product(x2, part.to(x2.dtype).t(), y[:, row : row + part.shape[0]])
 
 
-def _grad_input_by_tiles(grad2: Tensor, weight: Weight4, fmt: RowFormat, out: Tensor) -> None:
+def _grad_input_by_tiles(grad2: Tensor, weight: Weight4Struct, fmt: RowFormat, out: Tensor) -> None:
     """Fill ``out`` [M, I], tile by tile over the columns of W, so that nothing is summed in 16 bits."""
     width = _tile(fmt.in_features, fmt.out_features, out.dtype)
     tile = library().tile(fmt.out_features, width, dtype=_stored(out.dtype))
@@ -279,17 +281,19 @@ def _tile(length: int, depth: int, dtype: torch.dtype) -> int:
     return min(length, -(-length // tiles // step) * step)
 
 
-def _dequantize(weight: Weight4, rows: tuple[int, int], columns: tuple[int, int], out: Tensor, out_stride: int) -> None:
+def _dequantize(
+    weight: Weight4Struct, rows: tuple[int, int], columns: tuple[int, int], out: Tensor, out_stride: int
+) -> None:
     """De-quantise a window, given as (first, count) of rows and of columns, to ``out``; its rows are strided."""
     library().kernel("dequantize_4bit")(
         weight, *rows, *columns, out.data_ptr(), out_stride, DTYPES[out.dtype], torch.get_num_threads()
     )
 
 
-def _row_weight(rows: Tensor, constants: Tensor, fmt: RowFormat, *, first_row: int = 0) -> Weight4:
+def _row_weight(rows: Tensor, constants: Tensor, fmt: RowFormat, *, first_row: int = 0) -> Weight4Struct:
     """Describe a weight in the row format; the tensors must outlive the description."""
     weight, code_bytes, blocks_per_row = _row_template(fmt)
-    weight = Weight4.from_buffer_copy(weight)
+    weight = Weight4Struct.from_buffer_copy(weight)
     weight.codes = codes = rows.data_ptr()
     weight.scales = codes + code_bytes
     if blocks_per_row:
@@ -302,9 +306,9 @@ def _row_weight(rows: Tensor, constants: Tensor, fmt: RowFormat, *, first_row: i
 
 
 @cache
-def _row_template(fmt: RowFormat) -> tuple[Weight4, int, int]:
+def _row_template(fmt: RowFormat) -> tuple[Weight4Struct, int, int]:
     """Return what all weights of a format share, its code bytes, and its blocks per row (0: all blocks in one row)."""
-    weight = Weight4(
+    weight = Weight4Struct(
         codebook=_CODEBOOKS[fmt.quant_type].data_ptr(),
         block_size=fmt.block_size,
         absmax_block_size=fmt.absmax_block_size,

@@ -22,7 +22,7 @@ from torch import Tensor
 from longfit.kernels.triton.blocks import largest_magnitude, levels_of, nearest_rank, scale_to_one, tables_of
 from longfit.kernels.triton.device import kernel_dtype, on_device
 from longfit.numerics import adamw
-from longfit.numerics.adamw import BLOCK_SIZE, RunUpdate
+from longfit.numerics.adamw import BLOCK_SIZE, AdamwUpdate
 
 _NUM_BLOCKS = 4  # blocks of 256 elements that a program steps
 _CHUNK = _NUM_BLOCKS * BLOCK_SIZE
@@ -129,9 +129,9 @@ def _step(
         tl.store(v_place, v, mask=inside)
 
 
-def adamw_step(updates: Sequence[RunUpdate]) -> None:
+def adamw_step(updates: Sequence[AdamwUpdate]) -> None:
     """See `longfit.numerics.adamw.adamw_step`."""
-    groups: dict[_Form | None, list[tuple[RunUpdate, Tensor]]] = defaultdict(list)
+    groups: dict[_Form | None, list[tuple[AdamwUpdate, Tensor]]] = defaultdict(list)
     for update in updates:
         if update.param.numel():
             grad = update.grad.contiguous() if update.grad.dtype in _DTYPES else update.grad.float()
@@ -143,7 +143,7 @@ def adamw_step(updates: Sequence[RunUpdate]) -> None:
             _launch(group, form)
 
 
-def _form(update: RunUpdate, grad: Tensor) -> _Form | None:
+def _form(update: AdamwUpdate, grad: Tensor) -> _Form | None:
     """Return which kernel steps a run; None if the reference does."""
     param, state = update.param, update.state
     if kernel_dtype(param.dtype, param.device) != param.dtype or kernel_dtype(grad.dtype, grad.device) != grad.dtype:
@@ -151,7 +151,7 @@ def _form(update: RunUpdate, grad: Tensor) -> _Form | None:
     return param.dtype, grad.dtype, state.exp_avg_absmax is not None, state.master is not None
 
 
-def _launch(group: list[tuple[RunUpdate, Tensor]], form: _Form) -> None:
+def _launch(group: list[tuple[AdamwUpdate, Tensor]], form: _Form) -> None:
     device = group[0][0].param.device
     param_dtype, grad_dtype, eight_bits, master = form
     first_chunks, num_chunks = [], 0
@@ -172,7 +172,7 @@ def _launch(group: list[tuple[RunUpdate, Tensor]], form: _Form) -> None:
         )  # fmt: skip
 
 
-def _entry(update: RunUpdate, grad: Tensor) -> tuple[int, ...]:
+def _entry(update: AdamwUpdate, grad: Tensor) -> tuple[int, ...]:
     """Return a run's line of the table."""
     state = update.state
     tensors = (

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longfit.kernels.triton.device import kernel_dtype, on_device
-from longfit.kernels.triton.weights_4bit import Weight4, block_constants
+from longfit.kernels.triton.weights_4bit import Weight4Tensors, block_constants
 from longfit.kernels.workspace import workspace
 from longfit.numerics.row_format import RowFormat
 
@@ -70,10 +70,12 @@ def linear_4bit(x: Tensor, rows: Tensor, constants: Tensor, fmt: RowFormat) -> T
     whole_blocks_in_rows = fmt.in_features % fmt.block_size == 0
     if x2.shape[0] > FEW_ROWS or not whole_blocks_in_rows or kernel_dtype(x.dtype, x.device) != x.dtype:
         return F.linear(x, _dense(rows, constants, fmt, x.dtype))
-    return _few_rows(x2.contiguous(), Weight4.of_rows(rows, constants, fmt), fmt).view(*x.shape[:-1], fmt.out_features)
+    return _few_rows(x2.contiguous(), Weight4Tensors.of_rows(rows, constants, fmt), fmt).view(
+        *x.shape[:-1], fmt.out_features
+    )
 
 
-def _few_rows(x2: Tensor, weight: Weight4, fmt: RowFormat) -> Tensor:
+def _few_rows(x2: Tensor, weight: Weight4Tensors, fmt: RowFormat) -> Tensor:
     y = torch.empty(x2.shape[0], fmt.out_features, dtype=x2.dtype, device=x2.device)
     *tensors_and_strides, block_size, absmax_block_size, double_quant = weight
     with on_device(x2):
@@ -92,6 +94,6 @@ def linear_4bit_grad_input(grad: Tensor, rows: Tensor, constants: Tensor, fmt: R
 
 def _dense(rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torch.dtype) -> Tensor:
     """Return the weight ``[out, in]`` in a dtype; valid until the stream's next matmul with a 4-bit weight."""
-    weight, written = Weight4.of_rows(rows, constants, fmt), kernel_dtype(dtype, rows.device)
+    weight, written = Weight4Tensors.of_rows(rows, constants, fmt), kernel_dtype(dtype, rows.device)
     shape = (fmt.out_features, fmt.in_features)
     return workspace(rows.device).dense(rows, shape, written, weight.dequantize).to(dtype)

@@ -89,7 +89,7 @@ def _quantize_absmax(absmax: Tensor, absmax_block_size: int) -> DoubleQuant:
 
 
 # ------------------------------------------------------------------------------------------------ de-quantise
-class Weight4(NamedTuple):
+class Weight4Tensors(NamedTuple):
     """A 4-bit weight as a kernel finds it: where bytes begin, how far apart rows are, the tables, the sizes.
 
     Attributes:
@@ -116,7 +116,7 @@ class Weight4(NamedTuple):
     double_quant: bool
 
     @classmethod
-    def of_flat(cls, packed: Tensor, state: QuantState) -> Weight4:
+    def of_flat(cls, packed: Tensor, state: QuantState) -> Weight4Tensors:
         """Describe a weight in the flat format."""
         packed, absmax, device = packed.contiguous(), state.absmax, packed.device
         if isinstance(absmax, DoubleQuant):
@@ -132,7 +132,7 @@ class Weight4(NamedTuple):
         )  # fmt: skip
 
     @classmethod
-    def of_rows(cls, rows: Tensor, constants: Tensor, fmt: RowFormat, *, first_row: int = 0) -> Weight4:
+    def of_rows(cls, rows: Tensor, constants: Tensor, fmt: RowFormat, *, first_row: int = 0) -> Weight4Tensors:
         """Describe rows of a weight in the row format; they may be strided, their bytes may not."""
         rows = rows if rows.stride(1) == 1 else rows.contiguous()
         constants, device = constants.contiguous(), rows.device
@@ -199,7 +199,7 @@ def _dequantize(
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     """See `longfit.numerics.quant_state.dequantize_4bit`."""
     out = torch.empty(state.shape, dtype=kernel_dtype(dtype, packed.device), device=packed.device)
-    Weight4.of_flat(packed, state).dequantize(out)
+    Weight4Tensors.of_flat(packed, state).dequantize(out)
     return out.to(dtype)
 
 
@@ -207,7 +207,7 @@ def dequantize_rows(rows: Tensor, constants: Tensor, fmt: RowFormat, dtype: torc
     """See `longfit.numerics.row_format.dequantize_rows`."""
     num_rows = rows.shape[0] * fmt.columns // fmt.in_features
     out = torch.empty(num_rows, fmt.in_features, dtype=kernel_dtype(dtype, rows.device), device=rows.device)
-    Weight4.of_rows(rows, constants, fmt, first_row=first_row).dequantize(out)
+    Weight4Tensors.of_rows(rows, constants, fmt, first_row=first_row).dequantize(out)
     return out.to(dtype)
 
 

@@ -13,7 +13,7 @@ from longfit.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Layout:
+class DeviceLayout:
     """The sizes of both cuts.
 
     Attributes:
@@ -54,14 +54,14 @@ class Layout:
 
 def choose_layout(
     devices: int, *, asked: int | None = None, data: int | None = None, sequence: int = 1, shard: int = 1
-) -> Layout:
+) -> DeviceLayout:
     """Check that the cuts fit the devices.
 
     Args:
         devices: processes that there are.
         asked: processes that the settings say; None says nothing.
         data: windows at once; None: as many as ``sequence`` leaves.
-        sequence, shard: as in `Layout`.
+        sequence, shard: as in `DeviceLayout`.
     Raises: ConfigError: something does not divide; the message names the nearest that does.
     """
     problems = []
@@ -82,7 +82,7 @@ def choose_layout(
         )
     if problems:
         raise ConfigError("\n  ".join(problems))
-    return Layout(devices, sequence, shard)
+    return DeviceLayout(devices, sequence, shard)
 
 
 def _nearest(devices: int, value: int) -> str:

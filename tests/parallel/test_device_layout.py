@@ -3,7 +3,7 @@
 import pytest
 
 from longfit.errors import ConfigError
-from longfit.parallel.layout import Layout, choose_layout
+from longfit.parallel.device_layout import DeviceLayout, choose_layout
 
 
 def test_the_devices_of_a_window_are_neighbours() -> None:
@@ -14,7 +14,7 @@ def test_the_devices_of_a_window_are_neighbours() -> None:
 
 
 def test_one_device_is_a_layout_too() -> None:
-    assert choose_layout(1) == Layout()
+    assert choose_layout(1) == DeviceLayout()
 
 
 @pytest.mark.parametrize(

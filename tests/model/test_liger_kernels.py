@@ -25,7 +25,7 @@ from longfit.engine.sweep.install import enable_sweep
 from longfit.errors import BackendError
 from longfit.kernels import elementwise
 from longfit.layers.linear4bit import Linear4bit
-from longfit.model import fused
+from longfit.model import liger_kernels
 from longfit.model.adapters import add_adapters
 
 FAMILIES = ("gemma2", "gemma3", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -39,7 +39,7 @@ def card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         pytest.skip("Triton compiles where there is a card, and interprets elsewhere")
     if request.param == "interpreter":
         _teach_interpreter(monkeypatch)
-        monkeypatch.setattr(fused, "liger_unavailable", lambda device: None)
+        monkeypatch.setattr(liger_kernels, "liger_unavailable", lambda device: None)
     return "cpu" if request.param == "interpreter" else "cuda"
 
 
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_models_own_operations(
     exact = exact_norms(copy.deepcopy(model).double())
     truth, own = gradients(exact, own_loss(exact, ids)), gradients(model, own_loss(model, ids))
 
-    report = fused.fuse(model, kernels="liger")
+    report = liger_kernels.fuse(model, kernels="liger")
     if engine == "sweep":
         enable_sweep(model, tile=2)
     else:
@@ -146,10 +146,10 @@ def test_the_family_is_as_it_was_when_liger_fails_halfway(monkeypatch: pytest.Mo
         raise TypeError("unexpected keyword")
 
     monkeypatch.setattr(integration, "apply_liger_kernel", fails)
-    monkeypatch.setattr(fused, "liger_unavailable", lambda device: None)
-    monkeypatch.setattr(fused, "version", lambda name: "0")
+    monkeypatch.setattr(liger_kernels, "liger_unavailable", lambda device: None)
+    monkeypatch.setattr(liger_kernels, "version", lambda name: "0")
     with pytest.raises(TypeError, match="unexpected keyword"):
-        fused.fuse(quantized("llama"), kernels="liger")
+        liger_kernels.fuse(quantized("llama"), kernels="liger")
     assert dict(vars(family)) == before
 
 
@@ -159,8 +159,8 @@ def test_the_rest_of_the_family_is_as_it_was(card: str) -> None:
     model = quantized("llama", card)
     family = sys.modules[type(base_model(model)).__module__]
     before, seen = dict(vars(family)), []
-    fused.fuse(model)
-    fused.fuse(quantized("llama", card))
+    liger_kernels.fuse(model)
+    liger_kernels.fuse(quantized("llama", card))
     assert dict(vars(family)) == before
     with fused_rotary(base_model(model)):
         seen.append(family.apply_rotary_pos_emb)
@@ -179,14 +179,14 @@ def test_the_rest_of_the_family_is_as_it_was(card: str) -> None:
 def test_what_liger_does_not_compute_is_left_to_the_model(
     monkeypatch: pytest.MonkeyPatch, family: str, settings: dict[str, Any], reason: str
 ) -> None:
-    monkeypatch.setattr(fused, "liger_unavailable", lambda device: None)
+    monkeypatch.setattr(liger_kernels, "liger_unavailable", lambda device: None)
     model = tiny_model(family, **{"dtype": torch.float32, **settings})
-    report = fused.fuse(model)
+    report = liger_kernels.fuse(model)
     assert reason in str(report)
     assert (report.kernels, report.modules) == (None, ())
     assert not any("forward" in vars(module) for module in model.modules())
     with pytest.raises(BackendError, match=f"fused kernels 'liger': {reason}.*; use auto or none"):
-        fused.fuse(model, kernels="liger")
+        liger_kernels.fuse(model, kernels="liger")
 
 
 def test_bfloat16_on_a_card_without_it_is_left_to_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,22 +194,22 @@ def test_bfloat16_on_a_card_without_it_is_left_to_the_model(monkeypatch: pytest.
     config = tiny_model("llama", dtype=torch.float32).config
     for dtype, problem in ((torch.bfloat16, "liger-kernel has no kernels for torch.bfloat16 here"), (torch.half, None)):
         base = SimpleNamespace(config=config, dtype=dtype, device=torch.device("cuda"))
-        assert fused.not_known(base) == problem
+        assert liger_kernels.not_known(base) == problem
 
 
 def test_without_a_card_or_the_package_the_model_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama", dtype=torch.float32)
-    assert str(fused.fuse(model, kernels="none")) == "norms, rotary, SwiGLU: the model's own (as asked)"
+    assert str(liger_kernels.fuse(model, kernels="none")) == "norms, rotary, SwiGLU: the model's own (as asked)"
     monkeypatch.setattr(elementwise, "find_spec", lambda name: None)
     with pytest.raises(BackendError, match=r"liger-kernel is not installed: pip install 'longfit\[cuda\]'"):
-        fused.fuse(model, kernels="liger")
+        liger_kernels.fuse(model, kernels="liger")
     monkeypatch.setattr(elementwise, "find_spec", lambda name: name)
-    assert "liger-kernel needs a card, this is cpu" in str(fused.fuse(model))
+    assert "liger-kernel needs a card, this is cpu" in str(liger_kernels.fuse(model))
     with pytest.raises(BackendError, match="fused kernels 'triton': must be one of auto, none, liger"):
-        fused.fuse(model, kernels="triton")
+        liger_kernels.fuse(model, kernels="triton")
 
 
 def test_a_version_that_changes_nothing_is_an_error(card: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.integrations.liger.apply_liger_kernel", lambda model, kernels: None)
     with pytest.raises(BackendError, match="changed nothing in a llama model; install a newer one"):
-        fused.fuse(quantized("llama", card))
+        liger_kernels.fuse(quantized("llama", card))

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longfit.numerics.adamw import BLOCK_SIZE, RunState
-from longfit.optim.sizes import SMALLEST_8BIT_NUMEL
+from longfit.numerics.adamw import BLOCK_SIZE, AdamwState
+from longfit.optim.state_sizes import SMALLEST_8BIT_NUMEL
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
@@ -97,7 +97,7 @@ def format_of(param: Tensor, *, state_bits: int, master_weights: str) -> StateFo
 
 
 @dataclass(frozen=True)
-class Run:
+class ParameterRun:
     """Elements ``start`` to ``stop`` of parameter number ``param``; their state begins at byte ``offset`` of a page."""
 
     param: int
@@ -116,9 +116,9 @@ class Run:
             offset += field.num_bytes(self.stop - self.start)
         return views
 
-    def state(self, page: Tensor) -> RunState:
+    def state(self, page: Tensor) -> AdamwState:
         """Return the run's state on the page's memory."""
-        return RunState(**self.views(page))
+        return AdamwState(**self.views(page))
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ class Page:
 
     number: int
     device: torch.device
-    runs: tuple[Run, ...]
+    runs: tuple[ParameterRun, ...]
 
 
-class Layout:
+class PageLayout:
     """The pages of an optimiser; grows as parameters are added, and never moves what it has placed.
 
     Args:
@@ -161,8 +161,8 @@ class Layout:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _fill_pages(params: list[tuple[int, Tensor, StateFormat]], page_bytes: int) -> Iterator[list[Run]]:
-    runs: list[Run] = []
+def _fill_pages(params: list[tuple[int, Tensor, StateFormat]], page_bytes: int) -> Iterator[list[ParameterRun]]:
+    runs: list[ParameterRun] = []
     used = 0
     for number, param, form in params:
         start = 0
@@ -174,7 +174,7 @@ def _fill_pages(params: list[tuple[int, Tensor, StateFormat]], page_bytes: int) 
                     yield runs
                     runs, used = [], 0
                     continue
-            runs.append(Run(number, start, start + rest, used, form))
+            runs.append(ParameterRun(number, start, start + rest, used, form))
             used += form.num_bytes(rest)
             start += rest
     if runs:

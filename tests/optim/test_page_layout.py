@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longfit.numerics.adamw import BLOCK_SIZE
-from longfit.optim.layout import ALIGNMENT, Layout, StateFormat, format_of
+from longfit.optim.page_layout import ALIGNMENT, PageLayout, StateFormat, format_of
 
 FORMATS = [StateFormat(bits, master) for bits in (8, 32) for master in (True, False)] + [StateFormat(64, False)]
 PAGE_BYTES = 65_536
@@ -15,7 +15,7 @@ PAGE_BYTES = 65_536
 @settings(max_examples=60, deadline=None)
 @given(sizes=st.lists(st.tuples(st.integers(0, 60_000), st.sampled_from(FORMATS)), max_size=12))
 def test_every_element_has_exactly_one_place(sizes: list[tuple[int, StateFormat]]) -> None:
-    layout = Layout(PAGE_BYTES)
+    layout = PageLayout(PAGE_BYTES)
     params = [(number, torch.empty(numel), form) for number, (numel, form) in enumerate(sizes)]
     layout.add(params[:5])
     layout.add(params[5:])
@@ -44,7 +44,7 @@ def test_capacity_is_the_largest_that_fits(form: StateFormat) -> None:
 
 
 def test_an_8_bit_state_takes_less_than_2_05_bytes_a_parameter() -> None:
-    layout = Layout(4 << 20)
+    layout = PageLayout(4 << 20)
     layout.add([(0, torch.empty(50_000_000, device="meta"), StateFormat(8, master=False))])
     assert layout.state_bytes / 50_000_000 < 2.05
     assert len(layout.pages) * layout.page_bytes / 50_000_000 < 2.05 + layout.page_bytes / 50_000_000, "one open page"
@@ -54,7 +54,7 @@ def test_small_parameters_keep_32_bits_and_share_a_page() -> None:
     small, large = torch.empty(4095), torch.empty(4096)
     assert format_of(small, state_bits=8, master_weights="fp32").bits == 32
     assert format_of(large, state_bits=8, master_weights="fp32").bits == 8
-    layout = Layout(PAGE_BYTES)
+    layout = PageLayout(PAGE_BYTES)
     layout.add([(n, torch.empty(64), StateFormat(32, False)) for n in range(50)])
     assert len(layout.pages) == 1
 
@@ -72,7 +72,7 @@ def test_masters_belong_to_16_bit_parameters() -> None:
 
 
 def test_devices_do_not_share_a_page() -> None:
-    layout = Layout(PAGE_BYTES)
+    layout = PageLayout(PAGE_BYTES)
     form = StateFormat(32, False)
     layout.add([(0, torch.empty(8), form), (1, torch.empty(8, device="meta"), form), (2, torch.empty(8), form)])
     assert [(page.device.type, [run.param for run in page.runs]) for page in layout.pages] == [
@@ -83,7 +83,7 @@ def test_devices_do_not_share_a_page() -> None:
 
 def test_the_fingerprint_tells_layouts_apart() -> None:
     def fingerprint(numel: int, form: StateFormat, page_bytes: int = PAGE_BYTES) -> str:
-        layout = Layout(page_bytes)
+        layout = PageLayout(page_bytes)
         layout.add([(0, torch.empty(numel), form)])
         return layout.fingerprint()
 
