@@ -23,7 +23,6 @@ from longfit.exporting.gguf_families import Field, llama3_factors
 from longfit.exporting.gguf_file import encode, rounding_bound
 from longfit.exporting.gguf_tokenizer import pre_name, require_rule
 from longfit.exporting.ollama import modelfile
-from longfit.model.context import adopt_positions
 from longfit.model.load import load
 
 ROUNDING = {"F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 2.0**-7, "Q4_0": 2.0**-7}
@@ -65,6 +64,8 @@ def test_llama_cpp_computes_the_merged_model(family: str, tmp_path: Path) -> Non
         assert distance(logits_of(model, ids), expected) > 0.1  # so that a lost adapter would show
     assert_as_rounded(found, expected, "F16", model.config.num_hidden_layers)
     theirs.close()
+    read_back, _ = load(tmp_path / "out" / result.files[0], quant="none", dtype=torch.float32)
+    assert_as_rounded(logits_of(read_back, ids), expected, "F16", model.config.num_hidden_layers)
 
 
 @pytest.mark.parametrize("file_type", ROUNDING)
@@ -75,7 +76,6 @@ def test_every_type_in_llama_cpp_and_read_back(file_type: str, tmp_path: Path) -
     path = tmp_path / "out" / result.files[0]
     ids = (3 * ids_of(tokenizer))[:120]
     read_back, _ = load(path, quant="none", dtype=torch.float32)
-    adopt_positions(read_back, tmp_path / "adapter")
     theirs = LlamaCpp(path, context=128)
     assert_as_rounded(theirs.logits(ids), logits_of(read_back, ids), file_type, 2)
     theirs.close()

@@ -24,6 +24,7 @@ from gguf import GGUFValueType, Keys
 from torch import Tensor
 
 from longfit.errors import ExportError
+from longfit.model.gguf_config import gemma_query_scalar
 
 U32, F32, STRING, BOOL = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueType.STRING, GGUFValueType.BOOL
 
@@ -95,18 +96,12 @@ def _problems(config: Any, family: Family) -> Iterator[str]:
     if period is not None:
         if kinds != [(index + 1) % period == 0 for index in range(len(kinds))]:
             yield f"layer_types: every layer but each {period}th must have the sliding window"
-        expected = _gemma_query_scalar(config, family)
+        expected = gemma_query_scalar(config)
         if config.query_pre_attn_scalar != expected:
             yield f"query_pre_attn_scalar is {config.query_pre_attn_scalar}, it divides by {expected}"
     if family.architecture == "gemma2" and not (config.attn_logit_softcapping and config.final_logit_softcapping):
         yield "soft caps are switched off, it always has them"
     yield from _rope_problems(full_rope(config), config)
-
-
-def _gemma_query_scalar(config: Any, family: Family) -> float:
-    """What llama.cpp divides the squared scores by: the head size, but for the largest model of each generation."""
-    largest = {"gemma2": 46, "gemma3": 62}[family.architecture]
-    return config.hidden_size / config.num_attention_heads if config.num_hidden_layers == largest else config.head_dim
 
 
 def full_rope(config: Any) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from longfit.compat.transformers import tied_weights
 from longfit.errors import ModelError
 from longfit.files.gguf_header import MAGIC, read_header, require_whole_tensors
 from longfit.files.reading import reading
+from longfit.model.gguf_config import complete_config
+from longfit.model.gguf_positions import read_positions
 from longfit.model.weight_files import require_sane_counts
 
 _INTEGERS = frozenset(kind.value for kind in GGMLQuantizationType if kind.name in ("I8", "I16", "I32", "I64"))
@@ -85,6 +87,8 @@ def read_config(path: Path) -> PretrainedConfig:
     require_whole(path)
     with reading(path, "the GGUF model", ModelError, do="give one that transformers can build"):
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        complete_config(path, config)
+        read_positions(path, config)
     require_sane_counts(str(path), config.to_dict())
     if "quantization_config" in config.to_dict():
         del config.quantization_config
