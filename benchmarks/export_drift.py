@@ -1,34 +1,38 @@
-"""How far each way out of a run drifts from the trained model: merged both ways, GGUF in three types, a GGUF adapter.
+"""How far each way out of a run drifts from the trained model: merged both ways, GGUF in four types, a GGUF adapter.
 
     python -m benchmarks.export_drift RUN --tokens 512
 
-Every model is measured as it lies on the disk, in float32, on held-out text of the run (evaluation/drift.py). Where
-llama.cpp is installed (tests/exporting/llama_cpp.py says how), it reads the GGUF files too, with the threads and the
-precision that it has by itself; the adapter is put on the run's own GGUF base. Results go to
-``benchmarks/results/export_drift.md``.
+Every model is measured as it lies on the disk, in float32, on held-out text of the run (evaluation/drift.py), and
+proven to be the trained one (exporting/proof.py). Where llama.cpp is installed (``make llama-cpp``), it reads the
+GGUF files too, with the threads and the precision that it has by itself; the adapter is put on the run's own GGUF base.
+Numbers go to ``benchmarks/results/export_drift.json``, and their table between the marks of ``export_drift.md``.
 """
 
 import argparse
+import json
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from tests.exporting.llama_cpp import LlamaCpp
 
-from longfit.evaluation.drift import Drift, Reference, logits, measure_drift, read_reference
-from longfit.exporting.export import export
-from longfit.exporting.held_out import held_out_windows
-from longfit.exporting.merge import MergePlan, measure_folder
+from longfit.evaluation.drift import Drift, Reference, logits
+from longfit.exporting.export import GgufExport, export
+from longfit.exporting.measuring import DriftTable
+from longfit.exporting.merge import LEVELS
+from longfit.exporting.merge_plan import MergePlan
 from longfit.exporting.trained import Trained, open_trained
-from longfit.model.context import adopt_positions
-from longfit.model.load import load
+from longfit.training.metrics import ignore
 
-RESULTS = Path(__file__).parent / "results" / "export_drift.md"
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
 CPU = torch.device("cpu")
+GGUF = (("F16", "4bit"), ("BF16", "4bit"), ("Q8_0", "4bit"), ("Q4_0", "4bit"), ("Q4_0", "16bit"))
 
 
 def main() -> None:
@@ -38,45 +42,40 @@ def main() -> None:
     options = parser.parse_args()
     began = time.perf_counter()
     trained = open_trained(options.run)
-    text = held_out_windows(trained, None, options.tokens)
     rows = []
     with tempfile.TemporaryDirectory(dir=options.run) as folder:
-        for row in measure(trained, text.windows, Path(folder)):
+        for row in measure(trained, options.tokens, Path(folder)):
             print(f"{row.name:<50} KL {row.kl:.2e}  perplexity {row.perplexity:.4f}  {row.same_greedy:.2%}", flush=True)
             rows.append(row)
-    write(rows, options.run, options.tokens, time.perf_counter() - began)
+    write(rows, trained, options.tokens, time.perf_counter() - began)
 
 
-def measure(trained: Trained, windows: tuple[torch.Tensor, ...], folder: Path) -> Iterator[Drift]:
+def measure(trained: Trained, tokens: int, folder: Path) -> Iterator[Drift]:
     """All rows, the trained model first; nothing of a model stays on the disk once it has been measured."""
-    model, _ = trained.load(CPU, dtype=torch.float32)
-    reference = read_reference(model, windows)
-    yield measure_drift("as trained: adapter on NF4", model, reference)
-    with model.disable_adapter():
-        yield measure_drift("NF4 base without the adapter", model, reference)
-    del model
     plan = MergePlan.of(trained, dtype=torch.bfloat16)
+    table = DriftTable.begin(plan, None, tokens, CPU, ignore)
+    yield from table.rows
     for kind in ("16bit", "4bit"):
         (folder / kind).mkdir()
         plan.write(folder / kind, kind)
-        yield measure_folder(f"merged onto {kind}, bfloat16", folder / kind, reference, CPU, torch.float32)
+        found = table.add(f"merged onto {kind}, bfloat16", folder / kind)
+        table.prove(found, kind, lambda name, weight: weight.bfloat16(), levels=LEVELS[torch.bfloat16]).require(kind)
+        yield table.rows[-1]
         shutil.rmtree(folder / kind)
-    for file_type, kind in (("F16", "4bit"), ("Q8_0", "4bit"), ("Q4_0", "4bit"), ("Q4_0", "16bit")):
-        made = export(trained.path, folder / "gguf", type=file_type, onto=kind, measure=False)
-        path = folder / "gguf" / made.files[0]
+    table.plan = plan = replace(plan, dtype=torch.float32)
+    for file_type, kind in GGUF:
+        made = GgufExport(plan, kind, folder, file_type, ollama=False)
+        path = made.write(folder, ignore)
         name = f"GGUF {file_type}, merged onto {kind}"
-        model, _ = load(path, quant="none", dtype=torch.float32, device=CPU)
-        adopt_positions(model, trained.adapter)
-        yield measure_drift(f"{name}, read by longfit", model, reference)
-        del model
-        yield from in_llama_cpp(f"{name}, in llama.cpp", reference, path)
-        shutil.rmtree(folder / "gguf")
+        found = table.add(f"{name}, read by longfit", path)
+        table.prove(found, kind, made.rounding, levels=made.levels).require(name)
+        yield table.rows[-1]
+        yield from in_llama_cpp(f"{name}, in llama.cpp", table.trained, path)
+        path.unlink()
     if trained.base.endswith(".gguf"):
-        made = export(trained.path, folder / "lora", format="gguf-lora")
-        lora = folder / "lora" / made.files[0]
-        yield from in_llama_cpp(
-            "GGUF adapter on the base's own file, in llama.cpp", reference, Path(trained.base), lora
-        )
+        lora = folder / "lora" / export(trained.path, folder / "lora", format="gguf-lora").files[0]
+        name = "GGUF adapter on the base's own file, in llama.cpp"
+        yield from in_llama_cpp(name, table.trained, Path(trained.base), lora)
 
 
 def in_llama_cpp(name: str, reference: Reference, path: Path, lora: Path | None = None) -> Iterator[Drift]:
@@ -97,14 +96,12 @@ def in_llama_cpp(name: str, reference: Reference, path: Path, lora: Path | None 
     yield Drift(name, kl / count, float(torch.tensor(nll / count).exp()), same / count, int(count))
 
 
-def write(rows: list[Drift], run: Path, tokens: int, seconds: float) -> None:
-    """The table as a page."""
-    lines = [
-        "# Drift of each way out of a run",
-        "",
-        f"`python -m benchmarks.export_drift RUN --tokens {tokens}`, {seconds:,.0f} s on a busy machine of two cores; "
-        f"base `{open_trained(run).base.rsplit('/', 1)[-1]}`. KL in nats a token to the model as it was trained.",
-        "",
+def write(rows: list[Drift], trained: Trained, tokens: int, seconds: float) -> None:
+    """The numbers, and the page's table anew; what else stands on the page stays."""
+    about = {"base": trained.base.rsplit("/", 1)[-1], "tokens": tokens, "seconds": round(seconds)}
+    numbers = json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+    (RESULTS / "export_drift.json").write_text(numbers, encoding="utf-8")
+    table = [
         "| model | tokens | KL | perplexity | same greedy token |",
         "|---|---|---|---|---|",
         *(
@@ -112,7 +109,10 @@ def write(rows: list[Drift], run: Path, tokens: int, seconds: float) -> None:
             for row in rows
         ),
     ]
-    RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    page = RESULTS / "export_drift.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(table) + f"\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ def test_bnb_4bit_opens_in_transformers_with_bitsandbytes(make_run: MakeRun, tmp
     trained = make_run(model__intermediate_size=128, model__num_key_value_heads=4)
     result = export(trained, tmp_path / "out", format="bnb-4bit")
     assert result.files == ("model.safetensors",)
-    rows = {row.name: row for row in result.drift}
-    assert rows["exported"].kl < rows["its base without the adapter"].kl
-    assert result.measured_in == "float32"
+    assert result.drift[-1].kl < result.drift[1].kl
+    assert result.proof.kl <= result.proof.bound
+    assert result.text.endswith("computed in float32")
     ids = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(2))
     torch.save(ids, tmp_path / "ids.pt")
     arguments = [str(tmp_path / "out"), str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt")]
@@ -64,9 +64,9 @@ def test_a_gguf_file_is_measured_beside_the_trained_model(make_run: MakeRun, tmp
     trained = make_run(model__vocab_size=340, tokenizer=gpt2_rule(), context__context=64)
     assert main(["export", str(trained), "--out", str(tmp_path / "out"), "--type", "Q8_0", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    kl = {row["name"]: row["kl"] for row in result["drift"]}
-    assert kl["as trained"] == 0
-    assert kl["exported"] < kl["its base without the adapter"]
+    trained, base, exported = (row["kl"] for row in result["drift"])
+    assert trained == 0 < exported < base
+    assert result["proof"]["kl"] <= result["proof"]["bound"]
     assert result["files"] == ["run-Q8_0.gguf"]
     assert result["onto"] == "4bit"
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from longfit.cli import merge_and_export as shared
-from longfit.cli.output import print_json, print_lines, print_note, show_progress
+from longfit.cli.output import print_json, print_lines, show_progress
 from longfit.cli.values import read_tokens
 
 
@@ -50,10 +50,9 @@ def export(
     if as_json:
         print_json(result)
         return
-    shared.print_drift(result.drift, f"{result.text}, computed in {result.measured_in}")
+    shared.print_drift(result)
     onto_base = f", merged onto the {result.onto} base" if result.onto else ""
     print_lines(f"{', '.join(str(result.out / name) for name in result.files)}{onto_base}")
-    for warning in result.warnings:
-        print_note(f"warning: {warning}")
+    shared.print_warnings(result)
     if result.commands:
         print_lines("use it:", *(f"  {command}" for command in result.commands))

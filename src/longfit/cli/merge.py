@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from longfit.cli import merge_and_export as shared
-from longfit.cli.output import print_json, print_lines, print_note, show_progress
+from longfit.cli.output import print_json, print_lines, show_progress
 from longfit.cli.values import read_tokens
 from longfit.words import format_bytes
 
@@ -45,10 +45,9 @@ def merge(
     if as_json:
         print_json(result)
         return
-    shared.print_drift(result.drift, f"{result.text}, computed in {result.measured_in}")
+    shared.print_drift(result)
     print_lines(
         f"{result.out}: merged onto the {result.onto} base ({result.reason}); {result.changed} of {result.num_tensors} "
         f"tensors changed, {format_bytes(result.num_bytes)} in {result.dtype}; {result.tied}"
     )
-    for warning in result.warnings:
-        print_note(f"warning: {warning}")
+    shared.print_warnings(result)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longfit.cli.output import print_lines, print_table
+from longfit.cli.output import print_lines, print_note, print_table
 
 if TYPE_CHECKING:
-    from longfit.evaluation.drift import Drift
+    from longfit.exporting.export import ExportResult
+    from longfit.exporting.merge import MergeResult
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, or an adapter folder.")]
 Out = Annotated[Path, typer.Option(help="The folder to make.", show_default=False)]
@@ -20,16 +21,24 @@ Checkpoint = Annotated[
 Base = Annotated[str | None, typer.Option(help="Where the base is now, if it has moved.")]
 Text = Annotated[str | None, typer.Option(help="Measure on this file or folder. Default: the run's held-out text.")]
 Tokens = Annotated[str, typer.Option(help="Of it.")]
-Measure = Annotated[bool, typer.Option(help="Measure how far the result drifts from the trained model.")]
+Measure = Annotated[bool, typer.Option(help="Measure how far the result drifts; fail if it is not the trained model.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
-def print_drift(rows: tuple[Drift, ...], text: str) -> None:
-    """Print the drift table, if there is one."""
-    if not rows:
+def print_drift(result: MergeResult | ExportResult) -> None:
+    """Print the drift table and what the proof found, if anything was measured."""
+    if not result.drift:
         return
-    print_lines(f"drift over {rows[0].num_tokens:,} tokens of {text}:")
+    print_lines(f"drift over {result.drift[0].num_tokens:,} tokens of {result.text}:")
     print_table(
         ("model", "KL to the trained model", "perplexity", "same greedy token"),
-        [(row.name, f"{row.kl:.2e}", f"{row.perplexity:.3f}", f"{row.same_greedy:.2%}") for row in rows],
+        [(row.name, f"{row.kl:.2e}", f"{row.perplexity:.3f}", f"{row.same_greedy:.2%}") for row in result.drift],
     )
+    if result.proof is not None:
+        print_lines(f"KL to what it should hold: {result.proof.kl:.2e}; rounding explains {result.proof.bound:.2e}")
+
+
+def print_warnings(result: MergeResult | ExportResult) -> None:
+    """Print what the user should know."""
+    for warning in result.warnings:
+        print_note(f"warning: {warning}")

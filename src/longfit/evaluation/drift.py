@@ -12,9 +12,8 @@ logits in bfloat16 are rounded by more than what a careful merge changes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,37 +72,49 @@ def read_reference(model: nn.Module, windows: Sequence[Tensor]) -> Reference:
 
 
 @torch.no_grad()
-def measure_drift(
-    name: str,
-    model: nn.Module,
-    reference: Reference,
-    *,
-    on_progress: Callable[[int, int], Any] | None = None,
-) -> Drift:
+def measure_drift(name: str, model: nn.Module, reference: Reference) -> Drift:
     """Compare a model with a reference on the reference's windows.
 
     Raises: DataError: the two have vocabularies of different sizes.
     """
-    head = output_head(model)
-    if head.weight.shape[0] != reference.head.weight.shape[0]:
+    return drift_between(name, read_reference(model, reference.windows), reference)
+
+
+@torch.no_grad()
+def drift_between(name: str, found: Reference, reference: Reference) -> Drift:
+    """Compare what two models said about the same windows.
+
+    Raises: DataError: the two have vocabularies of different sizes.
+    """
+    rows, expected_rows = found.head.weight.shape[0], reference.head.weight.shape[0]
+    if rows != expected_rows:
         raise DataError(
-            f"{name}: {head.weight.shape[0]:,} tokens in its vocabulary, {reference.head.weight.shape[0]:,} in that of "
-            "the reference; the two cannot be compared"
+            f"{name}: {rows:,} tokens in its vocabulary, {expected_rows:,} in that of the reference; the two cannot be"
+            " compared"
         )
     kl = nll = same = count = 0.0
-    for done, (window, expected) in enumerate(zip(reference.windows, reference.hidden, strict=True), start=1):
-        found = _last_hidden(model, window)
-        targets = window[1:].to(found.device)
-        for rows in _token_tiles(len(targets), head.weight.shape[0]):
-            p = logits(expected[rows], reference.head).log_softmax(-1)
-            q = logits(found[rows], head).log_softmax(-1)
+    for window, ours, theirs in zip(reference.windows, found.hidden, reference.hidden, strict=True):
+        targets = window[1:].to(ours.device)
+        for part in _token_tiles(len(targets), rows):
+            p = logits(theirs[part], reference.head).log_softmax(-1)
+            q = logits(ours[part], found.head).log_softmax(-1)
             same += float((p.argmax(-1) == q.argmax(-1)).sum())
-            nll -= float(q.gather(1, targets[rows, None]).double().sum())
+            nll -= float(q.gather(1, targets[part, None]).double().sum())
             kl += float(p.exp().mul_(p - q).sum(-1).double().sum())
             count += len(q)
-        if on_progress is not None:
-            on_progress(done, len(reference.windows))
     return Drift(name, max(0.0, kl / count), _exp(nll / count), same / count, int(count))
+
+
+@torch.no_grad()
+def logit_spread(reference: Reference) -> float:
+    """Root of the mean square of a reference's logits about the mean of each token's."""
+    total = count = 0.0
+    for hidden in reference.hidden:
+        for part in _token_tiles(len(hidden), reference.head.weight.shape[0]):
+            made = logits(hidden[part], reference.head)
+            total += float(made.var(-1, correction=0).double().sum())
+            count += len(made)
+    return math.sqrt(total / count)
 
 
 def logits(hidden: Tensor, head: OutputHead) -> Tensor:

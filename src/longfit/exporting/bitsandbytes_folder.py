@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longfit.exporting.merge import MergePlan
+from longfit.exporting.merge_plan import MergePlan
 from longfit.exporting.model_folder import write_model_files
 from longfit.exporting.shards import Planned, write_shards
-from longfit.kernels.dispatch import quantize_4bit
+from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit
 from longfit.model.hf_quantizer import LongfitQuantizationConfig
 from longfit.numerics.bitsandbytes_format import to_bitsandbytes
 
@@ -49,6 +49,14 @@ def _tensors(name: str, weight: Tensor, packed: set[str], dtype: torch.dtype) ->
         return {name: weight.to(dtype)}
     parts = to_bitsandbytes(*quantize_4bit(weight.to(dtype), quant_type="nf4", block_size=64, double_quant=True))
     return {owner if key == "weight" else f"{owner}.{key}": _padded(key, tensor) for key, tensor in parts.items()}
+
+
+def rounded(name: str, weight: Tensor, plan: MergePlan) -> Tensor:
+    """A merged weight as the folder holds it."""
+    weight = weight.cpu().to(plan.trained.compute_dtype)
+    if name not in plan.quantizable:
+        return weight
+    return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", block_size=64, double_quant=True), torch.float32)
 
 
 def _padded(key: str, tensor: Tensor) -> Tensor:

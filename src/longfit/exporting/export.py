@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import Keys
 
 from longfit.errors import ExportError
-from longfit.evaluation.drift import Drift, measure_drift, read_reference
-from longfit.exporting.bitsandbytes_folder import write_bitsandbytes
+from longfit.evaluation.drift import Drift
+from longfit.exporting.bitsandbytes_folder import rounded, write_bitsandbytes
 from longfit.exporting.gguf_families import (
     STRING,
     Family,
@@ -26,17 +27,27 @@ from longfit.exporting.gguf_families import (
     rope_metadata,
     warnings_of,
 )
-from longfit.exporting.gguf_file import FILE_TYPES, carried_metadata, check_gguf, write_gguf
+from longfit.exporting.gguf_file import (
+    FILE_TYPES,
+    LEVELS,
+    carried_metadata,
+    check_gguf,
+    decode,
+    encode,
+    stored_type,
+    tensor_names,
+    write_gguf,
+)
 from longfit.exporting.gguf_lora import require_plain, write_lora
 from longfit.exporting.gguf_tokenizer import require_rule, special_metadata, tokenizer_metadata
-from longfit.exporting.held_out import held_out_windows
-from longfit.exporting.merge import MergePlan, choose_device, drift_dtype, merge
+from longfit.exporting.measuring import DriftTable
+from longfit.exporting.merge import merge
+from longfit.exporting.merge_plan import MergePlan
 from longfit.exporting.ollama import modelfile
+from longfit.exporting.proof import Proof
 from longfit.exporting.result_folder import require_new, result_folder
 from longfit.exporting.trained import Trained, open_trained
-from longfit.model.context import adopt_positions
 from longfit.model.gguf import is_gguf
-from longfit.model.load import load
 from longfit.training.metrics import Event, OnEvent, ignore
 
 FORMATS = ("gguf", "gguf-lora", "safetensors", "bnb-4bit")
@@ -52,8 +63,8 @@ class ExportResult:
         format, type: as asked for; the type is empty where a format has none.
         onto: the base that the adapter was merged onto; empty for an adapter.
         drift: the trained model, its base without the adapter, the exported model; empty if not measured.
-        text: what it was measured on.
-        measured_in: dtype that the models computed in for it.
+        proof: how far the exported model is from what it should hold; None if not measured.
+        text: what it was measured on, and in which dtype.
         commands: lines that use the result.
         warnings: what the user should know.
     """
@@ -64,8 +75,8 @@ class ExportResult:
     type: str
     onto: str
     drift: tuple[Drift, ...]
+    proof: Proof | None
     text: str
-    measured_in: str
     commands: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -98,8 +109,9 @@ def export(
         ollama: with gguf: write a Modelfile too.
         text, tokens, measure, device: of the drift, as for `merge`.
         on_event: called for everything worth showing.
-    Raises: ExportError: the family cannot be written in that format (before any work), the file does not hold what was
-            trained, ``out`` exists, or the disk is full. RunError, ModelError, DataError: as `merge`.
+    Raises: ExportError: the family cannot be written in that format (before any work), the file does not hold what
+            was trained or is not the trained model, ``out`` exists, or the disk is full. RunError, ModelError,
+            DataError: as `merge`.
     """
     if format not in FORMATS:
         raise ExportError(f"format {format!r}: must be one of {', '.join(FORMATS)}")
@@ -132,60 +144,103 @@ def export(
             "",
             made.onto,
             made.drift,
+            made.proof,
             made.text,
-            made.measured_in,
             (),
             made.warnings,
         )
     plan = MergePlan.of(trained, dtype=torch.float32)
     kind = plan.kind_of(onto)
-    warnings: list[str] = []
-    if format == "gguf":
-        family = family_of(plan.config)
-        fields, extra = gguf_metadata(plan, family), extra_tensors(plan.config)
+    written = (
+        GgufExport(plan, kind, out, type, ollama=ollama) if format == "gguf" else BitsandbytesExport(plan, kind, out)
+    )
     with result_folder(out, needed_bytes=plan.num_bytes) as folder:
-        if format == "bnb-4bit":
-            notify(Event("phase", f"quantising the model merged onto the {kind} base"))
-            files = write_bitsandbytes(folder, plan, kind)
-            opened = folder
-            commands = [f'AutoModelForCausalLM.from_pretrained("{out}")  # transformers, with bitsandbytes installed']
-        else:
-            files = [f"{trained.path.resolve().name}-{type}.gguf"]
-            opened = folder / files[0]
-            notify(Event("phase", f"writing {files[0]}, merged onto the {kind} base"))
-            weights = plan.weights(kind)
-            shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
-            about = {"family": family, "config": plan.config, "shapes": shapes}
-
-            def make(name: str) -> torch.Tensor:
-                return plan.make(name, weights)
-
-            write_gguf(opened, fields=fields, make=make, extra=extra, file_type=type, **about)
-            notify(Event("phase", "checking it, tensor by tensor"))
-            check_gguf(opened, make=make, **about)
-            warnings += warnings_of(plan.config, family)
-            commands = [f"llama-cli -m {out / files[0]}"]
-        if ollama:
-            context = int(plan.config.max_position_embeddings)
-            written, unsure = modelfile(files[0], trained.tokenizer(), context=context)
-            (folder / "Modelfile").write_text(written, encoding="utf-8")
-            files.append("Modelfile")
-            warnings += unsure
-            commands.append(f"ollama create {trained.path.resolve().name.lower()} -f {out / 'Modelfile'}")
-        drift, name, computed_in = _measured(plan, opened, text, tokens, device, notify) if measure else ((), "", "")
-        warnings += _drift_warnings(drift)
+        opened = written.write(folder, notify)
+        table, proof, warnings = None, None, list(written.warnings)
+        if measure:
+            table = DriftTable.begin(plan, text, tokens, device, notify)
+            said = table.add("exported", opened, quant=written.quant)
+            proof = table.prove(said, kind, written.rounding, levels=written.levels)
+            proof.require(str(out))
+            warnings += table.warnings("exported", written.advice)
     return ExportResult(
         out=out,
-        files=tuple(files),
+        files=tuple(written.files),
         format=format,
-        type=type if format == "gguf" else "nf4",
+        type=written.type,
         onto=kind,
-        drift=drift,
-        text=name,
-        measured_in=computed_in,
-        commands=tuple(commands),
+        drift=() if table is None else tuple(table.rows),
+        proof=proof,
+        text="" if table is None else table.source,
+        commands=tuple(written.commands),
         warnings=tuple(warnings),
     )
+
+
+class GgufExport:
+    """A GGUF file, and a Modelfile if one is asked for; what cannot be written is refused where this is made."""
+
+    quant, advice = "none", "use a finer --type, or train longer"
+
+    def __init__(self, plan: MergePlan, kind: str, out: Path, type: str, *, ollama: bool) -> None:
+        self.plan, self.kind, self.out, self.type, self.ollama = plan, kind, out, type, ollama
+        self.family = family_of(plan.config)
+        self.fields, self.extra = gguf_metadata(plan, self.family), extra_tensors(plan.config)
+        self.shapes = {tensor.name: tensor.shape for tensor in plan.tensors}
+        self.names = tensor_names(self.shapes, plan.config, self.family)
+        name = plan.trained.path.resolve().name
+        self.files, self.warnings = [f"{name}-{type}.gguf"], warnings_of(plan.config, self.family)
+        self.commands = [f"llama-cli -m {out / self.files[0]}"]
+        self.levels = LEVELS[type]
+
+    def write(self, folder: Path, notify: OnEvent) -> Path:
+        """Write it and read every tensor back; returns the file."""
+        plan, path = self.plan, folder / self.files[0]
+        notify(Event("phase", f"writing {path.name}, merged onto the {self.kind} base"))
+        weights = plan.weights(self.kind)
+        about: dict[str, Any] = {"family": self.family, "config": plan.config, "shapes": self.shapes}
+
+        def make(name: str) -> torch.Tensor:
+            return plan.make(name, weights)
+
+        write_gguf(path, fields=self.fields, make=make, extra=self.extra, file_type=self.type, **about)
+        notify(Event("phase", "checking it, tensor by tensor"))
+        check_gguf(path, make=make, **about)
+        if self.ollama:
+            context = int(plan.config.max_position_embeddings)
+            text, unsure = modelfile(path.name, plan.trained.tokenizer(), context=context)
+            (folder / "Modelfile").write_text(text, encoding="utf-8")
+            self.files.append("Modelfile")
+            self.warnings += unsure
+            name = plan.trained.path.resolve().name.lower()
+            self.commands.append(f"ollama create {name} -f {self.out / 'Modelfile'}")
+        return path
+
+    def rounding(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight as the file's type holds it."""
+        kind = stored_type(self.names[name], tuple(weight.shape), self.type)
+        return decode(encode(weight.float().cpu(), kind), kind).reshape(weight.shape)
+
+
+class BitsandbytesExport:
+    """A folder that opens in transformers with bitsandbytes."""
+
+    quant, type, levels, advice = "nf4", "nf4", 127, "merge it instead, or train longer"
+
+    def __init__(self, plan: MergePlan, kind: str, out: Path) -> None:
+        self.plan, self.kind, self.files = plan, kind, list[str]()
+        self.warnings: list[str] = []
+        self.commands = [f'AutoModelForCausalLM.from_pretrained("{out}")  # transformers, with bitsandbytes installed']
+
+    def write(self, folder: Path, notify: OnEvent) -> Path:
+        """Write it; returns the folder."""
+        notify(Event("phase", f"quantising the model merged onto the {self.kind} base"))
+        self.files += write_bitsandbytes(folder, self.plan, self.kind)
+        return folder
+
+    def rounding(self, name: str, weight: torch.Tensor) -> torch.Tensor:
+        """A weight as the folder holds it."""
+        return rounded(name, weight, self.plan)
 
 
 def gguf_metadata(plan: MergePlan, family: Family) -> dict[str, Field]:
@@ -228,7 +283,7 @@ def _export_lora(trained: Trained, out: Path) -> ExportResult:
     if base == "BASE.gguf":
         warnings.append(f"it needs {trained.base} as a GGUF file of your own; F16 is nearest to what was trained")
     command = f"llama-cli -m {base} --lora {out / name}" + (f" {flags}" if flags else "")
-    return ExportResult(out, (name,), "gguf-lora", "", "", (), "", "", (command,), tuple(warnings))
+    return ExportResult(out, (name,), "gguf-lora", "", "", (), None, "", (command,), tuple(warnings))
 
 
 def _rope_flags(config: object) -> list[str]:
@@ -239,32 +294,3 @@ def _rope_flags(config: object) -> list[str]:
     flags = ["--rope-scaling", rope["rope_type"], "--rope-scale", f"{rope['factor']:g}"]
     original = rope.get("original_max_position_embeddings")
     return [*flags, "--yarn-orig-ctx", str(original)] if rope["rope_type"] == "yarn" else flags
-
-
-def _measured(
-    plan: MergePlan, opened: Path, text: str | None, tokens: int, device: torch.device | None, notify: OnEvent
-) -> tuple[tuple[Drift, ...], str, str]:
-    """The trained model, its base without the adapter, and the exported one as longfit reads it back."""
-    notify(Event("phase", "measuring the drift"))
-    trained, device = plan.trained, choose_device(device)
-    dtype = drift_dtype(plan, device)
-    found = held_out_windows(trained, text, tokens)
-    model, _ = trained.load(device, dtype=dtype)
-    reference = read_reference(model, found.windows)
-    rows = [measure_drift("as trained", model, reference)]
-    with model.disable_adapter():
-        rows.append(measure_drift("its base without the adapter", model, reference))
-    del model
-    model, _ = load(opened, quant="none" if opened.is_file() else "nf4", dtype=dtype, device=device)
-    adopt_positions(model, trained.adapter)
-    rows.append(measure_drift("exported", model, reference))
-    return tuple(rows), found.name, str(dtype).removeprefix("torch.")
-
-
-def _drift_warnings(drift: tuple[Drift, ...]) -> list[str]:
-    if not drift or drift[2].kl < drift[1].kl:
-        return []
-    return [
-        f"the exported model is as far from the trained one (KL {drift[2].kl:.2g}) as the base without its adapter (KL "
-        f"{drift[1].kl:.2g}): its type loses more than training brought; use a finer --type, or train longer"
-    ]

@@ -28,6 +28,8 @@ FILE_TYPES = {
     "Q8_0": (Type.Q8_0, LlamaFileType.MOSTLY_Q8_0),
     "Q4_0": (Type.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
+LEVELS = {"F16": 2**11, "BF16": 2**8, "Q8_0": 127, "Q4_0": 8}
+"""Steps of each type below the largest value of those that share them, for ``proof.py``."""
 SLICE_ELEMENTS = 1 << 22  # of a tensor that are quantised at a time: 16 MiB of float32
 NOT_CARRIED = ("general.file_type", "general.quantization_version", "general.architecture")
 
@@ -72,6 +74,11 @@ def encode(tensor: Tensor, kind: Type) -> np.ndarray:
     step = max(1, SLICE_ELEMENTS // rows.shape[1])
     parts = [gguf.quantize(rows[i : i + step].float().numpy(), kind) for i in range(0, len(rows), step)]
     return np.concatenate(parts).reshape(*tensor.shape[:-1], -1)
+
+
+def decode(data: np.ndarray, kind: Type) -> Tensor:
+    """What ``encode`` made, in float32."""
+    return torch.from_numpy(np.array(gguf.dequantize(data, kind), dtype=np.float32))
 
 
 def rounding_bound(tensor: Tensor, kind: Type) -> Tensor:
@@ -169,8 +176,8 @@ def check_gguf(
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
             bound = rounding_bound(part, theirs.tensor_type)
-            found = torch.from_numpy(gguf.dequantize(data[start : start + step], theirs.tensor_type).copy()).float()
-            error = (found.reshape(part.shape) - part).abs()
+            found = decode(data[start : start + step], theirs.tensor_type).reshape(part.shape)
+            error = (found - part).abs()
             if not bool((error <= bound).all()):
                 raise ExportError(
                     f"{path.name}: {names[name]} is off by {float(error.max()):.3g}, {theirs.tensor_type.name} rounds "

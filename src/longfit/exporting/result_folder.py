@@ -6,14 +6,13 @@ has a hidden name, is never read, and is cleared away by the next attempt.
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from longfit.errors import ExportError
+from longfit.files.writing import UNFINISHED, flush_folder, flush_tree, why
 from longfit.words import format_bytes
 
 RESERVE_BYTES = 16 << 20  # tokenizer, configuration, file-system overhead
@@ -29,7 +28,7 @@ def result_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
     Raises: ExportError: ``out`` exists, its place cannot be written, or the disk is (or becomes) full.
     """
     require_new(out)
-    hidden = out.with_name(f".{out.name}.unfinished")
+    hidden = out.with_name(f".{out.name}{UNFINISHED}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(hidden, ignore_errors=True)
@@ -41,14 +40,13 @@ def result_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
             )
         hidden.mkdir()
         yield hidden
-        flush(hidden)
+        flush_tree(hidden)
         if out.exists():
             out.rmdir()
         hidden.rename(out)
+        flush_folder(out.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ExportError(f"{out}: the disk is full; nothing was left there. Free some space") from error
-        raise ExportError(f"{out}: cannot be written ({error.strerror or error}); give another place") from error
+        raise ExportError(f"{out}: cannot be written: {why(error)}; nothing was left there") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
@@ -59,11 +57,3 @@ def require_new(out: Path) -> None:
         return
     if out.exists():
         raise ExportError(f"{out}: already exists and is not overwritten; delete it or give another --out")
-
-
-def flush(folder: Path) -> None:
-    """Wait until every file is on the disk: a rename may reach it before the bytes do."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())

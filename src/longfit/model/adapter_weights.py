@@ -98,6 +98,13 @@ class AdapterWeights:
             raise ModelError(f"{self.folder}: {', '.join(odd)}: longfit merges LoRA, DoRA and modules trained whole")
 
     @property
+    def largest_rank(self) -> int:
+        """Of all its low-rank updates; 0 if it has none."""
+        return max(
+            (int(self._file.get_slice(keys["lora_A"]).get_shape()[0]) for keys in self.low_rank.values()), default=0
+        )
+
+    @property
     def ties_embeddings(self) -> bool:
         """Whether trained embeddings carry the output head along."""
         return bool(self.settings.get("ensure_weight_tying"))

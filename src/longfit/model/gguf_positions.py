@@ -98,8 +98,8 @@ def llama3_of(factors: Tensor, *, theta: float, name: str) -> dict[str, Any]:
     """The Llama-3.1 settings whose frequencies are divided by ``factors`` ``[D / 2]``, float64.
 
     Low frequencies are divided by the largest factor, high ones not at all, and between two bands one over the factor
-    goes in a straight line with the frequency. A line has two numbers and the settings three, so the original context is
-    taken as Llama-3's and the bands follow.
+    goes in a straight line with the frequency. A line has two numbers and the settings three, so the original context
+    is taken as Llama-3's and the bands follow.
 
     Raises: ModelError: other factors than such settings make.
     """
