@@ -10,7 +10,7 @@ from tests.tiny_models import VOCABULARY, tiny_model
 from longfit.attention.hf_attention import attention_key
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.sweep.install import enable_sweep
-from longfit.parallel.halo import Piece, Segment, cut, find_pieces
+from longfit.parallel.halo import Piece, Segment, cut, find_parcels, find_pieces
 from longfit.parallel.sequence import SequenceParallelLoss
 from longfit.parallel.traffic import exact_bytes, shifted_bytes
 
@@ -73,9 +73,16 @@ def test_shifted_attention_sends_what_the_formula_says_whatever_the_context(num_
     assert first == 2 * last
 
 
-def test_exact_attention_sends_what_the_formula_says() -> None:
-    totals = run_in_processes(sent, 2, 64, None)
-    formula = exact_bytes(
-        num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM, num_tokens=64, num_devices=2, element_bytes=ELEMENT
-    )
-    assert sum(totals) == 2 * formula
+@pytest.mark.parametrize("processes", [2, 4])
+def test_exact_attention_sends_what_the_formula_says(processes: int) -> None:
+    totals = run_in_processes(sent, processes, 64, None)
+    sizes = {"num_layers": LAYERS, "num_kv_heads": KV_HEADS, "head_dim": DIM, "element_bytes": ELEMENT}
+    assert sum(totals) == processes * exact_bytes(num_tokens=64, num_devices=processes, **sizes)
+
+
+def test_what_two_segments_of_a_process_see_is_sent_to_it_once() -> None:
+    segments = cut(64, 2, balanced=True)  # of 16 tokens, owned by 0, 1, 1, 0
+    schedule = build_schedule(2, document_starts(1, 64))
+    parcels = find_parcels(find_pieces(schedule, segments, num_kv_heads=1), segments)
+    ways = [(p.longest.source, segments[p.longest.target].owner, len(p.pieces)) for p in parcels]
+    assert sorted(ways) == [(0, 0, 1), (0, 1, 2), (1, 0, 1), (1, 1, 1), (2, 0, 1)]

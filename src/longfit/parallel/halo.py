@@ -3,6 +3,7 @@
     halo          the tokens in front of a segment that it sees, for each key/value head on its own: with shifted
                   attention, only the heads of shifted queries see across a border between whole groups
     piece         what one segment sees of another: a run of key/value heads, a range of tokens
+    parcel        the pieces of one segment that a process needs for all of its own, sent once
 
 Everybody computes all pieces from the same schedule, so nothing is asked for. Keys go from owners to those who see them
 (`gather`); gradients go back the same way and are added up (`scatter`). Pieces between two stretches of one process are
@@ -45,8 +46,29 @@ class Piece:
     high: int
 
 
-_Read = Callable[[Piece], list[Tensor]]
-_Write = Callable[[Piece, list[Tensor]], None]
+@dataclass(frozen=True)
+class Parcel:
+    """Pieces of one segment for one process: the longest of them, and others that are its last tokens."""
+
+    longest: Piece
+    pieces: tuple[Piece, ...]
+
+    def part(self, piece: Piece, tensor: Tensor) -> Tensor:
+        """A piece of a tensor ``[B, k, n, D]`` that holds the longest."""
+        return tensor[:, :, piece.low - self.longest.low :]
+
+
+def find_parcels(pieces: Sequence[Piece], segments: Sequence[Segment]) -> list[Parcel]:
+    """Put together what travels from one segment to one process."""
+    together: dict[tuple[int, int, int, int], list[Piece]] = {}
+    for piece in pieces:
+        way = (piece.source, segments[piece.target].owner, piece.heads.start, piece.heads.stop)
+        together.setdefault(way, []).append(piece)
+    return [Parcel(min(found, key=lambda piece: piece.low), tuple(found)) for found in together.values()]
+
+
+_Read = Callable[[Parcel], list[Tensor]]
+_Write = Callable[[Parcel, list[Tensor]], None]
 
 
 @dataclass
@@ -131,9 +153,11 @@ class HaloTransport:
     group: dist.ProcessGroup
     traffic: Traffic
     pieces: list[Piece] = field(init=False)
+    parcels: list[Parcel] = field(init=False)
 
     def __post_init__(self) -> None:
         self.pieces = find_pieces(self.whole, self.segments, num_kv_heads=self.num_kv_heads)
+        self.parcels = find_parcels(self.pieces, self.segments)
         self._rank = self.segments[self.own[0]].owner
         travelling = [piece for piece in self.pieces if self._owner(piece.source) != self._owner(piece.target)]
         self._travelling = bool(travelling)
@@ -158,12 +182,13 @@ class HaloTransport:
             for number, (key, value) in enumerate(keys)
         ]
 
-        def read(piece: Piece) -> list[Tensor]:
-            return self._sent(keys, piece)
+        def read(parcel: Parcel) -> list[Tensor]:
+            return self._sent(keys, parcel.longest)
 
-        def write(piece: Piece, parts: list[Tensor]) -> None:
-            for place, part in zip(self._seen(halos, piece), parts, strict=True):
-                place.copy_(part)
+        def write(parcel: Parcel, parts: list[Tensor]) -> None:
+            for piece in parcel.pieces:
+                for place, part in zip(self._seen(halos, piece), parts, strict=True):
+                    place.copy_(parcel.part(piece, part))
 
         self.traffic.keys += self._exchange(keys, read, write, backward=False)
         return halos
@@ -176,52 +201,60 @@ class HaloTransport:
             count = segment.end - segment.start - self.sent_from(number)
             sums.append((_zeros(key, count), _zeros(value, count)))
 
-        def read(piece: Piece) -> list[Tensor]:
-            return self._seen(gradients, piece)
+        def read(parcel: Parcel) -> list[Tensor]:
+            found = self._seen(gradients, parcel.longest)
+            others = [piece for piece in parcel.pieces if piece is not parcel.longest]
+            if others:
+                found = [part.clone() for part in found]
+            for piece in others:
+                for total, part in zip(found, self._seen(gradients, piece), strict=True):
+                    parcel.part(piece, total).add_(part)
+            return found
 
-        def write(piece: Piece, parts: list[Tensor]) -> None:
-            for place, part in zip(self._sent(sums, piece), parts, strict=True):
+        def write(parcel: Parcel, parts: list[Tensor]) -> None:
+            for place, part in zip(self._sent(sums, parcel.longest), parts, strict=True):
                 place.add_(part)
 
         self.traffic.gradients += self._exchange(gradients, read, write, backward=True)
         return sums
 
     def _exchange(self, like: Sequence[KeyValue], read: _Read, write: _Write, *, backward: bool) -> int:
-        """Carry all pieces, one way or back; returns the bytes sent to other processes."""
+        """Carry all parcels, one way or back; returns the bytes sent to other processes."""
         mine = self._rank
         size = dist.get_world_size(self.group)
-        outgoing: list[list[Piece]] = [[] for _ in range(size)]
-        incoming: list[list[Piece]] = [[] for _ in range(size)]
-        for piece in self.pieces:
-            source, target = self._owner(piece.source), self._owner(piece.target)
+        outgoing: list[list[Parcel]] = [[] for _ in range(size)]
+        incoming: list[list[Parcel]] = [[] for _ in range(size)]
+        for parcel in self.parcels:
+            source, target = self._owner(parcel.longest.source), self._owner(parcel.longest.target)
             if backward:
                 source, target = target, source
             if source == target == mine:
-                write(piece, read(piece))
+                write(parcel, read(parcel))
             elif source == mine:
-                outgoing[target].append(piece)
+                outgoing[target].append(parcel)
             elif target == mine:
-                incoming[source].append(piece)
+                incoming[source].append(parcel)
         if not self._travelling:
             return 0
         key, value = like[0]
-        sent = [torch.cat([_bytes(part) for part in read(piece)]) for pieces in outgoing for piece in pieces]
+        sent = [torch.cat([_bytes(part) for part in read(parcel)]) for parcels in outgoing for parcel in parcels]
         send = torch.cat(sent) if sent else _bytes(key[:, :, :0])
         out_sizes, in_sizes = (
-            [sum(_num_bytes(piece, key, value) for piece in pieces) for pieces in ways] for ways in (outgoing, incoming)
+            [sum(_num_bytes(parcel.longest, key, value) for parcel in parcels) for parcels in ways]
+            for ways in (outgoing, incoming)
         )
         received = send.new_empty(sum(in_sizes))
         dist.all_to_all_single(received, send, in_sizes, out_sizes, group=self.group)
         at = 0
-        for pieces in incoming:
-            for piece in pieces:
-                parts = []
+        for parcels in incoming:
+            for parcel in parcels:
+                parts, piece = [], parcel.longest
                 for x in (key, value):
                     shape = (x.shape[0], piece.heads.stop - piece.heads.start, piece.high - piece.low, x.shape[3])
                     end = at + _size(shape) * x.element_size()
                     parts.append(received[at:end].clone().view(x.dtype).view(shape))  # a copy is aligned for any type
                     at = end
-                write(piece, parts)
+                write(parcel, parts)
         return sum(out_sizes)
 
     def _sent(self, tensors: Sequence[KeyValue], piece: Piece) -> list[Tensor]:

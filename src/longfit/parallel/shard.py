@@ -12,6 +12,7 @@ reduces one dtype a group; the gradients of the latter are added up here.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def shard_model(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh
     device = torch.device(mesh.device_type)
     own = _set_own_rows_aside(module)
     whole: list[nn.Parameter] = []
+    layers = list(layers)
     for layer in layers:
         odd = _of_another_dtype(layer)
         whole += odd
@@ -50,6 +52,8 @@ def shard_model(module: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh
             parameter.data = parameter.data.to(device)
         fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=set(odd))
     fully_shard(module, mesh=mesh, ignored_params=set(whole))
+    for layer, following in pairwise(layers):  # backward, FSDP2 does this by itself
+        layer.set_modules_to_forward_prefetch([following])  # type: ignore[operator]  # an FSDPModule by now
     for owner, name, rows in own:  # FSDP2 takes them up when it first runs, as it does what a state dict assigns
         setattr(owner, name, _in_place_of(getattr(owner, name), rows))
 

@@ -5,7 +5,8 @@ bytes, a layer has three exchanges: keys and values forward, again for backward,
 
     shifted       3 L x G/2 x K/2 x 2 D b        where borders lie between whole groups of G tokens: half a group of
                                                  half of the heads, whatever N and P
-    exact         3 L x N (P - 1)/P x K x 2 D b  each device meets, on average, all keys that are not its own
+    exact         3 L x 3/4 N (P - 1)/P x K x 2 D b  on average: a device gets the keys before its last token, once
+    around a ring 3 L x     N (P - 1)/P x K x 2 D b  and more if gradients travel in float32: never less than that
     replicas      2 (P - 1)/P x gradient bytes   a ring all-reduce of what trains (DDP)
     shards        (P - 1)/P x (2 weight + gradient bytes)   gathered forward and backward, reduced and scattered (FSDP2)
 
@@ -41,8 +42,11 @@ def exact_bytes(
     element_bytes: int,
     batch_size: int = 1,
 ) -> int:
-    """Mean bytes that a device sends for a window of exact attention whose work is balanced (``halo.py:cut``)."""
-    others = num_tokens * (num_devices - 1) // num_devices
+    """Mean bytes that a device sends for a window of exact attention whose work is balanced (``halo.py:cut``).
+
+    Device r of P has the segments r and 2 P - 1 - r of 2 P, so it is sent the others before the latter: 2 P - 2 - r.
+    """
+    others = 3 * num_tokens * (num_devices - 1) // (4 * num_devices)
     return 3 * num_layers * batch_size * others * num_kv_heads * 2 * head_dim * element_bytes
 
 
