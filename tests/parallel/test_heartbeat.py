@@ -1,5 +1,7 @@
 """Frozen processes and those that wait for each other are told from those that work; threads stand in for processes."""
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -83,6 +85,21 @@ def test_a_silent_process_is_named_within_the_time_out() -> None:
     assert reasons[0].startswith("not heard of for")
     assert "process 1 of 2: frozen or gone" in reasons[0]
     assert time.monotonic() - began < 2 * TIMEOUT
+
+
+def test_a_silent_process_of_this_machine_is_removed_before_the_others_end() -> None:
+    store, happened = Shelf(), []
+    silent = {"beat": 1, "worked": True, "done": False, "host": socket.gethostname(), "pid": 4711, "where": "sleep"}
+    elsewhere = {**silent, "host": "elsewhere", "pid": 4712}
+    for rank, about in ((1, silent), (2, elsewhere)):
+        store.set(f"longfit/heartbeat/{rank}", json.dumps(about))
+    heartbeat = Heartbeat(
+        store, rank=0, num_processes=3, timeout=TIMEOUT, end=lambda _: happened.append("ended"), remove=happened.append
+    )
+    heartbeat.start()
+    time.sleep(1.5 * TIMEOUT)
+    heartbeat.stop()
+    assert happened == [4711, "ended"]
 
 
 def test_one_that_is_done_is_not_missed() -> None:

@@ -18,7 +18,7 @@ from tests.training.conftest import MakeConfig
 import longfit
 from longfit.config import RunConfig
 from longfit.errors import ConfigError, DataError, LongfitError, ProcessesError
-from longfit.parallel.launch import GRACE_S, Place, _error_of, _order, is_started, leave_reason
+from longfit.parallel.launch import Place, _error_of, _order, is_started, leave_reason
 from longfit.training.loop import train
 
 SOURCES = str(Path(longfit.__file__).parent.parent)
@@ -40,6 +40,10 @@ def test_the_cause_is_told_and_not_its_consequence() -> None:
     killed = failure(exitcode=-signal.SIGKILL)
     left = failure(record={"kind": "RuntimeError", "text": "RuntimeError: ... Connection closed by peer [::1]"})
     assert min({0: left, 1: killed}.items(), key=_order) == (1, killed)
+    told_of = failure(record={"kind": "ProcessesError", "text": "not heard of for 8 s: process 1 of 2"})
+    assert min({0: killed, 1: told_of}.items(), key=_order) == (1, told_of)
+    ended = failure(exitcode=-signal.SIGTERM)  # by the agent, in the same second
+    assert min({0: ended, 1: killed}.items(), key=_order) == (1, killed)
     told = str(_error_of(1, killed, 2))
     assert told.startswith("process 1 of 2 was ended by SIGKILL, which is how the system ends a process when memory")
 
@@ -148,6 +152,6 @@ def test_a_frozen_process_ends_the_run_within_the_time_out(make_config: MakeConf
     began = time.monotonic()
     os.kill(workers_of(frozen)[1], signal.SIGSTOP)
     told = frozen.communicate(timeout=60)[1]
-    assert time.monotonic() - began < timeout + GRACE_S + 5  # the system takes the frozen one away after the grace
+    assert time.monotonic() - began < timeout + 10  # the agent and the ends of the interpreters, on a busy machine
     assert "process 1 of 2" in told.splitlines()[-1]
     assert "frozen or gone" in told.splitlines()[-1]

@@ -80,6 +80,7 @@ class Heartbeat:
         num_processes: int,
         timeout: float,
         end: Callable[[ProcessesError], None],
+        remove: Callable[[int], None] | None = None,
     ) -> None:
         """Watch the calling thread.
 
@@ -87,8 +88,10 @@ class Heartbeat:
             store: reached by all processes, and used by this thread alone.
             timeout: seconds after which silence or idleness ends the run.
             end: called once, in the thread that listens; ends this process.
+            remove: called before it with the pid of each silent process of this machine: it cannot end by itself.
         """
         self._store, self._rank, self._num_processes, self._end = store, rank, num_processes, end
+        self._remove = remove
         self._timeout, self._period = timeout, timeout / BEATS
         self._main, self._processor_time = threading.get_ident(), processor_time()
         self._patience = 0
@@ -128,6 +131,7 @@ class Heartbeat:
                     return
                 reason = f"the store of the run does not answer ({str(error).splitlines()[0]}): its process has gone"
             if reason is not None:
+                self._remove_silent(time.monotonic())
                 self._end(ProcessesError(reason))
                 return
         self._say(beat + 1, worked=True, done=True)
@@ -156,7 +160,7 @@ class Heartbeat:
     def _verdict(self, now: float) -> str | None:
         limit = self._timeout - 2 * self._period
         going = {rank: heard for rank, heard in self._heard.items() if not heard.about.get("done")}
-        silent = {rank: heard for rank, heard in going.items() if now - heard.new_at > limit}
+        silent = self._silent(now)
         advice = f"(parallel.timeout is {self._timeout:g} s); the run has ended. Continue with --resume"
         if silent:
             lines = [f"{self._name(rank)}: frozen or gone, last {_place(heard)}" for rank, heard in silent.items()]
@@ -166,6 +170,20 @@ class Heartbeat:
             idle = now - max(heard.worked_at for heard in going.values())
             return f"no process has worked for {idle:.0f} s, they wait for each other: {'; '.join(lines)} {advice}"
         return None
+
+    def _silent(self, now: float) -> dict[int, _Heard]:
+        limit = self._timeout - 2 * self._period
+        return {
+            rank: heard
+            for rank, heard in self._heard.items()
+            if now - heard.new_at > limit and not heard.about.get("done")
+        }
+
+    def _remove_silent(self, now: float) -> None:
+        for heard in self._silent(now).values():
+            pid = heard.about.get("pid")
+            if self._remove is not None and isinstance(pid, int) and heard.about.get("host") == socket.gethostname():
+                self._remove(pid)
 
     def _name(self, rank: int) -> str:
         about = self._heard[rank].about

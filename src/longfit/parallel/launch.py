@@ -25,8 +25,8 @@ from longfit.errors import ConfigError, LongfitError, ProcessesError
 from longfit.kernels.cpu.threads import usable_cores
 
 GRACE_S = 10
-"""Seconds between asking the other processes to end and making them: enough to finish a file, or to save the adapters
-of the last whole step. A frozen process needs to be made."""
+"""Seconds between asking the processes of an interrupted run to end and making them: enough to finish a file, or to
+save the adapters of the last whole step."""
 
 INTERRUPTED = 130
 """Exit code of processes that stopped early on request and saved what they had."""
@@ -35,7 +35,10 @@ _STARTED = "LONGFIT_STARTED_PROCESSES"
 _ALIKE = ("ConfigError", "ContextError", "DataError", "ModelError", "ProcessesError")
 """Errors that every process would tell alike, or that name the process themselves."""
 
-_OTHER_HAS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "DistNetworkError")
+_OTHER_HAS_GONE = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "DistNetworkError"),
+    "the store of the run does not answer",
+)
 """What gloo and the store say when the process at the other end has ended."""
 
 
@@ -55,6 +58,11 @@ class Place:
 def is_started(environment: Mapping[str, str]) -> bool:
     """Whether torchrun or `start_processes` has started this process as one of a run's."""
     return "RANK" in environment and "WORLD_SIZE" in environment
+
+
+def is_started_here(environment: Mapping[str, str]) -> bool:
+    """Whether `start_processes` has, so that all processes of the run are on this machine."""
+    return _STARTED in environment
 
 
 def start_processes(arguments: Sequence[str], *, devices: int) -> int:
@@ -103,7 +111,7 @@ def leave_reason(error: BaseException) -> bool:
     unfinished = Path(f"{path}.unfinished")
     unfinished.write_text(json.dumps({"message": about}), encoding="utf-8")
     unfinished.replace(path)
-    return _STARTED in os.environ
+    return is_started_here(os.environ)
 
 
 def _agent_settings(devices: int) -> Any:
@@ -148,11 +156,17 @@ def _patient_with_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _order(item: tuple[int, Any]) -> tuple[bool, int, int]:
-    """Order ranks and their failures: causes before consequences, then by time."""
+def _order(item: tuple[int, Any]) -> tuple[bool, bool, int, int]:
+    """Order ranks and their failures: causes before consequences, verdicts about all of them first, then by time.
+
+    The agent ends the others by SIGTERM, and may have done so before it looks who has failed; who finds a frozen
+    process ends it by SIGKILL, and has said so.
+    """
     rank, failure = item
-    consequence = any(sign in _record(failure).get("text", "") for sign in _OTHER_HAS_GONE)
-    return consequence, failure.timestamp, rank
+    consequence = failure.exitcode == -signal.SIGTERM or any(
+        sign in _record(failure).get("text", "") for sign in _OTHER_HAS_GONE
+    )
+    return consequence, _record(failure).get("kind") != "ProcessesError", failure.timestamp, rank
 
 
 def _record(failure: Any) -> dict[str, str]:

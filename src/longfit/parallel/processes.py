@@ -5,7 +5,9 @@ is the heartbeat's question.
 """
 
 import os
+import signal
 import sys
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -13,7 +15,7 @@ import torch
 from longfit.compat.torch_distributed import default_store
 from longfit.errors import ProcessesError
 from longfit.parallel.heartbeat import Heartbeat
-from longfit.parallel.launch import leave_reason
+from longfit.parallel.launch import is_started_here, leave_reason
 
 NCCL_TIMEOUT_S = 600
 """torch's own: NCCL's watch is the only one for an exchange that hangs on the card."""
@@ -34,9 +36,16 @@ def start_heartbeat(*, timeout: float) -> Heartbeat | None:
         num_processes=torch.distributed.get_world_size(),
         timeout=timeout,
         end=_end,
+        remove=_kill if is_started_here(os.environ) else None,
     )
     heartbeat.start()
     return heartbeat
+
+
+def _kill(pid: int) -> None:
+    """End a frozen process, which the agent would give half a minute to end by itself."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def _end(error: ProcessesError) -> None:
