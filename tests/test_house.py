@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import longfit
 
@@ -97,3 +98,31 @@ def test_the_paper_map_names_what_exists() -> None:
         assert getattr(importlib.import_module(module_name(ROOT / file)), symbol) is not None
     for file in re.findall(r"`((?:tests|benchmarks)/[\w/]+\.py)`", (ROOT / "docs" / "paper_map.md").read_text()):
         assert (ROOT / file).is_file(), file
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent.name != "compat"], ids=module_name)
+def test_private_names_of_libraries_are_used_in_compat_alone(path: Path) -> None:
+    """What a library does not promise stands in one room, each with a test that says what breaks without it."""
+    tree = ast.parse(path.read_text())
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_private(node.attr)]
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)]
+    functions = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    written = {node.attr for node in attributes if isinstance(node.ctx, ast.Store) and is_ours(node.value)}
+    own = written | {node.target.id for node in names if isinstance(node.target, ast.Name)} | set(functions)
+    foreign = {node.attr for node in attributes if node.attr not in own and not is_ours(node.value)}
+    foreign |= {node.attr for node in attributes if node.attr in vars(torch.nn.Module()) and node.attr not in own}
+    assert foreign <= {"_exit", "_current_frames"}, "Python documents these two; the others go through compat/"
+    imports = [name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in imported_names(node)]
+    assert not [name for name in imports if any(map(is_private, name.split("."))) and not name.startswith("longfit.")]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def is_ours(value: ast.expr) -> bool:
+    return isinstance(value, ast.Name) and value.id in ("self", "cls")
+
+
+def imported_names(node: ast.ImportFrom) -> list[str]:
+    return [f"{node.module}.{alias.name}" for alias in node.names]

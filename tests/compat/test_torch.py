@@ -65,6 +65,23 @@ def test_modes_are_seen() -> None:
         assert compat.dispatch_mode_is_active()
 
 
+def test_integers_are_multiplied_into_wider_ones() -> None:
+    """Else int8 layers that compute in integers take their products in float32, several times slower."""
+    a, b = torch.randint(-9, 9, (3, 8), dtype=torch.int8), torch.randint(-9, 9, (8, 5), dtype=torch.int8)
+    product = compat.int8_product(a, b)
+    assert product.dtype == torch.int32
+    assert torch.equal(product, (a.long() @ b.long()).int())
+
+
+def test_a_parameter_can_be_put_where_registering_would_move_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else PEFT, which builds adapters on the meta device, would take the numbers of a base from it."""
+    module, values = nn.Linear(2, 2, device="meta"), nn.Parameter(torch.ones(2, 2))
+    monkeypatch.setattr(nn.Module, "register_parameter", lambda *_: pytest.fail("registered"))
+    compat.put_parameter(module, "weight", values)
+    assert module.weight is values
+    assert dict(module.named_parameters())["weight"] is values
+
+
 def test_several_tensors_are_scaled_in_place() -> None:
     """Else clipping gradients does nothing."""
     tensors = [torch.ones(2), torch.full((3,), 2.0)]

@@ -49,8 +49,15 @@ def test_the_attention_of_a_model_is_named() -> None:
     assert compat.attention_of(model) == "eager"
     model.set_attn_implementation("sdpa")
     assert compat.attention_of(model) == "sdpa"
-    compat.forget_attention(model.config)
-    assert model.config._attn_implementation is None
+
+
+def test_a_configuration_chooses_no_kernels() -> None:
+    """Else a folder could name code on the hub, which transformers would fetch and run."""
+    config = tiny_model("mixtral").config
+    config._attn_implementation, config._experts_implementation = "somebody/attention", "somebody/experts"
+    compat.forget_kernels(config)
+    assert config._attn_implementation is None
+    assert config._experts_implementation is None
 
 
 def test_tied_weights_are_named() -> None:

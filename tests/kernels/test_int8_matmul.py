@@ -34,7 +34,7 @@ def test_products_are_exact(shape, worst, path):
 def test_a_processor_that_saturates_is_found_out(monkeypatch):
     saturating = lambda a, b: (a.float() @ b.float()).clamp(-32768, 32767).to(torch.int32)  # noqa: E731
     int8_matmul.integer_product_is_exact.cache_clear()
-    monkeypatch.setattr(torch, "_int_mm", saturating)
+    monkeypatch.setattr(int8_matmul, "int8_product", saturating)
     assert not int8_matmul.integer_product_is_exact(torch.device("cpu"))
     int8_matmul.integer_product_is_exact.cache_clear()
 

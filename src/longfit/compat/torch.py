@@ -48,6 +48,19 @@ def dispatch_mode_is_active() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def int8_product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply int8 matrices into int32, ``[n, i] [i, m] -> [n, m]``; saturates on some processors.
+
+    torch has no public product of integers that is fast. Without it, integer products are taken in float32.
+    """
+    return torch._int_mm(a, b)
+
+
+def put_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Give a module a parameter past ``register_parameter``, which PEFT replaces while it builds on the meta device."""
+    module._parameters[name] = parameter
+
+
 def multiply_all_(tensors: list[Tensor], factor: float) -> None:
     """Multiply tensors by a number in place, in few launches on a card."""
     torch._foreach_mul_(tensors, factor)

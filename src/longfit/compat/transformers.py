@@ -41,9 +41,10 @@ def supports_sdpa(model: Any) -> bool:
     return bool(model._supports_sdpa)
 
 
-def forget_attention(config: Any) -> None:
-    """Let a configuration that was read from a file choose no attention: a name there may be code on the hub."""
+def forget_kernels(config: Any) -> None:
+    """Let a configuration from a file choose neither attention nor experts: a name there may be code on the hub."""
     config._attn_implementation = None
+    config._experts_implementation = None
 
 
 def do_not_initialize(module: Any) -> None:

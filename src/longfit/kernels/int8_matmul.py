@@ -1,7 +1,7 @@
 """Products of 8-bit integers, exact, in whatever multiplies them fast here.
 
-``torch._int_mm`` is the fast one, where a processor has VNNI. Where it has not, oneDNN's kernels add pairs of products
-in 16 bits and saturate: wrong without a word. So it is tried once on the worst case, and where it fails the product is
+torch's own product is fast where a processor has VNNI. Where it has not, oneDNN's kernels add pairs of products in 16
+bits and saturate: wrong without a word. So it is tried once on the worst case, and where it fails the product is
 taken in fp32, at most `EXACT_TERMS` terms at a time, which is exact too and several times slower.
 """
 
@@ -10,6 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from longfit.compat.torch import int8_product
 from longfit.numerics.vectorwise import (
     THRESHOLD,
     dequantize_vectors,
@@ -44,7 +45,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """
     if integer_product_is_exact(a.device):
         operands = padded(a, b) if a.is_cuda else (a, b.t())
-        return torch._int_mm(*operands)[: a.shape[0], : b.shape[0]]
+        return int8_product(*operands)[: a.shape[0], : b.shape[0]]
     product = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
     for first in range(0, a.shape[1], EXACT_TERMS):
         run = slice(first, first + EXACT_TERMS)
@@ -54,18 +55,18 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def integer_product_is_exact(device: torch.device) -> bool:
-    """Whether ``torch._int_mm`` adds the largest products there are without saturating, on this device."""
+    """Whether torch's product adds the largest products there are without saturating, on this device."""
     a = torch.full((32, 64), 127, dtype=torch.int8, device=device)
     b = torch.full((32, 64), -127, dtype=torch.int8, device=device)
     try:
-        product = torch._int_mm(a, b.t())
+        product = int8_product(a, b.t())
     except (RuntimeError, NotImplementedError):
         return False
     return bool((product == -64 * 127 * 127).all())
 
 
 def padded(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``a`` and ``b^T`` as ``torch._int_mm`` takes them on a card: more than 16 rows, the rest multiples of 8."""
+    """``a`` and ``b^T`` as torch's product takes them on a card: more than 16 rows, the rest multiples of 8."""
     rows, columns, outputs = max(0, 17 - a.shape[0]), -a.shape[1] % 8, -b.shape[0] % 8
     pad = torch.nn.functional.pad
     return pad(a, (0, columns, 0, rows)), pad(b, (0, columns, 0, outputs)).t()

@@ -207,7 +207,7 @@ def constants_of(name: str) -> str:
 
 def packed_experts(module: nn.Module) -> PackedExperts | None:
     """What a module of experts knows of its bytes; None where its experts are dense, or it has none."""
-    found = module._modules.get("packed")
+    found = dict(module.named_children()).get("packed")
     return found if isinstance(found, PackedExperts) else None
 
 

@@ -26,6 +26,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 
+from longfit.compat.torch import put_parameter
 from longfit.errors import ModelError
 from longfit.layers.peft_variants import LOW_RANK_STARTS, reads_weight, require_supported, start_of
 from longfit.layers.qdora import QDoRAVariant
@@ -172,8 +173,8 @@ class QLoRALinear(LoraLinear):
         dense = {"weight": base.dequantize(torch.float32)}
         if base.bias is not None:
             dense["bias"] = base.bias.detach().float().clone()
-        for name, tensor in dense.items():  # past register_parameter: PEFT may be building on the meta device
-            twin._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        for name, tensor in dense.items():
+            put_parameter(twin, name, nn.Parameter(tensor, requires_grad=False))
         self.__dict__["_dense_twin"] = twin
         try:
             yield twin
@@ -183,7 +184,7 @@ class QLoRALinear(LoraLinear):
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter, as PEFT would on a dense base that holds dq(W)."""
         require_supported(config)
-        if "starts" not in self._modules:
+        if "starts" not in dict(self.named_children()):
             self.starts = nn.ModuleDict()  # adapter name to the low-rank part that it took out of the base
         if not reads_weight(config):
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)

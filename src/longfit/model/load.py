@@ -18,7 +18,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from longfit.compat.torch_distributed import local_part
-from longfit.compat.transformers import forget_attention
+from longfit.compat.transformers import forget_kernels
 from longfit.errors import ModelError
 from longfit.files import reading as border
 from longfit.files.reading import read_object, reading
@@ -228,8 +228,7 @@ def read_config(name: str | os.PathLike[str]) -> PretrainedConfig:
         place = Path(name) / "config.json" if Path(name).is_dir() else name
         known = "not a configuration that transformers can read" if Path(name).is_dir() else NEITHER
         raise ModelError(f"{place}: {known} ({border.reason(error)}); fetch it again, or give another model") from error
-    forget_attention(config)  # a file does not choose kernels
-    config._experts_implementation = None
+    forget_kernels(config)  # a file does not choose them
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"{name}: a {config.model_type} model is not a causal language model; longfit trains decoders only"
