@@ -155,9 +155,9 @@ def test_held_out_documents_are_whole_and_have_no_twin_in_training() -> None:
     assert len(train) + len(held) == 60
     assert len(held) == 15
     assert {d.text for d in train} & {d.text for d in held} == set()
-    again, _ = split_documents(documents, validation_count=15, seed=1)
+    again, _ = split_documents(documents, validation_fraction=0.25, seed=1)
     assert again.fingerprints == train.fingerprints
-    assert split_documents(documents, validation_count=15, seed=2)[0].fingerprints != train.fingerprints
+    assert split_documents(documents, validation_fraction=0.25, seed=2)[0].fingerprints != train.fingerprints
     assert len(split_documents(documents, validation_fraction=0)[1]) == 0
     assert len(split_documents(documents, validation_fraction=0.001)[1]) == 1
 
@@ -165,11 +165,9 @@ def test_held_out_documents_are_whole_and_have_no_twin_in_training() -> None:
 def test_splits_that_cannot_be_are_refused() -> None:
     twins = Documents.of([Document("a", text="x"), Document("b", text="x")])
     with pytest.raises(DataError, match=r"2 documents \(1 different\) cannot give 1 to validation"):
-        split_documents(twins, validation_count=1)
+        split_documents(twins, validation_fraction=0.5)
     with pytest.raises(ConfigError, match=r"validation_fraction 1\.0: must be at least 0 and below 1"):
         split_documents(twins, validation_fraction=1.0)
-    with pytest.raises(ConfigError, match="either validation_fraction or validation_count"):
-        split_documents(twins)
 
 
 def test_decomposed_unicode_is_counted_and_composed_where_asked(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
@@ -148,8 +147,7 @@ def read_documents(
 def split_documents(
     documents: Documents,
     *,
-    validation_fraction: float | None = None,
-    validation_count: int | None = None,
+    validation_fraction: float,
     seed: int = 0,
 ) -> tuple[Documents, Documents]:
     """Hold documents back for validation: whole documents, and never one whose twin is trained on.
@@ -158,26 +156,16 @@ def split_documents(
 
     Args:
         validation_fraction: share of the documents, in [0, 1); at least one document if above 0.
-        validation_count: how many documents; give one of the two.
         seed: another choice of documents.
     Returns: (training, validation); duplicates may make validation smaller than asked, never larger.
     Raises:
-        ConfigError: both or neither given, or a number out of range.
+        ConfigError: a share out of range.
         DataError: too few different documents to leave one on each side.
     """
-    if (validation_fraction is None) == (validation_count is None):
-        raise ConfigError("give either validation_fraction or validation_count")
+    if not 0 <= validation_fraction < 1:
+        raise ConfigError(f"data.validation_fraction {validation_fraction}: must be at least 0 and below 1; try 0.05")
     total = len(documents)
-    if validation_fraction is not None:
-        if not 0 <= validation_fraction < 1:
-            raise ConfigError(
-                f"data.validation_fraction {validation_fraction}: must be at least 0 and below 1; try 0.05"
-            )
-        count = max(1, round(validation_fraction * total)) if validation_fraction else 0
-    else:
-        count = cast(int, validation_count)
-        if count < 0:
-            raise ConfigError(f"validation_count {count}: must be at least 0")
+    count = max(1, round(validation_fraction * total)) if validation_fraction else 0
     twins: dict[bytes, list[int]] = {}
     for index, fingerprint in enumerate(documents.fingerprints):
         twins.setdefault(fingerprint, []).append(index)
