@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from tests.families.tiny_family import tiny_family
 from torch import nn
 
 from longfit.compat import TESTED
@@ -43,6 +44,19 @@ def test_names_that_peft_takes_for_experts() -> None:
     assert {"gate_proj", "up_proj", "down_proj", "gate"} <= compat.names_of_experts("qwen3_moe")
     assert {"w1", "w2", "w3", "gate"} <= compat.names_of_experts("mixtral")
     assert not compat.names_of_experts("llama")
+
+
+def test_layers_that_peft_puts_no_adapter_on() -> None:
+    assert not compat.takes_adapter(tiny_family("mamba").model, "out_proj")
+    assert compat.takes_adapter(tiny_family("mamba").model, "in_proj")
+    assert compat.takes_adapter(tiny_family("llama").model, "out_proj")
+
+
+def test_adapters_that_peft_loads_under_another_name() -> None:
+    """Laguna's shared experts: a renaming meant for checkpoints changes a name that is right."""
+    names = ["model.layers.1.mlp.shared_experts.up_proj", "model.layers.1.self_attn.q_proj"]
+    assert compat.lost_on_loading(tiny_family("laguna").model, names) == set(names[:1])
+    assert compat.lost_on_loading(tiny_family("llama").model, names) == set()
 
 
 @pytest.mark.parametrize("package", TESTED)

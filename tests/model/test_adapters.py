@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.families.tiny_family import tiny_family
 from tests.model_folders import byte_tokenizer, llama
 from torch import nn
 
@@ -128,3 +129,37 @@ def test_embeddings_and_norms_move_and_are_saved(tmp_path: Path, tied: bool) -> 
     assert (fresh.get_output_embeddings().weight is fresh.get_input_embeddings().weight) == tied
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "reason"),
+    [
+        ("llama4_text", "router", "a Llama4Router computes more than a product"),
+        ("mamba", "out_proj", "read by another layer's kernel"),
+        ("laguna", "mlp.shared_experts.up_proj", "PEFT renames its adapter"),
+        ("gemma3", "vision_tower", "outside of the decoder (Gemma3TextModel)"),
+    ],
+)
+def test_layers_that_cannot_have_an_adapter_are_left_out_and_named(kind: str, name: str, reason: str) -> None:
+    model = tiny_family(kind, dtype=torch.float32).model
+    report = adapter_report(add_adapters(model, rank=2))
+    found = {layer: why for layer, why in report.untargeted.items() if name in layer}
+    assert found
+    assert all(reason in why for why in found.values())
+    assert not any(name in layer for layer in report.adapted)
+    assert reason in str(report)
+
+
+def test_a_named_target_that_cannot_have_an_adapter_is_refused_with_the_reason() -> None:
+    with pytest.raises(ModelError, match="targets router: no adapter there, a Llama4Router computes more than"):
+        add_adapters(tiny_family("llama4_text").model, targets=["q_proj", "router"])
+
+
+def test_only_the_decoder_of_a_multimodal_model_trains() -> None:
+    """15 of 29 adapters of a tiny Gemma-3 were in its vision tower, where text gives them no gradient."""
+    family = tiny_family("gemma3", dtype=torch.float32)
+    adapted = add_adapters(family.model, rank=2, train_embeddings=True, train_norms=True)
+    training_loss(adapted, family.tokens(1, 20), engine="plain").backward()
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+    assert {name.split(".")[3] for name in trained} <= {"language_model", "embed_tokens", "lm_head"}
+    assert all(p.grad is not None for p in trained.values())

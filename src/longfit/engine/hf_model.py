@@ -58,12 +58,13 @@ def decoder(model: nn.Module) -> Any:
     from transformers import PreTrainedModel
 
     base = base_model(model)
-    found = base.get_decoder()
-    if not isinstance(found, PreTrainedModel):  # some heads have a Linear of that name
-        found = base.base_model
-    if found is base:
-        raise ModelError(f"{type(base).__name__} has no output matrix: load it with AutoModelForCausalLM")
-    return found
+    embeddings = base.get_input_embeddings()
+    # Some heads have a Linear that is called decoder, and some models name a base model that they do not have.
+    for found in (base.get_decoder(), base.base_model, *base.children()):
+        inside = isinstance(found, PreTrainedModel) and found is not base
+        if inside and any(module is embeddings for module in found.modules()):
+            return found
+    raise ModelError(f"{type(base).__name__} has no output matrix: load it with AutoModelForCausalLM")
 
 
 def last_norm(entered: nn.Module) -> nn.Module | None:

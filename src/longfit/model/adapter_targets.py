@@ -2,8 +2,9 @@
 
 PEFT reads the adapters of transformers 4, where every expert had linear layers of its own, and so gives some names
 another meaning in a mixture of experts: ``gate_proj`` stands for the stacked experts, at twice the rank, and ``gate``
-for the router. Here a name means the layer of that name; experts are asked for by ``experts``, and layers whose names
-PEFT would take for experts get no adapter and are named in the report.
+for the router. Here a name means the layer of that name; experts are asked for by ``experts``. Linear layers that
+cannot have an adapter are left out and named in the report (``untargeted``): those outside the decoder, routers that
+return more than a product, layers whose weight is read by another's kernel, and names that PEFT would take for others.
 """
 
 from __future__ import annotations
@@ -12,55 +13,87 @@ from typing import Any
 
 from torch import nn
 
-from longfit.compat.peft import names_of_experts
+from longfit.compat.peft import lost_on_loading, names_of_experts, takes_adapter
 from longfit.compat.transformers_experts import experts_layout
+from longfit.engine.hf_model import decoder
 from longfit.errors import ModelError
+from longfit.layers.quantized_linear import QuantizedLinear
 
 
 def linear_targets(model: Any, targets: str | list[str]) -> str | list[str]:
-    """What PEFT is told as ``target_modules``.
+    """What PEFT is told as ``target_modules``; ``excluded`` goes with it.
 
     Raises: ModelError: a name that matches no linear layer, or that PEFT takes for experts.
     """
     taken = names_of_experts(str(model.config.model_type))
     if isinstance(targets, list):
-        require_targets(model, targets)
-        wrong = [target for target in targets if target.rsplit(".", 1)[-1] in taken]
+        there = {_last(name) for name, _ in _linears(model)}
+        wrong = [target for target in targets if _last(target) in taken & there]
         if wrong:
             raise ModelError(
                 f"targets {', '.join(wrong)}: in a {model.config.model_type} PEFT takes this name for the stacked "
                 "experts or their router; for adapters on experts use experts=True, and leave the name out"
             )
+        require_targets(model, targets)
         return targets
     if targets != "all-linear" or not taken:
         return targets
-    head = model.get_output_embeddings()
-    linears = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-    return sorted(linears - taken)
+    return sorted({_last(name) for name in adaptable(model)})
 
 
-def untargeted(model: nn.Module, model_type: str) -> tuple[str, ...]:
-    """Linear layers without an adapter because PEFT would take their names for experts."""
-    taken = names_of_experts(model_type)
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in taken
-    )
+def excluded(model: Any) -> list[str] | None:
+    """What PEFT is told as ``exclude_modules``: last names where they are enough, else full ones."""
+    left_out, kept = untargeted(model), {_last(name) for name in adaptable(model)}
+    return sorted({name if _last(name) in kept else _last(name) for name in left_out}) or None
+
+
+def untargeted(model: Any) -> dict[str, str]:
+    """Linear layers without an adapter whatever is asked for, by name, and why; the output head is none of them."""
+    family, inner = str(model.config.model_type), decoder(model)
+    inside, taken, head = set(inner.modules()), names_of_experts(family), model.get_output_embeddings()
+    reasons = {}
+    for name, module in _linears(model):
+        last = _last(name)
+        if module is head:
+            continue
+        if module not in inside:
+            reasons[name] = f"outside of the decoder ({type(inner).__name__}), which alone is trained"
+        elif not isinstance(module, QuantizedLinear) and type(module).forward is not nn.Linear.forward:
+            reasons[name] = f"a {type(module).__name__} computes more than a product"
+        elif last in taken:
+            reasons[name] = "PEFT takes its name for the experts of this family"
+        elif not takes_adapter(model, last):
+            reasons[name] = "its weight is read by another layer's kernel, past an adapter"
+    others = [name for name, module in _linears(model) if module is not head and name not in reasons]
+    return reasons | dict.fromkeys(sorted(lost_on_loading(model, others)), "PEFT renames its adapter when it loads one")
+
+
+def adaptable(model: Any) -> list[str]:
+    """Names of the linear layers that all-linear means."""
+    left_out, head = untargeted(model), model.get_output_embeddings()
+    return [name for name, module in _linears(model) if name not in left_out and module is not head]
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Linear layers by the names that they have without adapters."""
+    layers = (nn.Linear, QuantizedLinear)
+    found = [(name, module) for name, module in model.named_modules() if ".lora_" not in f".{name}"]
+    return [(name.removesuffix(".base_layer"), module) for name, module in found if isinstance(module, layers)]
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def require_targets(model: nn.Module, targets: list[str]) -> None:
-    """Raise ModelError naming the targets that match no linear layer, and what there is."""
-    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    unknown = [target for target in targets if target.rsplit(".", 1)[-1] not in names]
-    if unknown:
-        raise ModelError(
-            f"targets {', '.join(unknown)}: no such linear layers; this model has {', '.join(sorted(names))}"
-        )
+    """Raise ModelError naming the targets that match no linear layer that can have an adapter, and what there is."""
+    names = {_last(name) for name in adaptable(model)}
+    unknown = [target for target in targets if _last(target) not in names]
+    if not unknown:
+        return
+    why = [reason for name, reason in untargeted(model).items() if _last(name) == _last(unknown[0])]
+    problem = f"no adapter there, {why[0]}" if why else "no such linear layers"
+    raise ModelError(f"targets {', '.join(unknown)}: {problem}; this model has {', '.join(sorted(names))}")
 
 
 def expert_targets(model: nn.Module, *, dropout: float) -> list[str]:

@@ -11,7 +11,7 @@ start.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,13 +22,13 @@ from torch import nn
 
 from longfit.compat.peft import register_adapter_layer
 from longfit.compat.transformers import tied_weights
-from longfit.engine.hf_model import base_model
+from longfit.engine.hf_model import base_model, decoder
 from longfit.errors import ModelError
 from longfit.layers.experts import packed_experts
 from longfit.layers.qlora import QLoRALinear
 from longfit.layers.qlora_experts import ParamWrapper
 from longfit.layers.quantized_linear import QuantizedLinear
-from longfit.model.adapter_targets import expert_targets, linear_targets, untargeted
+from longfit.model.adapter_targets import excluded, expert_targets, linear_targets, untargeted
 from longfit.model.vocabulary import added_rows, tables
 
 
@@ -41,7 +41,7 @@ class AdapterReport:
         trained_whole: modules that train as they are.
         trainable_params, total_params: counts.
         new_tokens: rows of the embedding that were added and train.
-        untargeted: linear layers whose names PEFT takes for those of experts, and which have no adapter.
+        untargeted: linear layers that cannot have an adapter, by name, and why.
     """
 
     adapted: tuple[str, ...]
@@ -49,18 +49,18 @@ class AdapterReport:
     trainable_params: int
     total_params: int
     new_tokens: int = 0
-    untargeted: tuple[str, ...] = ()
+    untargeted: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """Say it in a line, and in another which layers have a name that PEFT takes for experts."""
+        """Say it in a line, and in another for each reason why layers have no adapter."""
         share = f"{self.trainable_params:,} of {self.total_params:,} parameters train"
         whole = f", {len(self.trained_whole)} modules whole" if self.trained_whole else ""
         rows = f", rows of {self.new_tokens:,} new tokens" if self.new_tokens else ""
         lines = [f"{share}: adapters on {len(self.adapted)} layers{whole}{rows}"]
-        if self.untargeted:
-            more = f" and {len(self.untargeted) - 3} more" if len(self.untargeted) > 3 else ""
-            names = ", ".join(self.untargeted[:3]) + more
-            lines.append(f"no adapter: {names}: PEFT takes these names for the experts of this family")
+        for reason in dict.fromkeys(self.untargeted.values()):
+            names = [name for name, why in self.untargeted.items() if why == reason]
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            lines.append(f"no adapter: {', '.join(names[:3])}{more}: {reason}")
         return "\n".join(lines)
 
 
@@ -112,6 +112,7 @@ def add_adapters(
         use_rslora=rank_stabilised,
         lora_dropout=dropout,
         target_modules=target_modules,
+        exclude_modules=excluded(model),
         target_parameters=target_parameters,
         modules_to_save=trained_whole or None,
         trainable_token_indices=new_rows,
@@ -140,16 +141,18 @@ def register_layers(config: LoraConfig, model: nn.Module | None = None) -> None:
 
 
 def whole_modules(model: Any, *, train_embeddings: bool, train_norms: bool) -> list[str]:
-    """Last parts of the names of the modules that are trained whole."""
-    embeddings = model.get_input_embeddings()
-    names = []
+    """Names of the modules of the decoder that are trained whole: their last parts, unless another's name ends so."""
+    embeddings, inside = model.get_input_embeddings(), set(decoder(model).modules())
+    chosen, others = [], []
     for name, module in model.named_modules():
-        leaf = name.rsplit(".", 1)[-1]
-        if (train_embeddings and module is embeddings) or (train_norms and is_norm(module)):
-            names.append(leaf)
-    if train_norms and not any(is_norm(module) for module in model.modules()):
+        if (train_embeddings and module is embeddings) or (train_norms and module in inside and is_norm(module)):
+            chosen.append(name)
+        else:
+            others.append(name)
+    if train_norms and not any(map(is_norm, inside)):
         raise ModelError("train_norms: no normalisation layers with weights in this model")
-    return sorted(set(names))
+    shared = {last for last in {name.rsplit(".", 1)[-1] for name in chosen} if any(o.endswith(last) for o in others)}
+    return sorted({name if name.rsplit(".", 1)[-1] in shared else name.rsplit(".", 1)[-1] for name in chosen})
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -167,7 +170,7 @@ def adapter_report(model: nn.Module) -> AdapterReport:
         trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_params=sum(own_params(module) for _, module in modules),
         new_tokens=max((len(next(iter(m.token_indices.values()), ())) for m in token_layers), default=0),
-        untargeted=untargeted(model, str(base_model(model).config.model_type)),
+        untargeted=untargeted(base_model(model)),
     )
 
 
