@@ -1,5 +1,6 @@
 """Adapters on packed experts: PEFT's own numbers, names and files."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from peft import LoraConfig, PeftModel
 from tests.model.test_pack_experts import IDS, close_to_eager, dense_twin
 from tests.moe_models import save_mixture
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from longfit.errors import ModelError
 from longfit.model.adapters import add_adapters, register_layers
@@ -60,6 +62,15 @@ def test_merging_gives_dense_experts_that_transformers_computes(tmp_path: Path) 
     assert not list(packed_parameters(merged))
     # Merged in float32: 2**-24 of each weight.
     torch.testing.assert_close(merged(input_ids=IDS).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merged_model_is_saved_as_a_dense_one(tmp_path: Path) -> None:
+    model, _ = load(save_mixture(tmp_path / "base", "gpt_oss"), dtype=torch.float32)
+    merged = add_adapters(model, experts=True).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=merged.dtype)
+    assert torch.equal(again(input_ids=IDS).logits, merged(input_ids=IDS).logits)
 
 
 def test_unloading_gives_the_packed_experts_back(tmp_path: Path) -> None:

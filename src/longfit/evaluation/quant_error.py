@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from longfit.engine.hf_model import base_model
 from longfit.errors import ConfigError, ModelError
 from longfit.evaluation.perplexity import perplexity
 from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model.hf_quantizer import skipped_linears
+from longfit.model.pack_experts import packable_experts, skipped_experts
 from longfit.numerics.absmax import check_block_size, dequantize_int8, quantize_int8
 from longfit.numerics.blockwise import dequantize_blockwise, quantize_blockwise
 from longfit.numerics.codebooks import QUANT_TYPES, codebook
@@ -177,7 +179,7 @@ class Cost:
 
 @contextmanager
 def quantized_weights(model: nn.Module, data_type: DataType | None) -> Iterator[Cost]:
-    """Round the linear layers of a model to a data type inside the block; the weights come back bit by bit.
+    """Round what ``load`` would quantise in a model to a data type inside the block; the weights come back bit by bit.
 
     Args:
         model: as in `quant_error`; a copy of its linear weights waits in host memory.
@@ -185,12 +187,11 @@ def quantized_weights(model: nn.Module, data_type: DataType | None) -> Iterator[
     Yields: bits and errors.
     Raises: ModelError: the model is quantised already, or has no linear layer to quantise.
     """
-    layers, cost = quantizable_layers(model), Cost()
+    matrices, cost = quantizable_matrices(model), Cost()
     kept: list[Tensor] = []
     try:
         with torch.no_grad():
-            for layer in layers:
-                weight = layer.weight.detach()
+            for weight in matrices:
                 if data_type is None:
                     cost.add(weight, weight, weight.nbytes)
                     continue
@@ -201,13 +202,31 @@ def quantized_weights(model: nn.Module, data_type: DataType | None) -> Iterator[
         yield cost
     finally:
         with torch.no_grad():
-            for layer, weight in zip(layers, kept, strict=False):  # fewer, if it failed on the way
-                layer.weight.detach().copy_(weight)
+            for matrix, weight in zip(matrices, kept, strict=False):  # fewer, if it failed on the way
+                matrix.copy_(weight)
 
 
-def quantizable_layers(model: nn.Module) -> list[nn.Linear]:
-    """The layers that ``longfit.load`` would quantise: all linear ones but the output head and tied weights.
+def quantizable_matrices(model: nn.Module) -> list[Tensor]:
+    """The weights that ``longfit.load`` would quantise, as views ``[out, in]``: of layers, and of each stacked expert.
 
+    Raises: ModelError: the model is quantised already, or there are none.
+    """
+    base = base_model(model)
+    experts = packable_experts(base, skipped_experts(base, []))
+    stacked = [expert for _, module, names in experts for name in names for expert in getattr(module, name).detach()]
+    layers = [module for module in base.modules() if isinstance(module, Conv1D)]
+    return [
+        *(layer.weight.detach() for layer in quantizable_layers(model, alone=not stacked and not layers)),
+        *(layer.weight.detach().t() for layer in layers),
+        *stacked,
+    ]
+
+
+def quantizable_layers(model: nn.Module, *, alone: bool = True) -> list[nn.Linear]:
+    """The linear layers that ``longfit.load`` would quantise: all but the output head and tied weights.
+
+    Args:
+        alone: whether there must be some.
     Raises: ModelError: the model is quantised already, or there are none.
     """
     base = base_model(model)
@@ -219,7 +238,7 @@ def quantizable_layers(model: nn.Module) -> list[nn.Linear]:
         for name, module in base.named_modules()
         if type(module) is nn.Linear and name not in skipped and ".lora_" not in f".{name}"
     ]
-    if not layers:
+    if not layers and alone:
         raise ModelError(f"{type(base).__name__}: has no plain linear layer that could be quantised")
     return layers
 

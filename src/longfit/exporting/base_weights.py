@@ -17,12 +17,14 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from longfit.errors import ExportError
 from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit
 from longfit.model import gguf
-from longfit.model.hf_quantizer import skipped_linears
+from longfit.model.hf_quantizer import QUANTIZABLE, skipped_linears
+from longfit.model.pack_experts import packable_experts, skipped_experts
 from longfit.model.vocabulary import grown
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes
 from longfit.numerics.vectorwise import dequantize_vectors, quantize_vectors
@@ -171,7 +173,13 @@ class GrownWeights:
 
 
 class QuantizedWeights:
-    """See the module; ``quantized`` names the weights that pass through few bits, ``int8`` those of them through 8."""
+    """See the module.
+
+    Attributes:
+        quantized: names of the weights that pass through few bits; stacked experts do so one by one.
+        int8: those of them through 8.
+        transposed: those of them that are stored the other way round (`Conv1D`).
+    """
 
     def __init__(
         self,
@@ -182,8 +190,10 @@ class QuantizedWeights:
         double_quant: bool,
         block_size: int,
         int8: set[str],
+        transposed: frozenset[str] = frozenset(),
     ) -> None:
         self.inner, self.quantized, self.int8 = inner, quantized, quantized if quant == "int8" else int8
+        self.transposed = transposed
         self._settings: dict[str, Any] = {"quant_type": quant, "double_quant": double_quant, "block_size": block_size}
 
     def names(self) -> list[str]:
@@ -196,10 +206,16 @@ class QuantizedWeights:
         weight = self.inner.read(name)
         if name not in self.quantized:
             return weight
+        if name in self.transposed:
+            return self._rounded(name, weight.t().contiguous()).t()
+        if weight.dim() == 3:
+            return torch.stack([self._rounded(name, expert) for expert in weight])
+        return self._rounded(name, weight)
+
+    def _rounded(self, name: str, weight: Tensor) -> Tensor:
         if name in self.int8:
             return dequantize_vectors(*quantize_vectors(weight), dtype=torch.float32)
         packed, state = quantize_4bit(weight, **self._settings)
-        del weight
         return dequantize_4bit(packed, state, torch.float32)
 
 
@@ -209,5 +225,16 @@ def quantized_weights(skeleton: Any, skip_modules: list[str] | None = None) -> s
     return {
         f"{name}.weight"
         for name, module in skeleton.named_modules()
-        if type(module) is nn.Linear and name not in skipped
+        if type(module) in QUANTIZABLE and name not in skipped
     }
+
+
+def quantized_experts(skeleton: Any, skip_modules: list[str] | None = None) -> set[str]:
+    """Names of the stacked experts that ``load`` puts into few bits."""
+    skipped = skipped_experts(skeleton, skip_modules or [])
+    return {f"{path}.{name}" for path, _, names in packable_experts(skeleton, skipped) for name in names}
+
+
+def conv1d_weights(skeleton: Any) -> frozenset[str]:
+    """Names of the weights ``[I, O]`` of transformers' ``Conv1D``."""
+    return frozenset(f"{name}.weight" for name, module in skeleton.named_modules() if isinstance(module, Conv1D))

@@ -36,7 +36,7 @@ def write_bitsandbytes(folder: Path, plan: MergePlan, kind: str) -> list[str]:
     planned = [item for tensor in plan.tensors for item in _planned(tensor, packed, dtype)]
     paths = write_shards(folder, planned, make)
     write_model_files(folder, plan.trained, plan.config, dtype=dtype)
-    block = LongfitQuantizationConfig(dtype=str(dtype).removeprefix("torch.")).to_dict()
+    block = LongfitQuantizationConfig(dtype=str(dtype).removeprefix("torch."), experts=False).to_dict()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     text = json.dumps(config | {"quantization_config": block}, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

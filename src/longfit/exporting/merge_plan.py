@@ -23,7 +23,9 @@ from longfit.exporting.base_weights import (
     FolderWeights,
     GrownWeights,
     QuantizedWeights,
+    conv1d_weights,
     open_base,
+    quantized_experts,
     quantized_weights,
 )
 from longfit.exporting.model_folder import write_model_files
@@ -46,7 +48,8 @@ class MergePlan:
         tensors: in the order of the model.
         aliases: a written tensor that takes its values from the base's tensor of another name: a head that is untied.
         quantized: weights that were in 4 bits while the adapter trained, of those whose originals are there.
-        quantizable: weights that ``load`` would put into 4 bits.
+        quantizable: weights of layers that ``load`` would put into 4 bits.
+        transposed: weights ``[I, O]`` of transformers' ``Conv1D``.
         tied: in words.
         comes_apart: whether the output head is written apart from the embeddings that the base ties it to.
         no_original: why there is no 16-bit original; empty if there is one.
@@ -61,6 +64,7 @@ class MergePlan:
     aliases: dict[str, str]
     quantized: frozenset[str]
     quantizable: frozenset[str]
+    transposed: frozenset[str]
     tied: str
     comes_apart: bool
     no_original: str
@@ -91,6 +95,7 @@ class MergePlan:
         if untied:
             config.tie_word_embeddings = False
         quantizable = frozenset(quantized_weights(skeleton))
+        in_few_bits = quantizable | quantized_experts(skeleton)
         return cls(
             trained=trained,
             adapter=adapter,
@@ -99,8 +104,9 @@ class MergePlan:
             dtype=dtype,
             tensors=tuple(Planned(name, shapes[name], dtype) for name in written),
             aliases=aliases,
-            quantized=quantizable if trained.quant != "none" and not no_original else frozenset(),
+            quantized=in_few_bits if trained.quant != "none" and not no_original else frozenset(),
             quantizable=quantizable,
+            transposed=conv1d_weights(skeleton),
             tied=_say_tied(tied_to, untied),
             comes_apart=bool(untied),
             no_original=no_original,
@@ -132,12 +138,17 @@ class MergePlan:
             double_quant=trained.double_quant,
             block_size=trained.block_size,
             int8={f"{name}.weight" for name in trained.int8_modules},
+            transposed=self.transposed,
         )
 
     def make(self, name: str, weights: BaseWeights) -> Tensor:
         """One merged tensor, in ``dtype`` on the CPU."""
         origin = self.aliases.get(name, name)
-        merged = self.adapter.apply(name, weights.read(origin)).to(self.dtype)
+        weight = weights.read(origin)
+        if name in self.transposed:
+            merged = self.adapter.apply(name, weight.t()).t().contiguous().to(self.dtype)
+        else:
+            merged = self.adapter.apply(name, weight).to(self.dtype)
         if self.dtype == torch.float16 and not is_finite(merged):
             raise ExportError(f"{name}: holds values beyond the range of float16; use --dtype bfloat16")
         return merged
@@ -200,6 +211,11 @@ def _require_tensors(
             f"{list(shapes[other[0]])}; this is another base"
         )
     lost = sorted(adapter.changed() - shapes.keys())
+    if any("expert" in name for name in lost):
+        raise ExportError(
+            f"{trained.adapter}: has adapters on stacked experts ({lost[0]}), which are not merged tensor by tensor; "
+            "load the run with PEFT and call merge_and_unload"
+        )
     if lost:
         raise ExportError(
             f"{trained.adapter}: {len(lost)} of its tensors belong to nothing in the base, first {lost[0]}; it was "

@@ -15,6 +15,7 @@ It is not a merge tool: adding an adapter into codes of few bits rounds it away,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -142,6 +143,7 @@ class QLoRALinear(LoraLinear):
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        config = _as_out_in(config, base_layer)
         require_supported(config)
         if kwargs.get("parameter_name"):
             raise ModelError(
@@ -183,6 +185,7 @@ class QLoRALinear(LoraLinear):
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter, as PEFT would on a dense base that holds dq(W)."""
+        config = _as_out_in(config, self.packed_base())
         require_supported(config)
         if "starts" not in dict(self.named_children()):
             self.starts = nn.ModuleDict()  # adapter name to the low-rank part that it took out of the base
@@ -269,7 +272,7 @@ class QLoRALinear(LoraLinear):
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Linear:
+    ) -> nn.Module:
         """The layer without its adapter: the quantised base as it is, or a dense layer that holds base and adapter.
 
         Raises:
@@ -293,7 +296,14 @@ class QLoRALinear(LoraLinear):
             raise ModelError(
                 f"merge: adapters {', '.join(names)} hold values that are not finite; train again or skip safe_merge"
             )
-        twin.weight = nn.Parameter(twin.weight.data.to(base.dense_dtype), requires_grad=False)
-        if base.bias is not None:
-            twin.bias = nn.Parameter(twin.bias.data.to(base.bias.dtype), requires_grad=False)
-        return twin
+        bias = None if base.bias is None else twin.bias.data.to(base.bias.dtype)
+        return base.dense_layer(twin.weight.data.to(base.dense_dtype), bias)
+
+
+def _as_out_in(config: LoraConfig, base: nn.Module) -> LoraConfig:
+    """A configuration for a weight ``[O, I]``; PEFT asks for ``fan_in_fan_out`` where it sees a ``Conv1D``."""
+    if not config.fan_in_fan_out or not getattr(base, "stands_for_conv1d", False):
+        return config
+    config = copy.copy(config)
+    config.fan_in_fan_out = False
+    return config

@@ -46,9 +46,11 @@ class QuantizedLinear(nn.Linear):
         weight: one parameter of bytes ``[rows, row_bytes]`` that can be cut along its rows.
         constants: uint8, what all rows share; may be empty.
         bias: ``[O]`` or None; kept as it is.
+        stands_for_conv1d: the layer was transformers' ``Conv1D`` (GPT-2), whose dense weight is ``[I, O]``.
     """
 
     constants: Tensor
+    stands_for_conv1d: bool = False
     bias: nn.Parameter | None  # type: ignore[assignment]  # nn.Linear declares it without None, and yet sets None
 
     def __init__(
@@ -76,6 +78,26 @@ class QuantizedLinear(nn.Linear):
     def stored(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """A dense weight in this layer's format: what `weight` and `constants` would hold."""
         raise NotImplementedError
+
+    def dense_layer(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """A frozen layer of the kind that was quantised, with these values.
+
+        Args:
+            weight: ``[O, I]``.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        layer: nn.Module
+        if self.stands_for_conv1d:
+            layer = Conv1D(self.out_features, self.in_features)
+            weight = weight.t().contiguous()
+            bias = weight.new_zeros(self.out_features) if bias is None else bias
+        else:
+            layer = nn.Linear(self.in_features, self.out_features, bias=bias is not None, device="meta")
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None:
+                setattr(layer, name, nn.Parameter(tensor, requires_grad=False))
+        return layer
 
     def sharing(self, weight: Tensor, constants: Tensor) -> QuantizedLinear:
         """A layer of the same format, without a bias, that has these bytes."""

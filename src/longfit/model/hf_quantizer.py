@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import (
     HfQuantizer,
     get_module_from_name,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from longfit.model.own_rows import OwnRows
 
 QUANT_METHOD = "longfit"
+QUANTIZABLE = (nn.Linear, Conv1D)
+"""Kinds of layers that are exchanged for quantised ones; no subclasses of them, which may multiply otherwise."""
 BITSANDBYTES_KEYS = {
     quant_type: [
         "weight",
@@ -160,6 +163,8 @@ class QuantizeWeight(ConversionOps):
             if packed_experts(layer) is not None:
                 converted |= pack_experts.store(layer, name, weight)
                 continue
+            if layer.stands_for_conv1d:
+                weight = weight.t().contiguous()
             rows, constants = layer.stored(weight) if own is None else own.stored(layer, weight)
             del weight
             converted |= adopted(layer, name, rows, constants)
@@ -264,18 +269,18 @@ class LongfitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         self.skipped = skipped_linears(model, config.skip_modules or [])
-        linears = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+        linears = {name for name, module in model.named_modules() if type(module) in QUANTIZABLE}
         unknown = sorted(set(config.int8_modules or []) - (linears - self.skipped.keys()))
         if unknown:
             raise ModelError(f"int8_modules: {', '.join(unknown)}: no linear layers that are quantised; see eval quant")
         for name, module in list(model.named_modules()):
-            if type(module) is not nn.Linear or name in self.skipped:
+            if type(module) not in QUANTIZABLE or name in self.skipped:
                 continue
             eight = config.quant_type == "int8" or name in (config.int8_modules or [])
             replacement = self._placeholder(module, eight=eight)
             # Bytes are read, never drawn at random; what lacks them is refused.
             do_not_initialize(replacement)
-            if self.own_rows is not None and not self.pre_quantized:
+            if self.own_rows is not None and not self.pre_quantized and not replacement.stands_for_conv1d:
                 self.own_rows.make_place(replacement)
             model.set_submodule(name, replacement)
         self._pack_experts(model)
@@ -299,20 +304,25 @@ class LongfitQuantizer(HfQuantizer):
         renamings = self._renamings if self.pre_quantized else []
         return [*super().get_weight_conversions(), *renamings]
 
-    def _placeholder(self, linear: nn.Linear, *, eight: bool) -> QuantizedLinear:
-        config, bias = self.quantization_config, linear.bias is not None
+    def _placeholder(self, dense: nn.Module, *, eight: bool) -> QuantizedLinear:
+        layer = self._empty(*in_out(dense), bias=dense.bias is not None, eight=eight)
+        layer.stands_for_conv1d = isinstance(dense, Conv1D)
+        return layer
+
+    def _empty(self, in_features: int, out_features: int, *, bias: bool, eight: bool) -> QuantizedLinear:
+        config = self.quantization_config
         if eight:
             return Linear8bit.placeholder(
-                linear.out_features,
-                linear.in_features,
+                out_features,
+                in_features,
                 dtype=self.dtype,
                 bias=bias,
                 device="meta",
                 threshold=config.threshold,
             )
         row_format = RowFormat(
-            out_features=linear.out_features,
-            in_features=linear.in_features,
+            out_features=out_features,
+            in_features=in_features,
             quant_type=config.quant_type,
             block_size=config.block_size,
             double_quant=config.double_quant,
@@ -332,7 +342,11 @@ class LongfitQuantizer(HfQuantizer):
         return {"weight": BITSANDBYTES_KEYS.get(self.quantization_config.quant_type, ["weight"])}
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The state dict with every quantised layer written under bitsandbytes' keys."""
+        """The state dict with every quantised layer written under bitsandbytes' keys.
+
+        What ``merge_and_unload`` has made dense is described as dense: in the configuration that is written next.
+        """
+        self._describe(model)
         state_dict = model.state_dict()
         for name, written in pack_experts.file_names(model).items():
             state_dict[written] = state_dict.pop(name)
@@ -349,6 +363,24 @@ class LongfitQuantizer(HfQuantizer):
                     state_dict[f"{name}.weight" if key == "weight" else f"{name}.weight.{key}"] = tensor
         return state_dict, {}
 
+    def _describe(self, model: Any) -> None:
+        """Let the model's configuration say which layers are quantised now; nothing if none is."""
+        quantized = any(isinstance(module, QuantizedLinear) for module in model.modules())
+        experts = any(True for _ in pack_experts.packed_parameters(model))
+        if not quantized and not experts:
+            if getattr(model.config, "quantization_config", None) is not None:
+                del model.config.quantization_config
+            return
+        config = self.quantization_config
+        known = config.skip_modules or []
+        dense = skipped_linears(model, known)
+        merged = [name for name, module in model.named_modules() if type(module) in QUANTIZABLE and name not in dense]
+        if experts:
+            merged += pack_experts.unpacked(model, known)
+        config.experts = experts
+        if merged:
+            config.skip_modules = [*known, *merged]
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         config = self.quantization_config
         return config.quant_type in BITSANDBYTES_KEYS and not config.int8_modules  # a file holds one type
@@ -358,13 +390,18 @@ class LongfitQuantizer(HfQuantizer):
         return True
 
 
+def in_out(dense: Any) -> tuple[int, int]:
+    """Widths of a dense layer, one of ``QUANTIZABLE``."""
+    return dense.weight.shape if isinstance(dense, Conv1D) else dense.weight.shape[::-1]
+
+
 def skipped_linears(model: Any, skip_modules: list[str]) -> dict[str, str]:
     """Which linear layers stay dense, and why: name to reason."""
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
     reasons = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear | Conv1D):
             continue
         if pack_experts.is_skipped(name, skip_modules):
             reasons[name] = "named in skip_modules"
@@ -372,8 +409,8 @@ def skipped_linears(model: Any, skip_modules: list[str]) -> dict[str, str]:
             reasons[name] = "shares its weight with the embeddings"
         elif module is head:
             reasons[name] = "output head: its error goes into every logit"
-        elif type(module) is not nn.Linear:
+        elif type(module) not in QUANTIZABLE:
             reasons[name] = f"a {type(module).__name__}, not a plain nn.Linear"
-        elif module.in_features % 2:  # in 8 bits, too, so that one list holds for both
-            reasons[name] = f"odd number of input features ({module.in_features})"
+        elif in_out(module)[0] % 2:  # in 8 bits, too, so that one list holds for both
+            reasons[name] = f"odd number of input features ({in_out(module)[0]})"
     return reasons

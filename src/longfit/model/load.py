@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from longfit.compat.torch_distributed import local_part
 from longfit.compat.transformers import forget_kernels
@@ -288,7 +289,7 @@ def dense_reasons(model: Any) -> dict[str, str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             reasons[name] = "embeddings are looked up, not multiplied"
-        elif isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear):
+        elif isinstance(module, nn.Linear | Conv1D) and not isinstance(module, QuantizedLinear):
             reasons.setdefault(name, "loaded with quant='none'")
     packed = {name for name, *_ in packed_parameters(model)}
     for name, parameter in model.named_parameters():

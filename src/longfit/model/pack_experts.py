@@ -61,6 +61,12 @@ def packable_experts(model: nn.Module, skipped: dict[str, str]) -> Iterator[tupl
             yield path, module, layout.weights
 
 
+def unpacked(model: nn.Module, skip_modules: list[str]) -> list[str]:
+    """Modules of experts that are dense now and would be packed."""
+    found = packable_experts(model, skipped_experts(model, skip_modules))
+    return [path for path, module, _ in found if packed_experts(module) is None]
+
+
 def pack(module: nn.Module, names: tuple[str, ...], placeholder: Callable[[nn.Linear], QuantizedLinear]) -> None:
     """Give a module of experts room for bytes in place of its weights, and let longfit compute it.
 
