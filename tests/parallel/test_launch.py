@@ -75,13 +75,15 @@ def test_a_reason_is_left_where_the_agent_looks(tmp_path: Path, monkeypatch: pyt
     assert not leave_reason(ConfigError("wrong"))  # torchrun reads it, but shows it as its own
 
 
-def start(config: RunConfig) -> subprocess.Popen[str]:
+def start(config: RunConfig, *, also: str = "") -> subprocess.Popen[str]:
+    """Start two processes; ``also`` is Python that each runs before longfit."""
     run = Path(str(config.output.run_dir))
+    (run.parent / "sitecustomize.py").write_text(also)
     (run.parent / "run.yaml").write_text(config.to_yaml())
     return subprocess.Popen(
         [sys.executable, "-m", "longfit", "train", "run.yaml", "--devices", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=run.parent,
-        env={**os.environ, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": f"{run.parent}{os.pathsep}{SOURCES}", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 
@@ -141,6 +143,35 @@ def test_a_killed_process_ends_the_run_with_one_message_and_the_run_goes_on_as_i
     whole = make_config(**settings, output__run_dir=str(tmp_path / "whole"))
     assert run_in_processes(go_on, 2, whole, False, group=False) == [True, True]
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+RUNS_OUT = """
+import os
+if os.environ.get("RANK") == "1":
+    import longfit.training.loop as loop
+    original = loop._differentiate
+    def differentiate(run, *arguments):
+        if run.state.step == 4:
+            raise MemoryError("no room for 9 GiB")
+        return original(run, *arguments)
+    loop._differentiate = differentiate
+"""
+
+
+def test_a_process_that_runs_out_of_memory_ends_all_with_its_reason(make_config: MakeConfig, tmp_path: Path) -> None:
+    settings: dict[str, object] = {"train__steps": 6, "train__save_every": 3, "parallel__shard": 2}
+    process = start(make_config(**settings), also=RUNS_OUT)
+    wait_for_step(tmp_path / "run", 4, process)
+    began = time.monotonic()
+    told = process.communicate(timeout=60)[1]
+    assert time.monotonic() - began < 60  # parallel.timeout
+    assert process.returncode == 2
+    errors = [line for line in told.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith(
+        "error: process 1 of 2: out of memory (no room for 9 GiB); choose a smaller engine.tile"
+    )
+    assert run_in_processes(go_on, 2, make_config(**settings), True, group=False) == [True, True]
 
 
 @needs_proc

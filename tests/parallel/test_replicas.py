@@ -1,11 +1,13 @@
 """Replicas on two processes (DDP) against one process, and what used to hang."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tests.parallel.forked import run_in_processes
 from tests.training.conftest import MakeConfig
@@ -40,12 +42,13 @@ def test_two_processes_learn_what_one_learns_from_twice_the_windows(make_config:
     assert all(len(record["peak_memory_bytes_by_process"]) == 2 for record in steps)
 
 
-@pytest.mark.parametrize("num_windows", [1, 3])
+@pytest.mark.parametrize(("num_windows", "shard"), [(1, 1), (3, 1), (1, 2), (3, 2)])
 def test_processes_may_have_different_numbers_of_validation_windows(
-    make_config: MakeConfig, tmp_path: Path, num_windows: int
+    make_config: MakeConfig, tmp_path: Path, num_windows: int, shard: int
 ) -> None:
     settings = {"data__validation_fraction": 0.4, "data__validation_windows": num_windows, "train__steps": 2}
-    results = run_in_processes(run, 2, make_config(**settings, model__quant="nf4", train__eval_every=1), group=False)
+    config = make_config(**settings, model__quant="nf4", train__eval_every=1, parallel__shard=shard)
+    results = run_in_processes(run, 2, config, group=False)
     assert results[0]["eval_loss"] == results[1]["eval_loss"] is not None
     assert metrics(tmp_path / "run")[-1]["eval_windows"] == num_windows
 
@@ -100,6 +103,14 @@ def test_a_sharded_run_goes_on_in_one_process_and_on_two(make_config: MakeConfig
     resumed = make_config(**settings, parallel__shard=2, output__run_dir=str(tmp_path / "two"))
     assert run_in_processes(go_on, 2, resumed, group=False) == [True, True]
     assert numbers(tmp_path / "two") == numbers(tmp_path / "run")
+    break_off_after_four(tmp_path / "more")
+    more = make_config(**settings, parallel__shard=2, parallel__sequence=2, output__run_dir=str(tmp_path / "more"))
+    assert run_in_processes(go_on, 4, more, group=False) == [True] * 4
+    for before, after in zip(numbers(tmp_path / "run"), numbers(tmp_path / "more"), strict=True):
+        assert after == pytest.approx(before, rel=1e-5)
+    adapters = [load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("run", "more")]
+    for name, tensor in adapters[0].items():
+        assert torch.allclose(adapters[1][name].float(), tensor.float(), atol=1e-5)
     break_off_after_four(tmp_path / "fewer")
     train(make_config(output__run_dir=str(tmp_path / "fewer"), parallel__shard=1, **settings), resume=True)
     for before, after in zip(numbers(tmp_path / "run"), numbers(tmp_path / "fewer"), strict=True):
@@ -116,6 +127,23 @@ def differ(rank: int, config: RunConfig) -> str:
     except ProcessesError as error:
         return str(error)
     return "trained"
+
+
+def differ_in_data(rank: int, config: RunConfig, folders: list[str]) -> str:
+    os.chdir(folders[rank])
+    return differ(0, config)
+
+
+def test_processes_with_different_data_do_not_begin(make_config: MakeConfig, tmp_path: Path) -> None:
+    """One path, behind which each process has a file of its own, as machines do."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(f"This is what {name} machine has. " * 99)
+    config = make_config(data__path="/proc/self/cwd/text.txt")
+    told = run_in_processes(differ_in_data, 2, config, [str(tmp_path / "one"), str(tmp_path / "other")], group=False)
+    assert told[0] == told[1]
+    assert "training data text.txt: process 0 has" in told[0]
+    assert not (tmp_path / "run").exists()
 
 
 def test_processes_with_different_settings_do_not_begin(make_config: MakeConfig, tmp_path: Path) -> None:

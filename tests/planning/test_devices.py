@@ -5,6 +5,7 @@ import pytest
 from longfit.errors import ConfigError
 from longfit.parallel import traffic
 from longfit.planning.devices import sent_bytes
+from longfit.planning.ladder import climb
 from longfit.planning.memory import MemoryPlan, memory_plan
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape, read_shape
@@ -59,6 +60,20 @@ def test_bytes_sent_are_those_of_the_formulas(shape: ModelShape) -> None:
     longer = settings.changed({"sequence": 2, "context": 131_072})
     assert sent_bytes(shape, longer) - replicas == formula  # whatever the context
     assert sent_bytes(shape, settings.changed({"shard": 2})) > 2 * 16e9 / 2
+
+
+def test_the_ladder_shares_weights_before_it_shares_a_window(shape: ModelShape) -> None:
+    limits = {"accelerator": 24 << 30, "host": 64 << 30}
+    settings = PlanSettings(context=49_152, processes=2)
+    suggestions, changed = climb(shape, settings, limits)
+    assert [s.changes.get("shard") or s.changes.get("sequence") for s in suggestions][-1] == 2
+    assert suggestions[-1].fits
+    assert (changed.shard, changed.sequence) == (2, 1)
+    assert "parallel.shard=2" in suggestions[-1].paste
+    suggestions, changed = climb(shape, settings.changed({"context": 90_000}), limits)
+    assert suggestions[-1].fits
+    assert (changed.shard, changed.sequence, changed.gradient_accumulation) == (2, 2, 2)
+    assert climb(shape, settings, limits, silent=True)[1].shard == 1  # a run does not choose this by itself
 
 
 def test_what_does_not_divide_or_go_together_is_refused() -> None:

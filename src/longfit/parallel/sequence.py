@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.hf_model import base_model
 from longfit.engine.loss.training_loss import shifted_labels, training_loss
+from longfit.engine.sweep.probe import nature_of
 from longfit.engine.sweep.shared_sequence import Asked, Stretch
 from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.errors import ModelError
@@ -139,7 +140,8 @@ def sharing(model: nn.Module, window: SharedWindow) -> Iterator[None]:
 def require_shareable(model: nn.Module, *, engine: str = "sweep") -> None:
     """Refuse a model whose layers cannot share a window.
 
-    Raises: ModelError: some layer is not swept; or rotary tables depend on the length of the tokens at hand.
+    Raises: ModelError: some layer is not swept; something besides attention mixes tokens, which nobody would carry over
+        a border; the head is not known; or rotary tables depend on the length of the tokens at hand.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -152,6 +154,10 @@ def require_shareable(model: nn.Module, *, engine: str = "sweep") -> None:
             f"{named}: not swept, and only swept layers can share a window; use engine.engine=sweep, and a family whose"
             " layers all are, or parallel.sequence=1"
         )
+    nature = nature_of(model)
+    nature.require_head()
+    if nature.packs is not None or nature.causal is not None:
+        raise ModelError(f"{nature.packs or nature.causal}: a window of it cannot be shared; use parallel.sequence=1")
     for kind in _rope_kinds(base.config.get_text_config()):
         if kind in ("dynamic", "longrope"):
             raise ModelError(

@@ -26,7 +26,7 @@ KEYS = {
         "batch_size": "train.batch_size",
         "gradient_accumulation": "train.gradient_accumulation",
     },
-    **{"context": "context.context"},
+    **{"context": "context.context", "shard": "parallel.shard", "sequence": "parallel.sequence"},
 }
 """A plan's settings under the names that a command or a config file knows."""
 
@@ -94,6 +94,23 @@ def _on_card(settings: PlanSettings) -> bool:
     return settings.device == "cuda"
 
 
+def _may_shard(settings: PlanSettings) -> bool:
+    """Whether devices may come to share the weights (``training/distribute.py:require_shardable``)."""
+    several = settings.processes > 1 and settings.shard == 1
+    return several and settings.stream == "none" and settings.optim == "adamw" and not settings.file
+
+
+def _may_page(settings: PlanSettings) -> bool:
+    """Whether optimiser state may be paged: on a CPU to a file, which does not go with shards."""
+    return settings.budget is None and not (settings.device == "cpu" and settings.shard > 1)
+
+
+def _sharing(settings: PlanSettings) -> dict[str, Any]:
+    """One window over all devices, with as many windows a step as before."""
+    passes = settings.gradient_accumulation * settings.processes
+    return {"sequence": settings.processes, "gradient_accumulation": passes}
+
+
 LEVERS = (
     _Lever(
         "layer inputs wait in host memory",
@@ -112,10 +129,22 @@ LEVERS = (
         silent=True,
     ),
     _Lever(
+        "weights, gradients and optimiser state in shards",
+        "each layer is gathered once in each direction",
+        True,
+        lambda s, shape: iter([{"shard": s.processes}] if _may_shard(s) else []),
+    ),
+    _Lever(
+        "one window over all devices",
+        "keys travel; a step has fewer windows at once, and as many passes more",
+        True,
+        lambda s, shape: iter([_sharing(s)] if s.processes > 1 and s.sequence == 1 else []),
+    ),
+    _Lever(
         "paged optimiser state",
         "each step moves it once in and once out",
         True,
-        lambda s, shape: iter([{"budget": PAGE_BUDGET_BYTES, "file": s.device == "cpu"}] if s.budget is None else []),
+        lambda s, shape: iter([{"budget": PAGE_BUDGET_BYTES, "file": s.device == "cpu"}] if _may_page(s) else []),
     ),
     _Lever(
         "layer inputs wait in a file",

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from longfit.compat.torch import is_out_of_memory
+from longfit.compat.torch_distributed import local_part
 from longfit.config import RunConfig
 from longfit.data.packing import PackedDataset
 from longfit.engine.loss.training_loss import TrainingLoss, shifted_labels
@@ -390,8 +391,11 @@ def _over_windows(run: TrainingRun, value: float) -> float:
 
 
 def _of_each_process(run: TrainingRun) -> dict[str, list[int]]:
-    """The most memory that each process has held so far, and the bytes of keys and their gradients it has sent."""
-    own = {"peak_memory_bytes_by_process": peak_memory_bytes(run.accelerator.device)}
+    """The most memory that each process has held so far, its weights, and the bytes of keys that it has sent."""
+    own = {
+        "peak_memory_bytes_by_process": peak_memory_bytes(run.accelerator.device),
+        "weight_bytes_by_process": sum(local_part(parameter).nbytes for parameter in run.model.parameters()),
+    }
     if isinstance(run.loss_of, SequenceParallelLoss):
         own["halo_bytes_by_process"] = run.loss_of.traffic.taken()
     gathered = run.accelerator.gather(torch.tensor([list(own.values())], device=run.accelerator.device))
