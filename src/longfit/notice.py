@@ -6,11 +6,16 @@ are shown where nobody has configured logging; where somebody has, they go the o
 """
 
 import logging
+import os
+
+from longfit.words import visible
 
 
 def notify(message: str) -> None:
-    """Say one line at level INFO."""
-    logger = logging.getLogger("longfit")
+    """Say one line at level INFO; of several processes of a run the first says it for all."""
+    logger, message = logging.getLogger("longfit"), visible(message)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if logger.hasHandlers():
         logger.info(message)
     elif logger.level <= logging.INFO:  # NOTSET is 0

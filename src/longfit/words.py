@@ -1,9 +1,19 @@
-"""How numbers are shown to people, one way everywhere: bytes in words, a curve as a line of bars."""
+"""How things are shown to people, one way everywhere: bytes in words, a curve as a line of bars, texts from outside."""
 
 import math
+import re
 from collections.abc import Sequence
 
 _BARS = "▁▂▃▄▅▆▇█"
+
+
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but line ends and tabs, marks that turn the direction of text, halves of characters."""
+
+
+def visible(text: str) -> str:
+    """Write out what a terminal would obey, or could not show: a file's name may hold anything but a slash."""
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def format_bytes(num_bytes: float) -> str:

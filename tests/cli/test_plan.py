@@ -96,3 +96,11 @@ def test_devices_get_a_row_for_every_way_to_share(capsys: pytest.CaptureFixture[
     assert rows[0]["accelerator"] > rows[2]["accelerator"]
     assert rows[0]["sent a step"] < rows[2]["sent a step"] < rows[3]["sent a step"]
     assert rows[3]["paste"] == "--devices 2 --shard 2 --sequence 2"
+
+
+@pytest.mark.parametrize("ram", ["8GiB", "16GiB", "24GiB", "64GiB"])
+def test_what_gives_fewer_tokens_is_not_offered(ram: str, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads(told([LLAMA, "--max-context", "--vram", "24GiB", "--ram", ram, "--json"], capsys))
+    tokens = [row["context"] for row in rows]
+    assert rows[0]["settings"] == "these settings"
+    assert tokens == sorted(set(tokens))

@@ -132,3 +132,15 @@ def test_a_file_system_that_cannot_map_is_noticed(file: PageFile, monkeypatch: p
 
     monkeypatch.setattr(file, "mapping", refuse)
     assert not can_map(file)
+
+
+def test_a_limit_on_the_address_space_is_named(file: PageFile) -> None:
+    import resource
+
+    frames, before = MappedFrames(file), resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 20, before[1]))
+    try:
+        with pytest.raises(PagingError, match="could not map its pages: this process may not have so much memory"):
+            frames.enter(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

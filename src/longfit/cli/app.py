@@ -4,6 +4,8 @@ A verb parses, calls one library function and prints. Nothing heavy is imported 
 Exit codes: 0 done, 1 our fault, 2 the user can fix it, 130 stopped by Ctrl-C. Tracebacks only with ``--debug``.
 """
 
+import errno
+import io
 import logging
 import os
 import sys
@@ -14,12 +16,15 @@ from typing import Annotated
 import typer
 
 from longfit.cli import chat, data, demo, doctor, evaluate, explain, export, merge, plan, runs, train
-from longfit.cli.output import print_error, print_note
+from longfit.cli.output import print_error, print_json_error, print_note
 from longfit.errors import BackendError, ConfigError, LongfitError
+from longfit.files.writing import FULL, READ_ONLY, why
 from longfit.kernels.cpu.threads import limit_threads
-from longfit.parallel.launch import leave_reason
+from longfit.parallel.launch import Place, leave_reason
 
 EXIT_OURS, EXIT_USER, EXIT_INTERRUPTED = 1, 2, 130
+OF_THE_MACHINE = frozenset({*FULL, *READ_ONLY, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG})
+"""What a file system says of itself, wherever it says so: no code of ours is at fault."""
 
 app = typer.Typer(
     name="longfit",
@@ -63,8 +68,9 @@ def options(
 
 
 def _show_warning(message: Warning | str, *place: object, **more: object) -> None:
-    """Print a warning as one line, without the place in the code that Python adds."""
-    print_note(f"warning: {message}")
+    """Print a warning as one line, without the place in the code that Python adds; one process speaks for all."""
+    if not Place.of(os.environ).rank:
+        print_note(f"warning: {message}")
 
 
 RENAMED_FLAGS = {"--arena": "--offload"}
@@ -84,6 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; default: those of the process.
     Returns: the exit code.
     """
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows an escape for what it cannot
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not sys.stderr.isatty():  # other libraries' bars are noise in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -99,27 +108,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not debug:  # what other libraries will change is for developers
                 warnings.simplefilter("ignore", FutureWarning)
                 warnings.simplefilter("ignore", DeprecationWarning)
-            app(args=words, prog_name="longfit")
+            try:
+                app(args=words, prog_name="longfit")
+            finally:
+                sys.stdout.flush()  # here its failure can still be told
     except SystemExit as exit_:  # how typer ends, after help, usage errors and verbs alike
-        return exit_.code if isinstance(exit_.code, int) else EXIT_OURS
+        code = exit_.code if isinstance(exit_.code, int) else EXIT_OURS
+        if code == EXIT_USER and "--json" in words:
+            print_json_error("UsageError", "the command line is wrong; stderr says how", code=code)
+        return code
     except KeyboardInterrupt:
         print_error("stopped; nothing was left half-written")
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         sys.stderr.close()
         return 0
-    except LongfitError as error:
-        if debug:
+    except BaseException as error:  # the outermost frame
+        if debug or isinstance(error, GeneratorExit):
             raise
-        if not leave_reason(error):
-            print_error(str(error))
-        return EXIT_OURS if isinstance(error, BackendError) else EXIT_USER
-    except Exception as error:  # the outermost frame: everything else is a bug, told without a traceback unless asked
-        if debug:
-            raise
-        if leave_reason(error):
-            return EXIT_OURS
-        print_error(f"{type(error).__name__}: {error}")
-        print_error("this is a bug in longfit, not in what you did: repeat with --debug and report the traceback")
-        return EXIT_OURS
+        return _tell(error, as_json="--json" in words)
     return 0
+
+
+def _tell(error: BaseException, *, as_json: bool) -> int:
+    """Say why a command failed, once among the processes of a run; return the exit code."""
+    text, code = str(error), EXIT_OURS
+    if isinstance(error, LongfitError):
+        code = EXIT_OURS if isinstance(error, BackendError) else EXIT_USER
+    elif isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        text, code = f"{error.filename or 'output'}: {why(error)}", EXIT_USER
+    elif isinstance(error, MemoryError):
+        text, code = "there is not enough memory for this; longfit plan says what a run takes, and how to take less", 2
+    else:
+        text = f"{type(error).__name__}: {error}"
+    if leave_reason(error):
+        return code
+    print_error(text)
+    if code == EXIT_OURS and not isinstance(error, LongfitError):
+        print_error("this is a bug in longfit, not in what you did: repeat with --debug and report the traceback")
+    try:
+        if as_json:
+            print_json_error(type(error).__name__, text, code=code)
+        sys.stdout.flush()
+    except OSError:  # it was the output that failed: Python must not try once more
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+    return code

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from longfit.cli.output import print_json, print_note, show_count
+from longfit.cli.output import print_json, print_lines, print_note, print_piece, show_count
 from longfit.cli.values import read_tokens
 from longfit.errors import DataError
 
@@ -68,11 +68,10 @@ def chat(
         if as_json:
             list(answer)
             continue
-        sys.stdout.write(first)
+        print_piece(first)
         for piece in answer:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+            print_piece(piece)
+        print_lines("")
     if as_json:
         print_json([{"question": asked, "answer": answer} for asked, answer in talk.turns])
 

@@ -1,4 +1,8 @@
-"""What verbs print: errors to stderr, results to stdout, progress as a bar on a terminal and plain lines elsewhere."""
+"""What verbs print: errors to stderr, results to stdout, progress as a bar on a terminal and plain lines elsewhere.
+
+Everything that reaches a terminal passes here, and through `visible`: the names of files, what is in them, and what a
+model says are written by others.
+"""
 
 import json
 import sys
@@ -11,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from longfit.words import format_bytes, sparkline
+from longfit.words import format_bytes, sparkline, visible
 
 if TYPE_CHECKING:
     from longfit.training.metrics import Event, OnEvent
@@ -20,16 +24,21 @@ COUNT_SECONDS = 5.0  # between lines that say how many documents are done
 LINE_SECONDS = 2.0  # between plain step lines, so that a log of a fast run stays readable
 
 
+def _console(*, stderr: bool) -> Console:
+    """A console that shows texts as they are: no markup, no emoji, nothing cut."""
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
 def print_error(text: str) -> None:
     """Print an error to stderr."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = _console(stderr=True)
     console.print("error:", style="bold red", end=" ")
-    console.print(text, markup=False)
+    console.print(visible(text))
 
 
 def print_note(text: str) -> None:
     """Print a line to stderr that is not an error, and not the result either."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(text, markup=False)
+    _console(stderr=True).print(visible(text))
 
 
 def print_json(value: object) -> None:
@@ -37,27 +46,38 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(value, indent=2, default=_plain, allow_nan=True) + "\n")
 
 
+def print_json_error(kind: str, text: str, *, code: int) -> None:
+    """Print to stdout, for who reads results by machine, why there is none."""
+    print_json({"error": {"kind": kind, "message": text, "exit_code": code}})
+
+
 def print_lines(*lines: str) -> None:
     """Print plain lines to stdout."""
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.write("".join(f"{visible(line)}\n" for line in lines))
+
+
+def print_piece(text: str) -> None:
+    """Print a piece of a line to stdout at once."""
+    sys.stdout.write(visible(text))
+    sys.stdout.flush()
 
 
 def print_spans(spans: Sequence[tuple[str, bool]]) -> None:
     """Print a text of which some is trained: in colour on a terminal, in double brackets elsewhere."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _console(stderr=False)
     if not console.is_terminal:
         print_lines("", "sample ([[...]] is trained):")
         print_lines("".join(f"[[{text}]]" if trained else text for text, trained in spans))
         return
-    console.print("\nsample:", "[bold green]trained[/]", "[dim]masked[/]")
+    console.print("\nsample:", "[bold green]trained[/]", "[dim]masked[/]", markup=True)
     for text, trained in spans:
-        console.print(text, style="bold green" if trained else "dim", markup=False, end="")
+        console.print(visible(text), style="bold green" if trained else "dim", end="")
     console.print()
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns; nothing is cut, so that what is shown can be pasted."""
-    lines = [columns, *rows]
+    lines = [[visible(cell) for cell in line] for line in (columns, *rows)]
     widths = [max(len(line[index]) for line in lines) for index in range(len(columns))]
     for line in lines:
         print_lines("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())
@@ -80,7 +100,7 @@ def show_progress(*, quiet: bool = False) -> Iterator["OnEvent"]:
     Args:
         quiet: show warnings only.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    console = _console(stderr=True)
     if quiet or not console.is_terminal:
         yield _Lines(console, quiet=quiet)
         return
@@ -123,7 +143,7 @@ def show_progress(*, quiet: bool = False) -> Iterator["OnEvent"]:
                 return
             if "total_steps" in values:
                 progress.update(task, total=int(str(values["total_steps"])), completed=int(str(values["step"])))
-            progress.console.print(f"warning: {event.text}" if event.kind == "warning" else event.text)
+            progress.console.print(visible(f"warning: {event.text}" if event.kind == "warning" else event.text))
 
         yield show
 
@@ -131,7 +151,7 @@ def show_progress(*, quiet: bool = False) -> Iterator["OnEvent"]:
 @contextmanager
 def show_count(unit: str) -> Iterator[Callable[[int, int], None]]:
     """Show how many of something are done: a bar on a terminal, a line every few seconds elsewhere; to stderr."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    console = _console(stderr=True)
     if not console.is_terminal:
         began = next_line_at = time.monotonic()
 
@@ -172,7 +192,7 @@ class _Lines:
     def __call__(self, event: "Event") -> None:
         self.total_steps = event.values.get("total_steps", self.total_steps)
         if event.kind == "warning":
-            self.console.print(f"warning: {event.text}")
+            self.console.print(visible(f"warning: {event.text}"))
             return
         now = time.monotonic()
         if self.quiet:
@@ -185,4 +205,4 @@ class _Lines:
         if event.kind == "step" and now < self.next_line_at and event.values["step"] != self.total_steps:
             return
         self.next_line_at = now + LINE_SECONDS if event.kind == "step" else self.next_line_at
-        self.console.print(event.text)
+        self.console.print(visible(event.text))

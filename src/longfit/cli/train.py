@@ -131,6 +131,8 @@ def train(
             raise ConfigError("--dry-run: a run that goes on has passed it already; drop --resume or --dry-run")
         with show_progress(quiet=as_json) as on_event:
             rehearsal = loop.rehearse(config, on_event=on_event)
+        if Place.of(os.environ).rank:  # one process speaks for all
+            return
         if as_json:
             print_json(rehearsal)
             return

@@ -27,11 +27,13 @@ from longfit.data.chat_notes import ChatNotes
 from longfit.data.template import ChatTemplate
 from longfit.data.tokenized import TokenizedDocument
 from longfit.data.tokenizing import TokenizedSet
+from longfit.files.checksums import folder_damage, seal_folder
+from longfit.notice import notify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2  # of an entry, and of what encoding makes of a chat: raise it when either changes
+FORMAT = 3  # of an entry, and of what encoding makes of a chat: raise it when either changes
 UNFINISHED_SECONDS = 24 * 3600.0  # after which a folder that nobody finished belongs to a process that died
 CACHED_BYTES = 8 << 20  # smaller files are tokenised again in less time than an entry is worth
 
@@ -151,6 +153,7 @@ class TokenWriter:
             "template": None if template is None else {"source": template.source, "special": template.special_tokens},
         }
         (self.folder / "notes.json").write_text(json.dumps(said), encoding="utf-8")
+        seal_folder(self.folder)
         with suppress(OSError):  # another process was quicker: its entry holds the same
             self.folder.rename(self.place)
         stored = StoredDocuments(self.place)
@@ -165,8 +168,12 @@ class TokenWriter:
 
 
 def read_entry(place: Path) -> TokenizedSet | None:
-    """Map an entry into memory; None if it is not there."""
-    if not (place / "notes.json").is_file():
+    """Map an entry into memory; None if it is not there, or not as it was written: then it is removed."""
+    if not place.is_dir():
+        return None
+    if found := folder_damage(place):
+        notify(f"{place}: {found[0]}; the tokens are made again")
+        shutil.rmtree(place, ignore_errors=True)
         return None
     said = json.loads((place / "notes.json").read_text(encoding="utf-8"))
     notes = ChatNotes(Counter(said["counts"]), Counter(said["unread"]), set(said["ends"]), Counter(said["decomposed"]))

@@ -20,12 +20,14 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from longfit.errors import ExportError
+from longfit.errors import ExportError, ModelError
+from longfit.files.reading import reading
 from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit
 from longfit.model import gguf
 from longfit.model.hf_quantizer import QUANTIZABLE, skipped_linears
 from longfit.model.pack_experts import packable_experts, skipped_experts
 from longfit.model.vocabulary import grown
+from longfit.model.weight_files import read_headers
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes
 from longfit.numerics.vectorwise import dequantize_vectors, quantize_vectors
 
@@ -45,9 +47,10 @@ class BaseWeights(Protocol):
 
 def open_base(name: str, config: Any) -> BaseWeights:
     """Open a base for reading; ``config`` is its configuration."""
-    if gguf.is_gguf(Path(name)):
-        return GgufWeights(Path(name), config)
-    return FolderWeights(model_folder(name))
+    with reading(name, "the base", ModelError, do="fetch it again"):
+        if gguf.is_gguf(Path(name)):
+            return GgufWeights(Path(name), config)
+        return FolderWeights(model_folder(name))
 
 
 def model_folder(name: str) -> Path:
@@ -72,6 +75,7 @@ class FolderWeights:
     def __init__(self, folder: Path) -> None:
         self._files: dict[str, Any] = {}
         self._where: dict[str, Any] = {}
+        read_headers(folder)  # that they are whole
         for path in _safetensors_files(folder):
             file = safe_open(str(path), framework="pt")
             self._where.update(dict.fromkeys(file.keys(), file))

@@ -6,7 +6,6 @@ folder knows the base by name only; the data type is then longfit's default unle
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ import torch
 
 from longfit.config import RunConfig
 from longfit.errors import ExportError
+from longfit.files.reading import read_object
 from longfit.model.context import adopt_positions
-from longfit.model.load import load, read_config
+from longfit.model.load import load, read_config, read_tokenizer
 from longfit.model.save import load_adapter
 from longfit.model.vocabulary import added_rows
 from longfit.training import run_directory
@@ -66,9 +66,7 @@ class Trained:
 
     def tokenizer(self) -> Any:
         """The tokenizer that the run trained with, chat template included."""
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(str(self.adapter), trust_remote_code=False)
+        return read_tokenizer(self.adapter)
 
 
 def open_trained(path: str | Path, *, checkpoint: str | None = None, base: str | None = None) -> Trained:
@@ -103,7 +101,7 @@ def open_trained(path: str | Path, *, checkpoint: str | None = None, base: str |
 
 
 def _adapter_folder(path: Path, base: str | None) -> Trained:
-    settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_object(path / "adapter_config.json", ExportError, what="the adapter's configuration")
     name = base or settings.get("base_model_name_or_path")
     if not name:
         raise ExportError(f"{path}: its adapter_config.json names no base; give it with --base")

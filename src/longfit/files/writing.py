@@ -65,6 +65,23 @@ def write_text(path: Path, text: str) -> None:
     flush_folder(path.parent)
 
 
+def append_lines(path: Path, text: str) -> None:
+    """Add whole lines to the end of a file, or nothing, and hand them to the operating system.
+
+    Raises: RunError: they cannot be written; the lines before them stay whole.
+    """
+    data = text.encode()
+    with writing(path), path.open("ab", buffering=0) as file:
+        before = file.seek(0, 2)
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            with suppress(OSError):
+                file.truncate(before)
+            raise
+
+
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a new folder, and put it in the place of the old one when it is whole and on the disk.
 

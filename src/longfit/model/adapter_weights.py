@@ -10,7 +10,6 @@ A key that is none of these is refused by name: an adapter that is read in part 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from longfit.errors import ModelError
+from longfit.files import checksums
+from longfit.files.reading import read_object, reading
 
 PREFIX = "base_model.model."
 ROWS = re.compile(r"(?:\.token_adapter)?\.(?:base_layer\.)?trainable_tokens_delta$")
@@ -57,11 +58,22 @@ class AdapterWeights:
         Raises: ModelError: it is not plain LoRA, or holds something that longfit cannot merge.
         """
         self.folder = folder
-        self.settings: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        self.settings: dict[str, Any] = read_object(
+            folder / "adapter_config.json", ModelError, what="the adapter's configuration", do="copy it again"
+        )
         path = folder / "adapter_model.safetensors"
         if not path.is_file():
             raise ModelError(f"{folder}: no adapter_model.safetensors; longfit reads no pickled adapters")
-        self._file = safe_open(str(path), framework="pt")
+        if (folder / checksums.NAME).is_file() and (found := checksums.folder_damage(folder, ignore=("README.md",))):
+            raise ModelError(
+                f"{folder}: {'; '.join(found[:3])}; copy it again, or resume its run, which writes it again"
+            )
+        with reading(path, "the adapter", ModelError, do="copy it again"):
+            self._file = safe_open(str(path), framework="pt")
+            self._find()
+
+    def _find(self) -> None:
+        """Sort the tensors of the file."""
         self._require_lora()
         self.low_rank: dict[str, dict[str, str]] = {}
         self.whole: dict[str, str] = {}
@@ -80,7 +92,7 @@ class AdapterWeights:
                 self.whole[name] = key
         unknown += [name for name, parts in self.low_rank.items() if not {"lora_A", "lora_B"} <= parts.keys()]
         if unknown:
-            raise ModelError(f"{path}: {len(unknown)} tensors that longfit cannot merge, first {unknown[0]}")
+            raise ModelError(f"{len(unknown)} tensors that longfit cannot merge, first {unknown[0]}")
 
     def _require_lora(self) -> None:
         settings = self.settings

@@ -58,10 +58,11 @@ def save_adapter(
 def restore_chat(model: Any, tokenizer: Any, path: str | os.PathLike[str]) -> None:
     """Give a base model and its tokenizer what an adapter was trained with: chat template, tokens that end answers."""
     template, generation = Path(path) / "chat_template.jinja", Path(path) / "generation_config.json"
-    if template.is_file():
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
-    if generation.is_file() and model.generation_config is not None:
-        model.generation_config.eos_token_id = GenerationConfig.from_pretrained(str(path)).eos_token_id
+    with reading(path, "the adapter", ModelError, do="copy it again"):
+        if template.is_file():
+            tokenizer.chat_template = template.read_text(encoding="utf-8")
+        if generation.is_file() and model.generation_config is not None:
+            model.generation_config.eos_token_id = GenerationConfig.from_pretrained(str(path)).eos_token_id
 
 
 def load_adapter(model: Any, path: str | os.PathLike[str], *, trainable: bool = False) -> PeftModel:

@@ -89,7 +89,10 @@ class MappedFrames:
 
     def _map_until(self, end: int) -> None:
         if end > self._mapped_bytes:
-            part = self._file.mapping(self._mapped_bytes, self._file.num_bytes)
+            try:
+                part = self._file.mapping(self._mapped_bytes, self._file.num_bytes)
+            except OSError as error:
+                self._file.explain(error, "map its pages")
             self._parts.append(torch.frombuffer(part, dtype=torch.uint8))
             self._mapped_bytes += len(part)
 

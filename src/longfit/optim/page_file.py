@@ -360,6 +360,8 @@ def _explain(error: OSError, path: Path, action: str) -> NoReturn:
         why, do = "its folder does not exist", f"create {path.parent} or give another path"
     elif error.errno == errno.EFAULT:
         why, do = "the file was cut, or its disk failed", "resume from the last checkpoint with a new file"
+    elif error.errno == errno.ENOMEM:
+        why, do = "this process may not have so much memory", "lower optim.budget, or raise the limit (ulimit -v)"
     elif error.errno == errno.EISDIR:
         why, do = "it is a folder", "give the path of a file in it"
     else:

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from longfit.errors import ConfigError
+from longfit.errors import ConfigError, RunError
 from longfit.files.checksums import seal_folder
+from longfit.files.reading import read_object, reading
 from longfit.files.writing import replace_folder, writing
 from longfit.model.save import save_adapter
 
@@ -76,4 +77,7 @@ def save_best(
 def read_best(run_dir: Path) -> Best | None:
     """What ``best/`` of a run holds."""
     path = run_dir / "best" / "best.json"
-    return Best(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with reading(path, "the best evaluation", RunError, do="resume the run, or delete the folder it is in"):
+        return Best(**read_object(path, RunError, what="the best evaluation"))

@@ -32,7 +32,8 @@ from longfit.config import RunConfig
 from longfit.data.packing import PackedDataset
 from longfit.engine.loss.training_loss import TrainingLoss, shifted_labels
 from longfit.engine.sweep.evaluation import swept_evaluation
-from longfit.errors import PlanError, RunError, SaveError
+from longfit.errors import DataError, PlanError, RunError, SaveError
+from longfit.files.reading import read_text
 from longfit.files.writing import why
 from longfit.numerics.labels import IGNORED
 from longfit.parallel.sequence import SequenceParallelLoss
@@ -461,7 +462,11 @@ def _evaluate(run: TrainingRun, validation: PackedDataset) -> str | None:
 def _sample(run: TrainingRun) -> None:
     """Ask the model what ``train.samples`` says; all processes do, as a sharded model needs them all."""
     train = run.config.train
-    document = Path(train.samples_document).read_text(encoding="utf-8") if train.samples_document else None
+    document = None
+    if train.samples_document:
+        document = read_text(
+            Path(train.samples_document), DataError, what="train.samples_document", do="give a text file"
+        )
     with swept_evaluation(run.model):
         answers = {
             prompt: answer(run.model, run.tokenizer, prompt, document=document, max_new_tokens=train.samples_tokens)

@@ -4,12 +4,9 @@ The file is the truth: every viewer, tracker and report reads it. A line is writ
 killed run leaves at most one torn line at the end, which readers skip and a resumed run removes.
 """
 
-import errno
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,7 +15,7 @@ import torch
 
 from longfit.errors import RunError
 from longfit.files.reading import reading
-from longfit.files.writing import write_text, writing
+from longfit.files.writing import append_lines, write_text, writing
 
 
 @dataclass(frozen=True)
@@ -48,16 +45,7 @@ class MetricsFile:
 
         Raises: RunError: it cannot be written; the lines before it stay whole.
         """
-        line = (json.dumps(record, allow_nan=True) + "\n").encode()
-        with writing(self.path), self.path.open("ab", buffering=0) as file:
-            before = file.seek(0, 2)
-            try:
-                if file.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
-                with suppress(OSError):
-                    file.truncate(before)
-                raise
+        append_lines(self.path, json.dumps(record, allow_nan=True) + "\n")
 
     def restore(self, saved: Path | None) -> bool:
         """Go back to the metrics that belong to a checkpoint; later lines will be written again.

@@ -26,6 +26,7 @@ from longfit.engine.hf_model import base_model
 from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weights
 from longfit.engine.sweep.probe import nature_of
 from longfit.errors import ConfigError, ModelError
+from longfit.files.reading import NOT_OURS, reason
 from longfit.kernels.cpu import processor
 from longfit.kernels.cpu.threads import usable_cores
 from longfit.model import gguf
@@ -36,6 +37,7 @@ from longfit.model.load import auto_dtype, load, read_config, read_tokenizer
 from longfit.model.own_rows import OwnRows
 from longfit.model.save import load_adapter, restore_chat
 from longfit.model.vocabulary import added_rows
+from longfit.notice import notify as tell
 from longfit.training import run_directory
 from longfit.training.metrics import Event, OnEvent, ignore
 from longfit.words import format_bytes
@@ -141,9 +143,13 @@ def stop_ids(name: str) -> tuple[int, ...]:
         return ()
     try:
         found = GenerationConfig.from_pretrained(name).eos_token_id
-    except (OSError, ValueError):  # the file is optional
+        return tuple(map(int, found)) if isinstance(found, list) else () if found is None else (int(found),)
+    except NOT_OURS:
+        raise
+    except BaseException as error:  # the file is optional
+        if (Path(name) / "generation_config.json").exists():
+            tell(f"{name}: generation_config.json cannot be read ({reason(error)}): going on without it")
         return ()
-    return tuple(found) if isinstance(found, list) else () if found is None else (int(found),)
 
 
 def num_shared(held_out: Documents | None, documents: Documents) -> int:

@@ -1,10 +1,11 @@
 """What differs between two runs: settings, data, and what came out of them."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longfit.errors import RunError
+from longfit.files.reading import read_object
 from longfit.training.metrics import read_metrics
 from longfit.training.run_directory import read_config
 
@@ -54,7 +55,7 @@ def diff_runs(first: str | Path, second: str | Path) -> RunDiff:
 
 def _digest(run_dir: Path) -> Any:
     path = run_dir / "data.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_object(path, RunError, what="the digest of the data") if path.is_file() else None
 
 
 def _results(run_dir: Path) -> dict[str, object]:

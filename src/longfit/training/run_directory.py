@@ -34,6 +34,7 @@ from longfit.config import RunConfig, load_config
 from longfit.data.documents import Documents
 from longfit.data.ledger import Ledger
 from longfit.data.sources import FileSource
+from longfit.data.template import read_template
 from longfit.errors import LongfitError, RunError
 from longfit.files import checksums
 from longfit.files.lock import NAME as LOCK
@@ -253,7 +254,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     }
     template = config.data.chat_template
     if template is not None and template != "chatml" and "{" not in template and Path(template).is_file():
-        text = Path(template).read_text(encoding="utf-8")  # the run keeps the template itself: a file may change
+        text = read_template(template)  # the run keeps the template itself: a file may change
         config = config.replace({"data.chat_template": text}, origin=config.origin("data.chat_template"))
     absolute = config
     for key, path in changed.items():

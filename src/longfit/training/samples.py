@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 
+from longfit.errors import RunError
+from longfit.files.reading import reading
+from longfit.files.writing import append_lines, write_text, writing
+
 READ_TOKENS = 2048  # of a document at a time
 
 
@@ -42,27 +46,27 @@ def answer(model: Any, tokenizer: Any, prompt: str, *, document: str | None = No
 
 def write_samples(path: Path, step: int, answers: dict[str, str]) -> None:
     """Append the answers of a step."""
-    with path.open("a", encoding="utf-8") as file:
-        for prompt, text in answers.items():
-            file.write(json.dumps({"step": step, "prompt": prompt, "answer": text}, ensure_ascii=False) + "\n")
+    lines = [{"step": step, "prompt": prompt, "answer": text} for prompt, text in answers.items()]
+    append_lines(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def keep_samples_until(path: Path, step: int) -> None:
     """Drop what a resumed run will write again, and a torn last line."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    kept = [line for line in lines if line and json.loads(line)["step"] <= step]
-    rewritten = path.with_suffix(".rewritten")
-    rewritten.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    rewritten.replace(path)
+    with reading(path, "the run's samples", RunError, do="delete it: the run does not need it"):
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        kept = [line for line in lines if line and json.loads(line)["step"] <= step]
+    with writing(path):
+        write_text(path, "".join(line + "\n" for line in kept))
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
     """The answers of a run, in order."""
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
+    with reading(path, "the run's samples", RunError, do="delete it: the run does not need it"):
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1] if line]
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, document: str | None) -> list[int]:

@@ -15,7 +15,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor
 
-from longfit.errors import ConfigError
+from longfit.errors import ConfigError, ModelError
+from longfit.files.reading import reading
 from longfit.model.adapter_weights import AdapterWeights, LowRank
 from longfit.training import run_directory
 
@@ -54,6 +55,11 @@ def warm_start(model: Any, init: str) -> WarmStart:
     Raises: ConfigError: a part of the older adapter has no place in this run; nothing has been changed then.
     """
     folder = find_initial_adapter(init)
+    with reading(folder, "the adapter", ModelError, do="copy it again (--debug shows where it failed)"):
+        return _taken_over(model, init, folder)
+
+
+def _taken_over(model: Any, init: str, folder: Path) -> WarmStart:
     old = AdapterWeights(folder)
     layers = {
         f"{name.removeprefix('base_model.model.')}.weight": module
