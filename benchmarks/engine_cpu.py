@@ -44,7 +44,12 @@ EXACT_TARGETS = {  # context and how many times the peer's speed, by the dtype o
     "float32": ((2048, 1.6), (4096, 1.6), (8192, 2), (16384, 2.5)),
 }
 SHIFTED_TARGET = {"bfloat16": 6, "float32": 5}
-NAMES = {"readme": "longfit, README's example", "train": "longfit train, the same settings"}
+SAVED_PRODUCTS = 2 << 30
+NAMES = {
+    "readme": "longfit, README's example",
+    "train": "longfit train, the same settings",
+    "saving": "longfit, engine.saved_products=2GiB",
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class Cell:
     """One measurement.
 
     Attributes:
-        tool: "longfit" or "peer"; "readme", the library example of README.md as it is printed; "train", what
-            ``longfit train`` does with the same settings.
+        tool: "longfit" or "peer"; "saving", longfit with products saved for backward; "readme", the library example of
+            README.md as it is printed; "train", what ``longfit train`` does with the same settings.
         context: tokens of the one sequence.
         attention: "exact", or "shifted" with groups of ``GROUP``.
         offload: where longfit's layer inputs wait: "ram" or "file".
@@ -71,6 +76,7 @@ class Cell:
 
 CELLS = (
     *(Cell(tool, context) for context in (2048, 4096, 8192, 16384) for tool in ("peer", "longfit")),
+    *(Cell("saving", context) for context in (2048, 4096)),
     *(Cell("longfit", 16384, "shifted", offload) for offload in ("ram", "file")),
     *(Cell("longfit", 65536, "shifted", offload) for offload in ("ram", "file")),
     Cell("longfit", 131072, "shifted", "file"),
@@ -106,7 +112,11 @@ def longfit_model(folder: Path, cell: Cell, scratch: Path, **load: Any) -> tuple
     model = longfit.add_adapters(model, rank=16, alpha=32).train()
     shifted = cell.attention == "shifted"
     base_model(model).set_attn_implementation(attention_key(cell.attention, GROUP if shifted else None))
-    report = enable_sweep(model, offload=FileActivations(scratch) if cell.offload == "file" else None)
+    report = enable_sweep(
+        model,
+        offload=FileActivations(scratch) if cell.offload == "file" else None,
+        saved_products_bytes=SAVED_PRODUCTS if cell.tool == "saving" else 0,
+    )
     assert not report.fallback, report.fallback
     return model, tokenizer
 
@@ -177,7 +187,7 @@ def measure(cell: Cell, folder: Path, scratch: Path) -> dict[str, Any]:
     import torch
 
     torch.manual_seed(0)
-    if cell.tool == "longfit":
+    if cell.tool in ("longfit", "saving"):
         from longfit.engine.loss.training_loss import training_loss
 
         model, tokenizer = longfit_model(folder, cell, scratch)
@@ -320,6 +330,9 @@ def verdicts(cells: dict[str, Any]) -> list[tuple[str, str, str]]:
         if peer and ours:
             ratio = ours["tokens_per_s"] / peer["tokens_per_s"]
             row(f"{context:,} tokens, exact: at least {factor} x the peer", ratio, "x", ratio >= factor)
+        if peer and (saving := get("saving", context)):
+            ratio = saving["tokens_per_s"] / peer["tokens_per_s"]
+            row(f"the same with products saved: at least {factor} x the peer", ratio, "x", ratio >= factor)
     example, train = get("readme", 32768, "shifted"), get("train", 32768, "shifted")
     if example and train:
         ratio = example["peak_rss_bytes"] / train["peak_rss_bytes"]

@@ -93,7 +93,7 @@ def test_all_mistakes_are_told_at_once_each_with_its_place_and_its_fix(tmp_path:
         ),
         (["train.steps=5", "train.warmup_steps=5"], "must be smaller than steps"),
         (["optim.file=state"], "file only acts with a budget"),
-        (["engine.engine=plain", "engine.tile=64"], "tile, offload and saved_attention only act with engine sweep"),
+        (["engine.engine=plain", "engine.tile=64"], "tile, offload and saved_* only act with engine sweep"),
         (["engine.offload_folder=/tmp"], "offload_folder only acts with offload file"),
         (
             ["engine.stream_folder=/tmp", "engine.stream=ram"],

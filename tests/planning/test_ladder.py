@@ -106,6 +106,7 @@ def test_the_longest_context_fits_and_the_next_does_not(vram: int) -> None:
         ({"context": 4096, "rank": -1}, "rank -1"),
         ({"context": 4096, "tile": 0}, "tile 0"),
         ({"context": 4096, "saved_attention": -1}, "saved_attention"),
+        ({"context": 4096, "saved_products": -1}, "saved_products"),
         ({"context": 4096, "optim": "sgd"}, "adamw8bit"),
         ({"context": 4096, "offload": "disk"}, "device, ram, pinned, file"),
         ({"context": 4096, "wheels": 4}, "no such setting"),

@@ -53,7 +53,7 @@ class QLoRAMatmul(torch.autograd.Function):
         constants: Tensor,
         product: Product,
         scaling: float,
-        known: Tensor | None,
+        known: Tensor | None = None,
     ) -> Tensor:
         flat = adapter_x.reshape(-1, adapter_x.shape[-1])  # [N, I]
         hidden = flat @ A.t().to(flat.dtype)  # [N, R]
@@ -213,16 +213,20 @@ class QLoRALinear(LoraLinear):
         y, bias = self._multiply(name, x), self.packed_base().bias
         return y if bias is None else y.add_(bias.to(y.dtype))  # y is nobody else's
 
-    def forward_unread(self, x: Tensor) -> Tensor | None:
-        """Record `forward` for backward, with zeros for a result that nobody reads; None where only `forward` will do.
+    def forward_known(self, x: Tensor, known: Tensor | None) -> Tensor | None:
+        """Record `forward` for backward without its products.
 
         Args:
             x: ``[..., I]``.
+            known: what `forward` has given for it, which becomes the result; None for zeros that nobody will read.
+        Returns: ``[..., O]``, or None where only `forward` will do.
         """
-        name, base = self._single_plain_adapter(), self.packed_base()
-        if name is None or base.bias is not None or torch.is_autocast_enabled(x.device.type):
+        name = self._single_plain_adapter()
+        if name is None:
             return None
-        return self._multiply(name, x, known=x.new_zeros(*x.shape[:-1], base.out_features))
+        if known is None:
+            known = autocast_input(x).new_zeros(*x.shape[:-1], self.out_features)
+        return self._multiply(name, x, known=known)
 
     def _multiply(self, name: str, x: Tensor, *, known: Tensor | None = None) -> Tensor:
         """The product with the base and one adapter, without the bias."""

@@ -19,7 +19,8 @@ CONTEXT_STEP = 1024
 
 KEYS = {
     **{"tile": "engine.tile", "offload": "engine.offload", "stream": "engine.stream", "optim": "optim.optim"},
-    **{"saved_attention": "engine.saved_attention", "budget": "optim.budget", "file": "optim.file"},
+    **{"saved_attention": "engine.saved_attention", "saved_products": "engine.saved_products"},
+    **{"budget": "optim.budget", "file": "optim.file"},
     **{"attention": "context.attention", "train_embeddings": "adapter.train_embeddings", "rank": "adapter.rank"},
     **{
         "quant": "model.quant",
@@ -117,6 +118,13 @@ LEVERS = (
         "host memory; the copies hide behind computing above some thousand tokens",
         True,
         _one(lambda s: _on_card(s) and s.offload == "device", offload="ram"),
+        silent=True,
+    ),
+    _Lever(
+        "linear layers are computed again, not saved",
+        "up to a fourth of a step",
+        True,
+        _one(lambda s: s.saved_products != 0, saved_products=0),
         silent=True,
     ),
     _Lever("one window at a time, as many a step", "nothing but launches", True, _batches),

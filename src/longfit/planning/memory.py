@@ -198,6 +198,7 @@ def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Co
     keys = max(per_token_bytes.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
     several = settings.context > settings.tile_tokens(shape)
     saved = per_token_bytes.saved_attention_bytes(shape, settings)
+    products, last = per_token_bytes.saved_products_bytes(shape, settings)
     # The embedding's output stays until the decoder returns; layers write over their input unless it is that input that
     # waits for backward.
     passing = {
@@ -222,6 +223,9 @@ def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Co
             "attention saved for backward",
             device,
             {**_in(("forward", "loss", "backward"), sum(saved)), "last layer": saved[0]},
+        ),
+        Component(
+            "products saved for backward", device, {**_in(("forward", "loss"), products), "backward": products - last}
         ),
     ]
 

@@ -140,6 +140,20 @@ def saved_attention_bytes(shape: ModelShape, settings: PlanSettings) -> tuple[in
     return first, min(allowed, shape.num_layers * layer) - first
 
 
+def saved_products_bytes(shape: ModelShape, settings: PlanSettings) -> tuple[int, int]:
+    """Bytes of linear layers' results saved from forward to backward (``saved_products.py``), first layers first.
+
+    Returns: all of them; the last layer's share, which is taken up by its tile when backward begins.
+    """
+    tokens = settings.context * settings.batch_size
+    unread = 1 if shape.family.norms == 2 else 0  # the last of a layer (``unread_product.py``)
+    saved = shape.layer_matrices[: len(shape.layer_matrices) - unread]
+    width = sum(matrix.out_features * matrix.count for matrix in saved if matrix.adapted(settings.targets))
+    layer = tokens * settings.element_bytes * width
+    total = min(settings.saved_products, shape.num_layers * layer)
+    return total, max(0, total - (shape.num_layers - 1) * layer)
+
+
 def bookkeeping_bytes(shape: ModelShape, settings: PlanSettings) -> int:
     """Bytes of what describes the tokens: ids, labels, positions, rotary tables, the schedule."""
     tokens = settings.context * settings.batch_size

@@ -41,6 +41,7 @@ class PlanSettings:
         budget: bytes of optimiser state kept on the device; None keeps all there.
         file: whether what exceeds the budget goes to a file (always, on a CPU).
         saved_attention: bytes of attention outputs saved for backward; None is the engine's choice.
+        saved_products: bytes of results of linear layers saved for backward.
         evaluates: whether there is validation text.
         targets: "all-linear", or the names of the layers that get an adapter.
         dropout: on the input of the adapters.
@@ -72,6 +73,7 @@ class PlanSettings:
     stream: str = "none"
     tile: int | None = None
     saved_attention: int | None = None
+    saved_products: int = 0
     keep_checkpoints: int = 2
     evaluates: bool = False
     targets: str | tuple[str, ...] = "all-linear"
@@ -102,8 +104,10 @@ class PlanSettings:
             raise ContextError(f"group_size {self.group_size}: must be an even number of tokens, at least 2")
         if self.group_size is not None and self.attention != "shifted":
             raise ContextError(f"group_size {self.group_size}: exact attention has no groups; say attention 'shifted'")
-        if self.saved_attention is not None and self.saved_attention < 0:
-            raise ConfigError(f"saved_attention {self.saved_attention}: must be at least 0, which keeps nothing")
+        for name in ("saved_attention", "saved_products"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} {value}: must be at least 0, which keeps nothing")
         if self.engine == "plain":
             raise UnplannedError("engine 'plain': only swept training is planned; use engine sweep")
         if isinstance(self.targets, str) and self.targets != "all-linear":

@@ -306,6 +306,7 @@ def _sweep_settings(config: RunConfig) -> dict[str, Any]:
         "offload": engine.offload,
         "offload_folder": engine.offload_folder,
         "saved_attention_bytes": engine.saved_attention,
+        "saved_products_bytes": engine.saved_products,
     }
 
 

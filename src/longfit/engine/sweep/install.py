@@ -21,17 +21,19 @@ from longfit.engine.offload.weights import StreamReport, WeightStream
 from longfit.engine.sweep.attention_choice import take_exact_attention
 from longfit.engine.sweep.fused_modules import find_fused
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
+from longfit.engine.sweep.saved_products import SavedProductsBudget
 from longfit.engine.sweep.sweeper import PLAIN, Sweeper, SweepReport, sweeper_of
 from longfit.engine.working_memory import CPU_SAVED_ATTENTION_BYTES, tile_tokens
 from longfit.errors import ConfigError, ModelError
 from longfit.notice import notify
 
 
-def _check_sizes(tile: int | None, saved_attention_bytes: int | None) -> None:
+def _check_sizes(tile: int | None, **saved: int | None) -> None:
     if tile is not None and tile < 1:
         raise ValueError(f"tile {tile}: must be at least 1 token; leave it out to let the engine choose")
-    if saved_attention_bytes is not None and saved_attention_bytes < 0:
-        raise ValueError(f"saved_attention_bytes {saved_attention_bytes}: must be at least 0, which keeps nothing")
+    for name, value in saved.items():
+        if value is not None and value < 0:
+            raise ValueError(f"{name} {value}: must be at least 0, which keeps nothing")
 
 
 def choose_tile(config: Any, element_bytes: int, device_type: str) -> int:
@@ -48,6 +50,7 @@ def enable_sweep(
     offload: str | ActivationOffload | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     saved_attention_bytes: int | None = None,
+    saved_products_bytes: int | None = None,
 ) -> SweepReport:
     """Sweep the layers of a model from now on, in training mode; a few tokens are run to see which can be.
 
@@ -63,11 +66,12 @@ def enable_sweep(
         offload_folder: of the file, on a real disk; default: the system's folder for temporary files.
         saved_attention_bytes: what attention outputs may take that are saved for backward instead of computed again;
             default: 512 MiB on a CPU, nothing on an accelerator.
+        saved_products_bytes: what results of linear layers may take that are saved in the same way; default: nothing.
     Returns: what is swept and what is not, and why; layers that are not are also warned about.
-    Raises: ValueError: ``tile`` is below 1, or ``saved_attention_bytes`` below 0. ConfigError: the place to offload to
-        does not exist here. ModelError: no causal language model, or one whose attention is not understood.
+    Raises: ValueError: ``tile`` is below 1, or ``saved_*_bytes`` below 0. ConfigError: the place to offload to does
+        not exist here. ModelError: no causal language model, or one whose attention is not understood.
     """
-    _check_sizes(tile, saved_attention_bytes)
+    _check_sizes(tile, saved_attention_bytes=saved_attention_bytes, saved_products_bytes=saved_products_bytes)
     base, inner, before = base_model(model), decoder(model), sweeper_of(model)
     config = base.config.get_text_config()
     device = _device(base, before)
@@ -75,7 +79,8 @@ def enable_sweep(
     chosen = tile or choose_tile(config, max(2, inner.get_input_embeddings().weight.element_size()), device.type)
     if saved_attention_bytes is None:
         saved_attention_bytes = CPU_SAVED_ATTENTION_BYTES if device.type == "cpu" else 0
-    sweeper = Sweeper(base, chosen, tile is not None, place, SavedAttentionBudget(saved_attention_bytes))
+    attention, products = SavedAttentionBudget(saved_attention_bytes), SavedProductsBudget(saved_products_bytes or 0)
+    sweeper = Sweeper(base, chosen, tile is not None, place, attention, products)
     sweeper.weights = None if before is None else before.weights
     state = ModelState(model)
     try:
@@ -132,15 +137,16 @@ def change_sweep(
     offload: str | ActivationOffload | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
     saved_attention_bytes: int | None = None,
+    saved_products_bytes: int | None = None,
 ) -> None:
     """Sweep in another way from the next forward pass on; what is None stays, as do streamed weights.
 
     Args:
         model: one that is swept.
-        tile, offload, offload_folder, saved_attention_bytes: as for :func:`enable_sweep`.
+        tile, offload, offload_folder, saved_attention_bytes, saved_products_bytes: as for :func:`enable_sweep`.
     Raises: ValueError, ConfigError: as :func:`enable_sweep`, or the model is not swept.
     """
-    _check_sizes(tile, saved_attention_bytes)
+    _check_sizes(tile, saved_attention_bytes=saved_attention_bytes, saved_products_bytes=saved_products_bytes)
     sweeper = sweeper_of(model)
     if sweeper is None:
         raise ValueError("change_sweep: the model is not swept; call enable_sweep first")
@@ -150,6 +156,8 @@ def change_sweep(
         sweeper.offload = open_offload(offload, _device(base_model(model), sweeper), folder=offload_folder)
     if saved_attention_bytes is not None:
         sweeper.saved_attention = SavedAttentionBudget(saved_attention_bytes)
+    if saved_products_bytes is not None:
+        sweeper.saved_products = SavedProductsBudget(saved_products_bytes)
 
 
 def disable_sweep(model: nn.Module) -> None:

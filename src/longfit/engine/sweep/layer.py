@@ -33,6 +33,7 @@ from longfit.engine.sweep.grad_sums import GradSums
 from longfit.engine.sweep.layer_call import LayerCall
 from longfit.engine.sweep.recompute_state import Autocast, RandomState, preserve_random_state
 from longfit.engine.sweep.saved_attention import SavedAttention, SavedAttentionBudget
+from longfit.engine.sweep.saved_products import SavedProducts, SavedProductsBudget
 from longfit.engine.sweep.shared_sequence import (
     KeyTransport,
     SharedSequence,
@@ -53,6 +54,7 @@ class Sweep(Protocol):
 
     offload: ActivationOffload
     saved_attention: SavedAttentionBudget
+    saved_products: SavedProductsBudget
     unread: UnreadProducts
     sequence: SharedSequence | None
 
@@ -80,7 +82,7 @@ def run_layer_without_grad(hidden: Tensor, call: LayerCall, sweep: Sweep) -> Ten
     """Run a layer tile by tile and keep nothing for a backward."""
     work = _Work.of(hidden, call, sweep)
     with torch.no_grad(), sweep.present(call.layer), weights_held(hidden.device):
-        return _forward(hidden, work, None, None, may_overwrite=False)[0]
+        return _forward(hidden, work, None, may_overwrite=False)[0]
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,12 @@ class _SweptLayer(Receiver, torch.autograd.Function):
         ctx.autocast = Autocast.now(hidden.device)
         ctx.work, ctx.sweep = _Work.of(hidden, call, sweep), sweep
         tiles = ctx.work.num_tiles
-        ctx.saved_input, ctx.saved_attention = sweep.offload.open(tiles), sweep.saved_attention.open(tiles)
+        ctx.saved_input = sweep.offload.open(tiles)
+        ctx.saved_attention, ctx.saved_products = sweep.saved_attention.open(tiles), sweep.saved_products.open()
+        saved = _Saved(ctx.saved_input, ctx.saved_attention, ctx.saved_products, sweep.unread.of(call.layer))
         may_overwrite = ctx.receiver is not None and not sweep.offload.aliases and not _is_watched(call.layer)
         with sweep.present(call.layer), weights_held(hidden.device):
-            out, ctx.visible, ctx.random = _forward(
-                hidden, ctx.work, ctx.saved_input, ctx.saved_attention, may_overwrite=may_overwrite
-            )
+            out, ctx.visible, ctx.random = _forward(hidden, ctx.work, saved, may_overwrite=may_overwrite)
         if out is hidden:
             ctx.mark_dirty(hidden)
         return out
@@ -160,6 +162,16 @@ class _SweptLayer(Receiver, torch.autograd.Function):
         return backward.grad_hidden, None, None, *parameters
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """Where a layer's forward pass leaves what its backward takes up again."""
+
+    input: SavedInput
+    attention: SavedAttention
+    products: SavedProducts
+    unread: nn.Module | None  # a linear layer whose product is not wanted
+
+
 class _Backward:
     """The backward of one layer: tiles last to first, each a small graph; then what other processes have sent."""
 
@@ -172,6 +184,7 @@ class _Backward:
         self._needs_hidden: bool = ctx.needs_input_grad[0]
         self._donated = is_donated(ctx, grad_out)
         self._unread: UnreadProducts = ctx.sweep.unread
+        self._products: SavedProducts = ctx.saved_products
         self._passes = self._work.backward_passes(ctx.saved_attention, ctx.visible)
 
     def run(self) -> None:
@@ -194,7 +207,8 @@ class _Backward:
         hidden = self._restore(tiles.number(index)).requires_grad_(self._needs_hidden)
         tile = tiles.gradient_tile(index)
         start, end = tile.span
-        with torch.enable_grad(), self._unread.left_out(self._work.call.layer) as run:
+        layer, number = self._work.call.layer, tiles.number(index)
+        with torch.enable_grad(), self._unread.left_out(layer) as run, self._products.known(layer, number):
             out = self._work.call.run(hidden, tile)
             run.look(out)
         inputs = [hidden, *self._wanted] if self._needs_hidden else self._wanted
@@ -244,13 +258,12 @@ class _Backward:
 def _forward(
     hidden: Tensor,
     work: _Work,
-    saved_input: SavedInput | None,
-    saved_attention: SavedAttention | None,
+    saved: _Saved | None,
     *,
     may_overwrite: bool,
 ) -> tuple[Tensor, list[Visible], list[RandomState | None]]:
-    """All tiles first to last; without the two ``saved_*`` for no backward. May write the output over ``hidden``."""
-    passes = work.forward_passes(saved_attention)
+    """All tiles first to last; without ``saved`` for no backward. May write the output over ``hidden``."""
+    passes = work.forward_passes(None if saved is None else saved.attention)
     planned: dict[int, RandomState] = {}  # random states that tiles must begin with, as their keys have begun with it
     if work.sequence is not None:
 
@@ -271,16 +284,19 @@ def _forward(
             if number in planned:
                 planned[number].restore(hidden.device)
             before = RandomState.now(hidden.device)
-            if saved_input is not None:
-                saved_input.put(number, part)
-            out = work.call.run(part, tile)
+            if saved is None:
+                out = work.call.run(part, tile)
+            else:
+                saved.input.put(number, part)
+                with saved.products.saving(work.call.layer, number, but=saved.unread):
+                    out = work.call.run(part, tile)
             random.append(None if before.same(RandomState.now(hidden.device)) else before)
             if result is None:
                 same = out.dtype == hidden.dtype and out.shape == part.shape and hidden.is_contiguous()
                 fits = may_overwrite and same
                 result = hidden if fits else host_memory.empty(out, (*hidden.shape[:2], *out.shape[2:]))
-            if saved_input is not None:
-                saved_input.settle(number)
+            if saved is not None:
+                saved.input.settle(number)
             result[:, start:end] = out
     visible = [tiles.visible for tiles in passes if tiles.visible is not None]
     assert result is not None and len(visible) == len(passes), "a layer of no tokens"  # noqa: PT018

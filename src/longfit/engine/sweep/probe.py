@@ -34,6 +34,7 @@ from longfit.engine.sweep.layer import run_layer_without_grad
 from longfit.engine.sweep.layer_call import LayerCall, layer_call
 from longfit.engine.sweep.recompute_state import preserve_random_state
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
+from longfit.engine.sweep.saved_products import SavedProductsBudget
 from longfit.engine.sweep.shared_sequence import SharedSequence
 from longfit.engine.sweep.unread_product import UnreadProducts
 from longfit.errors import ModelError
@@ -268,6 +269,7 @@ class _ProbeSweep:
         self.offload: ActivationOffload = DeviceActivations()
         self.sequence: SharedSequence | None = None
         self.saved_attention = SavedAttentionBudget(0)
+        self.saved_products = SavedProductsBudget(0)
         self.unread = UnreadProducts()
 
     def tile_for(self, hidden: Tensor) -> int:

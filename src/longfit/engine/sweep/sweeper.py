@@ -21,6 +21,7 @@ from longfit.engine.sweep.fused_modules import Fused, fused_forwards, fused_rota
 from longfit.engine.sweep.layer import run_layer, run_layer_without_grad
 from longfit.engine.sweep.layer_call import layer_call
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
+from longfit.engine.sweep.saved_products import SavedProductsBudget
 from longfit.engine.sweep.shared_sequence import SharedSequence
 from longfit.engine.sweep.unread_product import UnreadProducts
 from longfit.engine.working_memory import TRIMMED_LAYERS
@@ -76,6 +77,7 @@ class Sweeper:
     forced: bool
     offload: ActivationOffload
     saved_attention: SavedAttentionBudget
+    saved_products: SavedProductsBudget
     unread: UnreadProducts = field(default_factory=UnreadProducts)
     swept: set[nn.Module] = field(default_factory=set)
     fused: dict[nn.Module, tuple[Fused, ...]] = field(default_factory=dict)

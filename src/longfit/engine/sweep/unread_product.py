@@ -27,6 +27,10 @@ class UnreadProducts:
     def __init__(self) -> None:
         self._known: dict[nn.Module, QLoRALinear | None] = {}
 
+    def of(self, layer: nn.Module) -> QLoRALinear | None:
+        """The linear layer of a layer, as far as known."""
+        return self._known.get(layer)
+
     @contextmanager
     def left_out(self, layer: nn.Module) -> Iterator["LayerRun"]:
         """Leave the product out of what the layer computes while this lasts; end with ``Run.look`` at its output."""
@@ -57,7 +61,7 @@ class LayerRun:
     def forward(self, x: Tensor) -> Tensor:
         """Stand in for the forward of the linear layer."""
         assert self._module is not None
-        y = self._module.forward_unread(x)
+        y = self._module.forward_known(x, None)
         self._left_out = y is not None
         return type(self._module).forward(self._module, x) if y is None else y
 
