@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tests.training.conftest import MakeConfig
 
@@ -72,6 +73,31 @@ def test_an_overfitting_run_keeps_its_best_and_stops_early(overfitting) -> None:
     assert any(not kept[name].equal(last[name]) for name in kept)
     with pytest.raises(RunError, match="no checkpoint 'x'; there are best, last, step-"):
         run_directory.find_adapter(result.run_dir, "x")
+
+
+def test_the_report_shows_where_it_was_best_and_why_it_ended(overfitting) -> None:
+    import html
+
+    from longfit.evaluation.compare import compare
+    from longfit.evaluation.report import write_report
+
+    run = train(overfitting.replace({"train.samples": ["<abc>"], "train.samples_every": 2})).run_dir
+    best = read_best(run)
+    assert best is not None
+    page = write_report(
+        compare(run, with_passkey=False, device=torch.device("cpu")), command="longfit eval"
+    ).read_text()
+    text = html.unescape(page)
+    assert f"The validation loss was lowest after step {best.step} ({best.eval_loss:.4f})" in text
+    last = len([record for record in read_metrics(run / "metrics.jsonl") if "loss" in record])
+    assert f"The run stopped after step {last} of 40: the validation loss has not fallen 2 times in a row" in text
+    assert f"best, step {best.step}" in text  # in the picture
+    assert "What it said while it trained" in text
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert samples[-1]["step"] == last
+    assert all(sample["answer"] in text for sample in samples)
+    assert "<abc>" not in page
+    assert "&lt;abc&gt;" in page
 
 
 def test_a_run_that_stopped_early_stays_stopped(overfitting) -> None:

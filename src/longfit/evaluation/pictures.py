@@ -12,6 +12,7 @@ from typing import Any
 
 from longfit.evaluation.compare import Comparison
 from longfit.evaluation.passkey import PasskeyResult
+from longfit.training.best import best_of
 
 LOOKS: dict[str, dict[str, Any]] = {
     "base": {"color": "#7a7a7a", "linestyle": "--", "marker": "s"},
@@ -126,6 +127,9 @@ def draw_training(records: Sequence[Mapping[str, Any]]) -> Any:
                 linestyle="--",
                 label="validation",
             )
+            best = best_of([dict(check) for check in checks])
+            if best is not None:
+                above.axvline(best.step, color="#b23a1f", alpha=0.4, linewidth=1, label=f"best, step {best.step:,}")
             above.legend()
         above.set(ylabel="loss (nats)", title="loss")
         peaks = [record["peak_memory_bytes"] / 2**30 for record in steps]

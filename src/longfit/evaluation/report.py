@@ -19,8 +19,10 @@ from longfit.evaluation.compare import Comparison, State
 from longfit.evaluation.passkey_prompts import HIGH, LOW
 from longfit.evaluation.pictures import draw_passkey, draw_perplexity, draw_training, svg_of
 from longfit.files.writing import write_text
+from longfit.training.best import best_of, reason_to_stop
 from longfit.training.metrics import read_metrics
 from longfit.training.run_directory import read_config
+from longfit.training.samples import read_samples
 from longfit.words import format_bytes
 
 GUESS_NATS = math.log(HIGH - LOW + 1)  # of a pass key, drawn evenly
@@ -54,7 +56,8 @@ def write_report(comparison: Comparison, *, command: str) -> Path:
     commands = [command, training_command(run_dir)]
     write_text(run_dir / "report.json", json.dumps(asdict(comparison) | {"commands": commands}, indent=1) + "\n")
     page = run_dir / "report.html"
-    write_text(page, render(comparison, pictures, records, commands=commands, settings=read_config(run_dir).flat()))
+    settings, samples = read_config(run_dir).flat(), read_samples(run_dir / "samples.jsonl")
+    write_text(page, render(comparison, pictures, records, samples, commands=commands, settings=settings))
     return page
 
 
@@ -167,11 +170,25 @@ def training_table(records: Sequence[dict[str, Any]]) -> list[list[str]]:
     ]
 
 
+def how_it_ended(records: Sequence[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
+    """Sentences on which evaluation was the best, and why the run ended before its last step if it did."""
+    lines, best = [], best_of(records)
+    if best is not None:
+        kept = ", whose adapter is the run's result" if settings["train.keep_best"] else ""
+        lines.append(f"The validation loss was lowest after step {best.step:,} ({best.eval_loss:.4f}){kept}.")
+    reason = reason_to_stop(records, settings["train.patience"])
+    last = max((record["step"] for record in records if "loss" in record), default=0)
+    if reason is not None:
+        lines.append(f"The run stopped after step {last:,} of {settings['train.steps']:,}: {reason}.")
+    return lines
+
+
 # ------------------------------------------------------------------------------------------------ the page
 def render(
     comparison: Comparison,
     pictures: dict[str, str],
     records: Sequence[dict[str, Any]],
+    samples: Sequence[dict[str, Any]] = (),
     *,
     commands: Sequence[str],
     settings: dict[str, Any],
@@ -213,7 +230,10 @@ def render(
         )
     )
     if "training" in pictures:
-        parts.append(_section("Training", "", pictures["training"], training_table(records)))
+        text = html.escape(" ".join(how_it_ended(records, settings)))
+        parts.append(_section("Training", text, pictures["training"], training_table(records)))
+    if samples:
+        parts.append(_samples(samples))
     parts.append(_made_by(comparison, commands, settings))
     return PAGE.format(title=html.escape(f"{name}: does it read further?"), style=STYLE, body="\n".join(parts))
 
@@ -228,10 +248,19 @@ def _text_line(comparison: Comparison) -> str:
     )
 
 
-def _section(title: str, text: str, picture: str, table: Sequence[Sequence[str]]) -> str:
+def _section(title: str, text: str, picture: str, table: Sequence[Sequence[str]], *, kind: str = "numbers") -> str:
     figure = f'<figure role="img" aria-label="{html.escape(title)}">{picture}</figure>' if picture else ""
     words = f"<p>{text}</p>" if text else ""
-    return f"<section><h2>{html.escape(title)}</h2>{words}{figure}{html_table(table)}</section>"
+    return f"<section><h2>{html.escape(title)}</h2>{words}{figure}{html_table(table, kind=kind)}</section>"
+
+
+def _samples(samples: Sequence[dict[str, Any]]) -> str:
+    """What the model answered while it trained, prompt by prompt."""
+    rows = [["prompt", "step", "answer"]]
+    for prompt in dict.fromkeys(sample["prompt"] for sample in samples):
+        rows += [[prompt, f"{s['step']:,}", s["answer"]] for s in samples if s["prompt"] == prompt]
+    text = "Greedy answers with exact attention, from the model as it was at that step."
+    return _section("What it said while it trained", text, "", rows, kind="words")
 
 
 def _made_by(comparison: Comparison, commands: Sequence[str], settings: dict[str, Any]) -> str:
@@ -248,13 +277,13 @@ def _made_by(comparison: Comparison, commands: Sequence[str], settings: dict[str
     )
 
 
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of them the header, as an HTML table that scrolls on a narrow screen."""
+def html_table(rows: Sequence[Sequence[str]], *, kind: str = "numbers") -> str:
+    """Rows, the first of them the header, as an HTML table of numbers or words that scrolls on a narrow screen."""
     head, *body = rows
     cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
     lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body)
     inner = f"<thead><tr>{cells}</tr></thead><tbody>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</tbody>"
-    return f'<div class="scroll"><table>{inner}</table></div>'
+    return f'<div class="scroll"><table class="{kind}">{inner}</table></div>'
 
 
 PAGE = """<!doctype html>
@@ -279,8 +308,8 @@ section>p{color:var(--soft);margin:0 0 1rem}
 figure{margin:0 0 1rem;background:#fff;border-radius:6px;padding:.5rem}figure svg{width:100%;height:auto;display:block}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .9rem .3rem 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th{font-weight:600;color:var(--soft)}td:first-child,th:first-child,.settings td{text-align:left}
-.settings td{white-space:normal;overflow-wrap:anywhere}
+th{font-weight:600;color:var(--soft)}td:first-child,th:first-child,.settings td,.words td,.words th{text-align:left}
+.settings td,.words td{white-space:normal;overflow-wrap:anywhere}
 tbody tr:last-child td{border-bottom:0}
 pre{background:var(--ground);border:1px solid var(--line);border-radius:6px;padding:.6rem .8rem;overflow-x:auto;
 margin:0 0 .6rem;font-size:.85rem}
