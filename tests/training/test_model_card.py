@@ -14,8 +14,10 @@ from tests.exporting.adapted import gpt2_rule, save_adapted
 from tests.training.conftest import MakeConfig
 
 from longfit.exporting.export import export
+from longfit.training import model_card
 from longfit.training.loop import train
 from longfit.training.prepare import open_run
+from longfit.training.run_directory import read_config
 
 IDS = torch.arange(5, 25)[None]
 TAIL = """
@@ -65,6 +67,16 @@ def test_a_gguf_base_is_named_with_its_hash(make_config: MakeConfig, tmp_path: P
     }  # fmt: skip
     card = (run / "adapter" / "README.md").read_text()
     assert f"sha256 `{digest}`" in card
+
+
+def test_a_card_that_cannot_be_written_leaves_the_adapter_as_it_was(make_config: MakeConfig, monkeypatch) -> None:
+    run = train(make_config(train__steps=1)).run_dir
+    before = {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
+    monkeypatch.setattr(model_card, "model_card", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        model_card.write_cards(run, read_config(run))
+    assert {path.name: path.read_bytes() for path in (run / "adapter").iterdir()} == before
+    assert not list(run.glob(".*unfinished"))
 
 
 def test_the_card_says_what_was_done(make_config: MakeConfig) -> None:

@@ -22,7 +22,7 @@ def init(project, name):
         raise RuntimeError("no account")
     if os.environ.get("FAKE") == "hangs":
         time.sleep(600)
-    print("mode", os.environ.get("WANDB_MODE"), flush=True)
+    print("mode", os.environ.get("WANDB_MODE"), "niceness", os.nice(0), flush=True)
 def log(numbers, step):
     print(json.dumps([step, numbers]), flush=True)
 def finish():
@@ -46,7 +46,7 @@ def test_a_tracker_gets_every_line_of_the_metrics(fake_wandb, make_config: MakeC
     events = []
     result = train(make_config(output__track=["wandb"], train__steps=3), on_event=events.append)
     said = (result.run_dir / "trackers" / "wandb.log").read_text().splitlines()
-    assert said[0] == "mode offline"
+    assert said[0] == "mode offline niceness 19"
     assert said[-1] == "finished"
     told = [json.loads(line) for line in said[1:-1]]
     written = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -17,6 +17,11 @@ def checkpoint_bytes(*, trained: int, state: int) -> int:
     return adapter_bytes(trained) + trained + state
 
 
-def run_bytes(*, trained: int, state: int, keep: int) -> int:
-    """Most bytes of a run at any moment: the checkpoints kept, one being written beside them, and the result."""
-    return (keep + 1) * checkpoint_bytes(trained=trained, state=state) + adapter_bytes(trained)
+def run_bytes(*, trained: int, state: int, keep: int, best: bool = False) -> int:
+    """Most bytes of a run at any moment: the checkpoints kept, one being written beside them, and the result.
+
+    Args:
+        best: whether the adapter of the best evaluation is kept; it is replaced while no checkpoint is written.
+    """
+    adapters = 2 if best else 1
+    return (keep + 1) * checkpoint_bytes(trained=trained, state=state) + adapters * adapter_bytes(trained)

@@ -255,9 +255,10 @@ def _tiles(shape: ModelShape, settings: PlanSettings, device: str) -> list[Compo
 
 def _files(settings: PlanSettings, parts: constant_bytes.Trained) -> list[Component]:
     saved = 4 * (parts.adapter_params + parts.idle_adapters)
-    saved += settings.element_bytes * (parts.whole_params + parts.idle_norms)
+    whole = parts.whole_params - (parts.vocabulary if parts.rows_only else 0)
+    saved += settings.element_bytes * (whole + parts.idle_norms)
     state = constant_bytes.state_bytes(parts, settings)
-    written = run_bytes(trained=saved, state=state, keep=settings.keep_checkpoints)
+    written = run_bytes(trained=saved, state=state, keep=settings.keep_checkpoints, best=settings.keeps_best)
     return [
         Component("tensors being saved", "host", {"save": saved}),
         Component("checkpoints and adapter", "disk", _in(TRAINING, written)),

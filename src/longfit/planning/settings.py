@@ -43,6 +43,7 @@ class PlanSettings:
         saved_attention: bytes of attention outputs saved for backward; None is the engine's choice.
         saved_products: bytes of results of linear layers saved for backward.
         evaluates: whether there is validation text.
+        keep_best: whether the adapter of the best evaluation is kept.
         targets: "all-linear", or the names of the layers that get an adapter.
         dropout: on the input of the adapters.
         fused_kernels: on a CPU, whether norms, gated products and the loss are kernels that keep no float32 copies.
@@ -76,12 +77,18 @@ class PlanSettings:
     saved_products: int = 0
     keep_checkpoints: int = 2
     evaluates: bool = False
+    keep_best: bool = True
     targets: str | tuple[str, ...] = "all-linear"
     dropout: float = 0.0
     fused_kernels: bool = False
     processes: int = 1
     sequence: int = 1
     shard: int = 1
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether there is an adapter of the best evaluation."""
+        return self.evaluates and self.keep_best
 
     def __post_init__(self) -> None:
         counts = ("context", "rank", "batch_size", "gradient_accumulation", "block_size", "keep_checkpoints")

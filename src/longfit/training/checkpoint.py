@@ -148,21 +148,22 @@ def save_result(run_dir: Path, *, model: Any, tokenizer: Any, trained: dict[str,
     return final
 
 
-def require_disk_room(run_dir: Path, *, trained: int, state: int, keep: int) -> None:
+def require_disk_room(run_dir: Path, *, trained: int, state: int, keep: int, best: bool = False) -> None:
     """Raise SaveError before the first step if the run's checkpoints and result cannot be written where it is.
 
     Args:
         trained, state: bytes of what is trained and of its optimiser state.
         keep: checkpoints kept.
+        best: whether the adapter of the best evaluation is kept.
     """
-    needed = run_bytes(trained=trained, state=state, keep=keep) - folder_bytes(run_dir)
+    needed = run_bytes(trained=trained, state=state, keep=keep, best=best) - folder_bytes(run_dir)
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         each = format_bytes(checkpoint_bytes(trained=trained, state=state))
         raise SaveError(
             f"{run_dir}: the run will write {format_bytes(needed)} ({keep} checkpoints of {each}, one more while it is "
-            f"written, the result), the disk has {format_bytes(free)} free; free some space, lower "
-            "train.keep_checkpoints, or choose a --run-dir on another disk"
+            f"written, the result{', the best' * best}), the disk has {format_bytes(free)} free; free some space, "
+            "lower train.keep_checkpoints, or choose a --run-dir on another disk"
         )
 
 

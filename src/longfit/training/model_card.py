@@ -7,8 +7,10 @@ Whoever publishes the model chooses its licence; the field is left open.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import yaml
 
 from longfit.config import RunConfig
 from longfit.files.checksums import seal_folder
+from longfit.files.writing import replace_folder
 from longfit.model.gguf import is_gguf
 from longfit.model.vocabulary import FIRST_NEW_ROW
 from longfit.training.best import best_of
@@ -57,15 +60,20 @@ def write_cards(run_dir: Path, config: RunConfig) -> None:
     """Put a README into ``adapter/`` and ``best/`` of a finished run, and a GGUF base's hash into their config.json."""
     base = GgufBase.of(Path(config.model.name)) if is_gguf(Path(config.model.name)) else None
     for folder in (run_dir / "adapter", run_dir / "best"):
-        if not folder.is_dir():
-            continue
-        if base is not None:
-            path = folder / "config.json"
-            settings = json.loads(path.read_text(encoding="utf-8"))
-            settings["gguf_base"] = {"file": base.file, "sha256": base.sha256}
-            path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(run_dir, folder, config, base), encoding="utf-8")
-        seal_folder(folder)
+        if folder.is_dir():
+            replace_folder(folder, partial(_with_card, run_dir, folder, config, base))
+
+
+def _with_card(run_dir: Path, folder: Path, config: RunConfig, base: GgufBase | None, new: Path) -> None:
+    """Fill a new folder with an adapter's files, its card and their checksums: whole, or not at all."""
+    shutil.copytree(folder, new, dirs_exist_ok=True)
+    if base is not None:
+        path = new / "config.json"
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings["gguf_base"] = {"file": base.file, "sha256": base.sha256}
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (new / "README.md").write_text(model_card(run_dir, folder, config, base), encoding="utf-8")
+    seal_folder(new)
 
 
 def model_card(run_dir: Path, folder: Path, config: RunConfig, base: GgufBase | None) -> str:

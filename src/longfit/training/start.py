@@ -254,7 +254,13 @@ def _start(
     if accelerator.is_main_process:
         trained = trained_tensors(model)
         moments = (2 if config.optim.optim == "adamw8bit" else 8) * sum(tensor.numel() for tensor in trained.values())
-        require_disk_room(run_dir, trained=num_bytes(trained), state=moments, keep=config.train.keep_checkpoints)
+        require_disk_room(
+            run_dir,
+            trained=num_bytes(trained),
+            state=moments,
+            keep=config.train.keep_checkpoints,
+            best=config.train.keep_best and held_out is not None,
+        )
     metrics = MetricsFile(run_dir / "metrics.jsonl")
     scale, seconds = loss_scale.first_scale(model.get_input_embeddings().weight.dtype), 0.0
     state = RunState(0, 0, 0, num_processes=layout.data, run_id=identity.run_id, loss_scale=scale)

@@ -1,8 +1,9 @@
 """Trackers: processes of their own that read what ``metrics.jsonl`` gets and tell it to TensorBoard, Trackio or W&B.
 
 A run only starts them and, at its end, closes their input. It never waits for one while it trains, hands them nothing
-and holds nothing for them: a tracker that is down, slow or full can therefore neither stop a run nor slow it, and what
-it missed is still in the file. Nothing leaves the machine unless the user's environment says so (WANDB_MODE=online).
+and holds nothing for them, and they run at the lowest priority: a tracker that is down, slow or full can therefore
+neither stop a run nor slow it, and what it missed is still in the file. Nothing leaves the machine unless the user's
+environment says so (WANDB_MODE=online).
 
 This file imports only the standard library, because it is also the program that such a process runs.
 """
@@ -145,6 +146,8 @@ def main(name: str, run_dir: Path, from_step: int) -> None:
         sys.stdin.buffer.read()
         ended.set()
 
+    if hasattr(os, "nice"):
+        os.nice(19)  # the run has the processors first
     Thread(target=wait_for_end, daemon=True).start()
     with open_sink(name, run_dir) as tell:
         for record in follow(run_dir / "metrics.jsonl", ended, from_step=from_step):
