@@ -49,7 +49,7 @@ class _Worker:
             is_error, value = pickle.load(_pipe(self.process.stdout))
         except (EOFError, pickle.UnpicklingError):
             code = self.process.wait()
-            killed = " (killed, as when memory is short)" if code == -signal.SIGKILL else ""
+            killed = " (killed, as when memory is short)" if code == -9 else ""
             raise DataError(
                 f"a process that turned chats into tokens ended with code {code}{killed}; start again, with more "
                 "memory free or fewer cores (taskset -c 0,1)"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from longfit.errors import LongfitError, RunError
 
-UNFINISHED, REMOVED = ".unfinished", ".removed"
-LEFTOVERS = (UNFINISHED, REMOVED)
+UNFINISHED, REMOVED, REPLACED = ".unfinished", ".removed", ".replaced"
+LEFTOVERS = (UNFINISHED, REMOVED, REPLACED)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -93,12 +93,26 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
         unfinished.mkdir()
         write(unfinished)
         flush_tree(unfinished)
-        remove_folder(folder)
-        unfinished.rename(folder)
+        _exchange(folder, unfinished)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     flush_folder(folder.parent)
+
+
+def _exchange(folder: Path, new: Path) -> None:
+    """Give the new folder the old one's name; after a kill between the two renamings `sweep` undoes the first."""
+    replaced = folder.with_name(f".{folder.name}{REPLACED}")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    try:
+        new.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
@@ -113,10 +127,14 @@ def remove_folder(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove what killed processes left unfinished or half removed directly in a folder.
+    """Remove what killed processes left unfinished or half removed directly in a folder; put back what was replaced.
 
     Call it only while the folder is locked: another process may be writing. Returns: what was removed.
     """
+    for path in folder.glob(f".*{REPLACED}"):
+        place = path.with_name(path.name[1:].removesuffix(REPLACED))
+        if not place.exists():
+            path.rename(place)
     found = [path for path in folder.glob(".*") if path.name.endswith(LEFTOVERS)]
     for path in found:
         if path.is_dir() and not path.is_symlink():

@@ -44,8 +44,8 @@ def start_heartbeat(*, timeout: float) -> Heartbeat | None:
 
 def _kill(pid: int) -> None:
     """End a frozen process, which the agent would give half a minute to end by itself."""
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    with suppress(OSError):  # it has ended by itself
+        os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))  # Windows ends a process whatever the signal
 
 
 def _end(error: ProcessesError) -> None:

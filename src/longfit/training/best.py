@@ -17,8 +17,10 @@ from torch import Tensor
 from longfit.errors import ConfigError, RunError
 from longfit.files.checksums import seal_folder
 from longfit.files.reading import read_object, reading
-from longfit.files.writing import replace_folder, writing
+from longfit.files.writing import replace_folder
 from longfit.model.save import save_adapter
+from longfit.planning.disk_bytes import adapter_bytes
+from longfit.training.checkpoint import num_bytes, require_free, saving, trained_tensors
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def save_best(
         (folder / "best.json").write_text(json.dumps(asdict(best)) + "\n", encoding="utf-8")
         seal_folder(folder)
 
-    with writing(run_dir / "best"):
+    needed = adapter_bytes(num_bytes(trained or trained_tensors(model)))
+    with saving(run_dir, run_dir / "best", needed):
+        require_free(run_dir, needed)
         replace_folder(run_dir / "best", write)
 
 

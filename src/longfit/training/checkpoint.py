@@ -19,6 +19,8 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longfit.errors import RunError, SaveError
+from longfit.errors import LongfitError, RunError, SaveError
 from longfit.files import checksums
 from longfit.files.reading import read_object, reading
 from longfit.files.writing import FULL, flush_folder, remove_folder, replace_folder, why
@@ -83,7 +85,6 @@ def save_checkpoint(
     Returns: the checkpoint's folder.
     Raises: SaveError: the disk is full or cannot be written; earlier checkpoints stay untouched.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from longfit.model.save import save_adapter
@@ -104,15 +105,10 @@ def save_checkpoint(
         (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
         checksums.seal_folder(folder)
 
-    try:
+    with saving(run_dir, final, needed):
         final.parent.mkdir(exist_ok=True)  # not its parents: a run that somebody removed is not begun again
         require_free(final.parent, needed)
         replace_folder(final, write)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save and safetensors hide a full disk behind errors of their own.
-        if isinstance(error, OSError) or not has_free(run_dir, needed):
-            raise SaveError(_cannot_save(final, error, needed)) from error
-        raise
     for old in list_checkpoints(run_dir)[:-keep]:
         remove_folder(old)
     flush_folder(final.parent)
@@ -127,8 +123,6 @@ def save_result(run_dir: Path, *, model: Any, tokenizer: Any, trained: dict[str,
     Returns: its folder.
     Raises: SaveError: the disk is full or cannot be written; checkpoints stay untouched.
     """
-    from safetensors import SafetensorError
-
     from longfit.model.save import save_adapter
 
     final = run_dir / "adapter"
@@ -138,14 +132,26 @@ def save_result(run_dir: Path, *, model: Any, tokenizer: Any, trained: dict[str,
         save_adapter(model, tokenizer, folder, trained=trained)
         checksums.seal_folder(folder)
 
-    try:
+    with saving(run_dir, final, needed):
         require_free(run_dir, needed)
         replace_folder(final, write)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, OSError) or not has_free(run_dir, needed):
-            raise SaveError(_cannot_save(final, error, needed)) from error
-        raise
     return final
+
+
+@contextmanager
+def saving(run_dir: Path, final: Path, needed: int) -> Iterator[None]:
+    """Turn what goes wrong with the disk while ``final`` is written into a SaveError; ``needed`` are its bytes."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except LongfitError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch.save and safetensors hide a full disk behind errors of their own.
+        if isinstance(error, OSError) or not has_free(run_dir, needed):
+            raise SaveError(_cannot_save(run_dir, final, error, needed)) from error
+        raise
 
 
 def require_disk_room(run_dir: Path, *, trained: int, state: int, keep: int, best: bool = False) -> None:
@@ -304,8 +310,7 @@ def num_bytes(tree: Any) -> int:
     return sum(num_bytes(value) for value in values)
 
 
-def _cannot_save(final: Path, error: Exception, needed: int) -> str:
-    run_dir = final.parent if final.name == "adapter" else final.parent.parent
+def _cannot_save(run_dir: Path, final: Path, error: Exception, needed: int) -> str:
     earlier = list_checkpoints(run_dir)
     stays = f"{earlier[-1]} stays valid" if earlier else "there is no earlier one"
     advice = "resume the run with --resume" if earlier else "start again in a new --run-dir"

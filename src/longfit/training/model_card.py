@@ -18,7 +18,7 @@ import yaml
 
 from longfit.config import RunConfig
 from longfit.files.checksums import seal_folder
-from longfit.files.writing import replace_folder
+from longfit.files.writing import replace_folder, writing
 from longfit.model.gguf import is_gguf
 from longfit.model.vocabulary import FIRST_NEW_ROW
 from longfit.training.best import best_of
@@ -60,19 +60,22 @@ def write_cards(run_dir: Path, config: RunConfig) -> None:
     """Put a README into ``adapter/`` and ``best/`` of a finished run, and a GGUF base's hash into their config.json."""
     base = GgufBase.of(Path(config.model.name)) if is_gguf(Path(config.model.name)) else None
     for folder in (run_dir / "adapter", run_dir / "best"):
-        if folder.is_dir():
-            replace_folder(folder, partial(_with_card, run_dir, folder, config, base))
+        if not folder.is_dir():
+            continue
+        card = model_card(run_dir, folder, config, base)
+        with writing(folder, then="the run is finished: --resume writes it again"):
+            replace_folder(folder, partial(_with_card, folder, card, base))
 
 
-def _with_card(run_dir: Path, folder: Path, config: RunConfig, base: GgufBase | None, new: Path) -> None:
-    """Fill a new folder with an adapter's files, its card and their checksums: whole, or not at all."""
+def _with_card(folder: Path, card: str, base: GgufBase | None, new: Path) -> None:
+    """Copy an adapter's folder, and add what is known of its base."""
     shutil.copytree(folder, new, dirs_exist_ok=True)
     if base is not None:
         path = new / "config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
         settings["gguf_base"] = {"file": base.file, "sha256": base.sha256}
         path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    (new / "README.md").write_text(model_card(run_dir, folder, config, base), encoding="utf-8")
+    (new / "README.md").write_text(card, encoding="utf-8")
     seal_folder(new)
 
 

@@ -25,8 +25,9 @@ from longfit.data.tokenizing import TokenizedSet, tokenize_documents
 from longfit.engine.hf_model import base_model
 from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weights
 from longfit.engine.sweep.probe import nature_of
-from longfit.errors import ConfigError, ModelError
+from longfit.errors import ConfigError, DataError, ModelError
 from longfit.files.reading import NOT_OURS, reason
+from longfit.files.writing import writing
 from longfit.kernels.cpu import processor
 from longfit.kernels.cpu.threads import usable_cores
 from longfit.model import gguf
@@ -100,14 +101,16 @@ def tokenize(
     if (found := read_entry(place)) is not None:
         on_event(Event("phase", f"tokens of {len(documents):,} documents are in the cache: {place}"))
         return found
-    writer = TokenWriter(place)
-    try:
-        return tokenize_documents(
-            documents, tokenizer, **settings, processes=_processes(), on_document=told, sink=writer
-        )
-    except BaseException:
-        writer.abandon()
-        raise
+    do = "name another folder with LONGFIT_CACHE, or go without: data.cache=off"
+    with writing(place, error=DataError, then=do):
+        writer = TokenWriter(place)
+        try:
+            return tokenize_documents(
+                documents, tokenizer, **settings, processes=_processes(), on_document=told, sink=writer
+            )
+        except BaseException:
+            writer.abandon()
+            raise
 
 
 def _processes() -> int:
