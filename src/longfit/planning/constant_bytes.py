@@ -84,19 +84,15 @@ class Trained:
 
     Attributes:
         adapters: sizes of the decoder's adapter matrices, all float32.
-        idle_adapters: parameters of adapters that text never reaches: those of a vision tower.
         vocabulary, norms: parameters trained whole, in the dtype of the base.
-        idle_norms: parameters of norms that text never reaches.
         norm_sizes: of each norm that learns.
         head: whether the output matrix is among them, because it is the embedding matrix.
         rows_only: few rows of it learn: PEFT makes a copy and a gradient of all, the optimiser has no state.
     """
 
     adapters: tuple[int, ...]
-    idle_adapters: int
     vocabulary: int
     norm_sizes: tuple[int, ...]
-    idle_norms: int
     head: bool
     rows_only: bool = False
 
@@ -120,7 +116,7 @@ def require_known_targets(shape: ModelShape, settings: PlanSettings) -> None:
     """Raise UnplannedError for an adapter on the output matrix, or on what is no linear layer of the model."""
     if isinstance(settings.targets, str):
         return
-    known = dict.fromkeys(name for matrix in (*shape.layer_matrices, *shape.tower) for name in matrix.names)
+    known = dict.fromkeys(name for matrix in shape.layer_matrices for name in matrix.names)
     unknown = sorted(last_parts(settings.targets) - known.keys())
     if unknown:
         raise UnplannedError(
@@ -140,17 +136,14 @@ def trained(shape: ModelShape, settings: PlanSettings) -> Trained:
         for size in (matrix.in_features, matrix.out_features)
         for _ in range(matrix.adapted(settings.targets) * shape.num_layers)
     )
-    idle = sum((m.in_features + m.out_features) * settings.rank * m.adapted(settings.targets) for m in shape.tower)
     norms: tuple[int, ...] = ()
-    idle_norms = 0
     if settings.train_norms:
         per_head = (shape.head_dim,) * (2 if shape.family.qk_norm else 0)
         norms = ((shape.hidden_size,) * shape.family.norms + per_head) * shape.num_layers + (shape.hidden_size,)
-        idle_norms = shape.tower_norm_params
     rows_only = settings.train_new_tokens
     vocabulary = shape.vocab_params if rows_only else shape.vocab_size * shape.hidden_size * settings.train_embeddings
     head = rows_only or (shape.tied and settings.train_embeddings)
-    return Trained(adapters, idle, vocabulary, norms, idle_norms, head=head, rows_only=rows_only)
+    return Trained(adapters, vocabulary, norms, head=head, rows_only=rows_only)
 
 
 def state_bytes(parts: Trained, settings: PlanSettings) -> int:

@@ -160,8 +160,8 @@ def _learning(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.T
     state = constant_bytes.page_bytes(parts, settings)
     resident = state if settings.budget is None else min(state, settings.budget)
     below = "disk" if settings.file or settings.device == "cpu" else "host"
-    adapters = 4 * (parts.adapter_params + parts.idle_adapters)
-    whole = settings.element_bytes * (parts.whole_params + parts.idle_norms)
+    adapters = 4 * parts.adapter_params
+    whole = settings.element_bytes * parts.whole_params
     return [
         Component("adapters", device, _in(TRAINING, adapters)),
         Component("modules of adapters", "host", _in(TRAINING, MODULE_BYTES * _num_adapted(shape, settings))),
@@ -174,16 +174,15 @@ def _learning(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.T
 
 
 def _num_adapted(shape: ModelShape, settings: PlanSettings) -> int:
-    in_layers = shape.num_layers * sum(matrix.adapted(settings.targets) for matrix in shape.layer_matrices)
-    return in_layers + sum(matrix.adapted(settings.targets) for matrix in shape.tower)
+    return shape.num_layers * sum(matrix.adapted(settings.targets) for matrix in shape.layer_matrices)
 
 
 def _replicas(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.Trained, device: str) -> list[Component]:
     """What torch's DistributedDataParallel adds: buckets as large as all gradients, and a first broadcast."""
     if settings.processes == 1 or settings.shard > 1:
         return []
-    buckets = 4 * (parts.adapter_params + parts.idle_adapters)
-    buckets += settings.element_bytes * (parts.whole_params + parts.idle_norms)
+    buckets = 4 * parts.adapter_params
+    buckets += settings.element_bytes * parts.whole_params
     base = constant_bytes.weights(shape, settings)
     sent = min(constant_bytes.BROADCAST_BYTES, base.layers + base.vocabulary + base.rest)
     return [Component("gradient buckets of all replicas", device, {"load": buckets + sent, **_in(TRAINING, buckets)})]
@@ -254,9 +253,9 @@ def _tiles(shape: ModelShape, settings: PlanSettings, device: str) -> list[Compo
 
 
 def _files(settings: PlanSettings, parts: constant_bytes.Trained) -> list[Component]:
-    saved = 4 * (parts.adapter_params + parts.idle_adapters)
+    saved = 4 * parts.adapter_params
     whole = parts.whole_params - (parts.vocabulary if parts.rows_only else 0)
-    saved += settings.element_bytes * (whole + parts.idle_norms)
+    saved += settings.element_bytes * whole
     state = constant_bytes.state_bytes(parts, settings)
     written = run_bytes(trained=saved, state=state, keep=settings.keep_checkpoints, best=settings.keeps_best)
     return [

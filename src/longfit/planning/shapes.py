@@ -128,7 +128,6 @@ class ModelShape:
         native_context: tokens the model was made for.
         tower: linear layers of a vision tower that is loaded beside the decoder (Gemma-3).
         tower_params: its other parameters.
-        tower_norm_params: those of them that belong to norms.
     """
 
     family: Family
@@ -145,7 +144,6 @@ class ModelShape:
     native_context: int
     tower: tuple[Matrix, ...] = ()
     tower_params: int = 0
-    tower_norm_params: int = 0
 
     @property
     def num_layers(self) -> int:
@@ -220,7 +218,7 @@ class ModelShape:
         Raises: ModelError: an encoder, a mixture of experts, an unknown family, or missing or absurd values.
         """
         require_sane_counts(name, config)
-        tower, tower_params, tower_norms = _vision_tower(config)
+        tower, tower_params = _vision_tower(config)
         keys, model_type = _text_keys(config, name)
         values = {**FAMILIES[model_type].defaults, **{key: value for key, value in keys.items() if value is not None}}
 
@@ -254,7 +252,6 @@ class ModelShape:
             native_context=size("max_position_embeddings"),
             tower=tower,
             tower_params=tower_params,
-            tower_norm_params=tower_norms,
         )
 
 
@@ -302,11 +299,11 @@ def _windows(values: Mapping[str, Any], model_type: str, num_layers: int) -> tup
     return (None,) * num_layers
 
 
-def _vision_tower(config: Mapping[str, Any]) -> tuple[tuple[Matrix, ...], int, int]:
-    """Linear layers, other and norm parameters of Gemma-3's SigLIP tower, loaded and adapted with the model."""
+def _vision_tower(config: Mapping[str, Any]) -> tuple[tuple[Matrix, ...], int]:
+    """Linear layers and other parameters of Gemma-3's SigLIP tower, which is loaded with the model, and not trained."""
     vision = config.get("vision_config")
     if config.get("model_type") != "gemma3" or not isinstance(vision, Mapping):
-        return (), 0, 0
+        return (), 0
     width, inner, layers = (int(vision[key]) for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     patch, image = int(vision.get("patch_size", 14)), int(vision.get("image_size", 896))
     matrices = (
@@ -317,7 +314,7 @@ def _vision_tower(config: Mapping[str, Any]) -> tuple[tuple[Matrix, ...], int, i
     text = config["text_config"]
     patches = width * 3 * patch**2 + width + (image // patch) ** 2 * width  # convolution and its positions
     norms = layers * 4 * width + 2 * width + width  # of the layers, behind them, and before the projection
-    return matrices, patches + norms + width * int(text["hidden_size"]), norms
+    return matrices, patches + norms + width * int(text["hidden_size"])
 
 
 def read_shape(model: str | Path | Mapping[str, Any]) -> ModelShape:
