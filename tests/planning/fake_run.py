@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from longfit.attention import spec as attention_spec
 from longfit.attention.hf_attention import attention_key
 from longfit.attention.visibility import build_schedule, document_starts
-from longfit.engine.loss import linear_cross_entropy as loss_module
+from longfit.engine.loss import logits
 from longfit.engine.loss.training_loss import training_loss
 from longfit.engine.offload.activations import DeviceActivations
 from longfit.engine.sweep import probe as sweep_probe
@@ -139,8 +139,7 @@ def step_peaks(config, *, num_tokens, tile, layers=2, offload="host", group_size
         patch.setattr(tile_pass, "tile_backward", tile_backward)
         patch.setattr(attention_spec, "build_schedule", build)
         patch.setattr(tile_pass.Visible, "of", Visible_of)
-        patch.setattr(loss_module, "_trained_rows", lambda labels, vocab_size: torch.arange(len(labels)))
-        patch.setattr(loss_module, "CPU_LOGITS", loss_module.DEVICE_LOGITS)  # fake tensors are on the CPU
+        patch.setattr(logits, "CPU_LOGITS", logits.DEVICE_LOGITS)  # fake tensors are on the CPU
         patch.setattr(RandomState, "same", lambda self, other: True)
         live = LiveBytes()
         with live:

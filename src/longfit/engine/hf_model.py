@@ -23,9 +23,9 @@ class OutputHead:
     """What a causal language model does to its hidden states to get logits: cap(scale (h W^T + b))."""
 
     weight: Tensor  # [V, D]
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
+    bias: Tensor | None = None  # [V]
+    softcap: float | None = None
+    scale: float = 1.0
 
 
 def base_model(model: nn.Module) -> Any:

@@ -191,15 +191,7 @@ def _score(model: nn.Module, ids: Tensor, first: int) -> Tensor:
     ids = ids.to(head.weight.device)
     inputs = {"input_ids": ids[None], "use_cache": False}
     hidden, norm = hidden_states(model, defer_norm=nature.ends_in_norm, **inputs)  # [1, T, D]
-    return token_losses(
-        hidden[0, first - 1 : -1],
-        head.weight,
-        ids[first:].long(),
-        bias=head.bias,
-        softcap=head.softcap,
-        scale=head.scale,
-        norm=norm,
-    )
+    return token_losses(hidden[0, first - 1 : -1], head, ids[first:].long(), norm=norm)
 
 
 def _bucket(start: int, stop: int, count: int, total: float) -> Bucket:

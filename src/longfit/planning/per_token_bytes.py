@@ -111,7 +111,7 @@ def attention_kernel_bytes(shape: ModelShape, settings: PlanSettings) -> int:
 
 
 def loss_bytes(shape: ModelShape, settings: PlanSettings, *, gradient: bool) -> int:
-    """Bytes of a tile of logits and of its temporaries (``engine/loss/linear_cross_entropy.py``)."""
+    """Bytes of a tile of logits and of its temporaries (``engine/loss/logits.py``)."""
     e, words = settings.element_bytes, shape.vocab_size
     elements = LOGITS[settings.device]
     tokens = max(128, min(1024, elements // words))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from longfit.engine.hf_model import OutputHead
 from longfit.engine.loss.linear_cross_entropy import linear_cross_entropy
 from longfit.kernels.cpu import elementwise as cpu_elementwise
 
@@ -21,7 +22,8 @@ def loss_and_gradients(dtype, **options):
     )
     labels = torch.randint(0, WORDS, (TOKENS,), generator=generator)
     labels[::5] = -100
-    loss = linear_cross_entropy(hidden, weight, labels, token_tile=16, **options)
+    rule = {name: options.pop(name) for name in ("softcap", "scale") if name in options}
+    loss = linear_cross_entropy(hidden, OutputHead(weight, **rule), labels, token_tile=16, **options)
     loss.backward()
     return [x.detach().double() for x in (loss, hidden.grad, weight.grad)]
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from longfit.engine.loss.linear_cross_entropy import linear_cross_entropy, token_losses
+from longfit.engine.hf_model import OutputHead
+from longfit.engine.loss import linear_cross_entropy as tiled
 from longfit.engine.working_memory import GRADIENT_ROWS
 from longfit.errors import DataError
 
@@ -37,6 +38,14 @@ def whole_logits_loss(hidden, weight, labels, *, bias=None, softcap=None, scale=
         logits = softcap * torch.tanh(logits / softcap)
     total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
     return total / (num_items or (labels != -100).sum())
+
+
+def linear_cross_entropy(hidden, weight, labels, *, bias=None, softcap=None, scale=1.0, **options):
+    return tiled.linear_cross_entropy(hidden, OutputHead(weight, bias, softcap, scale), labels, **options)
+
+
+def token_losses(hidden, weight, labels, *, bias=None, softcap=None, scale=1.0, **options):
+    return tiled.token_losses(hidden, OutputHead(weight, bias, softcap, scale), labels, **options)
 
 
 def problem(num_tokens=37, vocab_size=53, size=16, dtype=torch.float64, ignored=(0, 5, 6, 36)):

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longfit.attention.hf_attention import attention_key
 from longfit.attention.visibility import build_schedule, document_starts
-from longfit.engine.loss import linear_cross_entropy
 from longfit.engine.loss.training_loss import training_loss
 from longfit.engine.sweep import probe, tile_pass
 from longfit.engine.sweep.install import enable_sweep
@@ -69,7 +68,6 @@ def step_peaks(num_tokens, shape, group_size):
             patch.setattr(module, "tile_forward", tile_forward)
         patch.setattr(tile_pass, "tile_backward", tile_backward)
         patch.setattr(tile_pass.Visible, "of", lambda schedule, tile: visible)
-        patch.setattr(linear_cross_entropy, "_trained_rows", lambda labels, vocab_size: torch.arange(len(labels)))
         patch.setattr(RandomState, "same", lambda self, other: True)
         fill(model)
         report = enable_sweep(

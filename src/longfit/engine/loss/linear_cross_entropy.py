@@ -14,150 +14,20 @@ vocabulary. Sums over tokens and tiles are float32 (float64 for float64). Rows w
 Not here: label smoothing, z-loss; where labels come from is ``training_loss.py``.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from longfit.engine import host_memory
+from longfit.engine.hf_model import OutputHead
+from longfit.engine.loss.logits import LogitsBuffers, LossTiles, TiledHead, label_logits, log_sum_exp
 from longfit.engine.sweep.grad_donation import donate, receiver_of
-from longfit.engine.working_memory import CPU_LOGITS, DEVICE_LOGITS, GRADIENT_ROWS
+from longfit.engine.working_memory import GRADIENT_ROWS
 from longfit.errors import DataError
 from longfit.kernels.cpu import elementwise as cpu_elementwise
 from longfit.kernels.elementwise import runs_kernel
 from longfit.numerics.labels import IGNORED
-
-
-class LogitsBuffers:
-    """Memory in which all tiles of logits are made, one after the other: in the dtype of products and of sums.
-
-    A tile of logits is tens of megabytes, in 16 bits and again in float32. Allocated anew for every tile, the narrow
-    one comes from the C library's heap, where some small block soon lies in the place it left, so that the next tile
-    finds none of its size: 50 to 100 MB of a training step on a CPU were such holes. The wide one comes from the
-    system, page after page. Made once and used by all tiles, they cost what they hold, and no page is touched first
-    twice.
-    """
-
-    def __init__(self, like: Tensor, *, num_logits: int, dtype: torch.dtype, sum_dtype: torch.dtype) -> None:
-        """Allocate ``num_logits`` logits on the device of ``like``."""
-        self._narrow = host_memory.empty(like, (num_logits,), dtype)
-        self._wide = self._narrow if dtype == sum_dtype else host_memory.empty(like, (num_logits,), sum_dtype)
-
-    def products(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``hidden weight^T + bias`` in their own dtype, [t, D], [v, D] -> [t, v]; over the tile before."""
-        narrow = self._part(self._narrow, len(hidden), len(weight))
-        if bias is None:
-            torch.mm(hidden, weight.t(), out=narrow)
-        else:
-            torch.addmm(bias, hidden, weight.t(), out=narrow)
-        return narrow
-
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``products`` in the dtype of the sums."""
-        narrow = self.products(hidden, weight, bias)
-        return narrow if self._wide is self._narrow else self._part(self._wide, *narrow.shape).copy_(narrow)
-
-    def narrowed(self, logits: Tensor) -> Tensor:
-        """A tile of these buffers in the dtype of the products, [t, v]."""
-        return logits if self._wide is self._narrow else self._part(self._narrow, *logits.shape).copy_(logits)
-
-    def _part(self, memory: Tensor, rows: int, columns: int) -> Tensor:
-        return memory[: rows * columns].view(rows, columns)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The map from hidden states to logits, asked for one tile of tokens and one slice of the vocabulary at a time."""
-
-    weight: Tensor  # [V, D] in the compute dtype
-    bias: Tensor | None  # [V]
-    softcap: float | None
-    scale: float
-    sum_dtype: torch.dtype
-    buffers: LogitsBuffers | None = None  # where the logits of training are made
-
-    def logits(self, hidden: Tensor, vocab_slice: slice) -> Tensor:
-        """Logits of some tokens for a slice of the vocabulary, in the dtype of the sums: [t, D] -> [t, v]."""
-        bias = None if self.bias is None else self.bias[vocab_slice]
-        if self.buffers is None:
-            logits = F.linear(hidden, self.weight[vocab_slice], bias).to(self.sum_dtype)
-        else:
-            logits = self.buffers.logits(hidden, self.weight[vocab_slice], bias)
-        if self.scale != 1.0:
-            logits *= self.scale
-        if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
-
-    def slope(self, logits: Tensor) -> Tensor | None:
-        """d logits / d (h W^T + b) where it is not the constant ``scale``: the derivative of the soft cap."""
-        return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1.0)
-
-
-@dataclass(frozen=True)
-class _LossTiles:
-    """Which rows are computed, and in what portions."""
-
-    rows: Tensor  # [M] int64: the rows whose label counts
-    token_tile: int
-    vocab_tile: int
-    vocab_size: int
-
-    def tokens(self) -> Iterator[Tensor]:
-        return iter(self.rows.split(self.token_tile) if len(self.rows) else ())
-
-    def vocab_slices(self) -> list[slice]:
-        return [
-            slice(start, min(start + self.vocab_tile, self.vocab_size))
-            for start in range(0, self.vocab_size, self.vocab_tile)
-        ]
-
-
-def _choose_tiles(labels: Tensor, vocab_size: int, token_tile: int | None, vocab_tile: int | None) -> _LossTiles:
-    """Prefer the whole vocabulary for fewer tokens: then the logits of the forward sum also serve the gradient."""
-    for name, value in (("token_tile", token_tile), ("vocab_tile", vocab_tile)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1; leave it out to let the engine choose")
-    elements = CPU_LOGITS if labels.device.type == "cpu" else DEVICE_LOGITS
-    if token_tile is None:
-        token_tile = max(128, min(1024, elements // (vocab_tile or vocab_size)))
-    if vocab_tile is None:
-        vocab_tile = max(1, min(vocab_size, elements // token_tile))
-    return _LossTiles(_trained_rows(labels, vocab_size), token_tile, min(vocab_tile, vocab_size), vocab_size)
-
-
-def _trained_rows(labels: Tensor, vocab_size: int) -> Tensor:
-    rows = (labels != IGNORED).nonzero().squeeze(1)
-    if len(rows):
-        low, high = labels[rows].aminmax()
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"labels from {int(low)} to {int(high)}: must be token ids below {vocab_size}, or {IGNORED} for a "
-                "token that is not trained on; check that tokenizer and model belong together"
-            )
-    return rows
-
-
-def _label_logits(logits: Tensor, labels: Tensor, vocab_slice: slice) -> Tensor:
-    """The label's logit where the label lies in ``vocab_slice``, else 0: [t, v], [t] -> [t]."""
-    local = labels - vocab_slice.start
-    here = (local >= 0) & (local < logits.shape[1])
-    found = logits.gather(1, local.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
-    return torch.where(here, found, 0.0)
-
-
-def _log_sum_exp(head: _Head, hidden: Tensor, labels: Tensor, tiles: _LossTiles) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp over the whole vocabulary and the label's logit, one vocabulary tile at a time: each [t]."""
-    total = hidden.new_full((len(hidden),), -torch.inf, dtype=head.sum_dtype)
-    label = torch.zeros_like(total)
-    for vocab_slice in tiles.vocab_slices():
-        logits = head.logits(hidden, vocab_slice)
-        label += _label_logits(logits, labels, vocab_slice)
-        total = torch.logaddexp(total, logits.logsumexp(1))
-    return total, label
 
 
 @dataclass(frozen=True)
@@ -167,7 +37,7 @@ class _Gradients:
     weight: Tensor | None  # [V, D] in the dtype of the sums
     bias: Tensor | None  # [V]
 
-    def add(self, head: _Head, tile: Tensor, d_logits: Tensor, vocab_slice: slice) -> Tensor:
+    def add(self, head: TiledHead, tile: Tensor, d_logits: Tensor, vocab_slice: slice) -> Tensor:
         """Take the gradient of some logits [t, v]; returns its share of the tile's hidden gradient, [t, D]."""
         if self.bias is not None:
             self.bias[vocab_slice] += d_logits.sum(0)
@@ -182,7 +52,7 @@ class _Gradients:
 
 
 def _d_logits(
-    head: _Head, probabilities: Tensor, slope: Tensor | None, labels: Tensor, vocab_slice: slice, factor: Tensor
+    head: TiledHead, probabilities: Tensor, slope: Tensor | None, labels: Tensor, vocab_slice: slice, factor: Tensor
 ) -> Tensor:
     """(softmax - onehot) cap' scale / num_items, over the storage of ``probabilities``: [t, v]."""
     local = labels - vocab_slice.start
@@ -195,7 +65,7 @@ def _d_logits(
 
 
 def _tile_loss_and_gradient(
-    head: _Head, hidden: Tensor, labels: Tensor, tiles: _LossTiles, factor: Tensor, gradients: _Gradients
+    head: TiledHead, hidden: Tensor, labels: Tensor, tiles: LossTiles, factor: Tensor, gradients: _Gradients
 ) -> tuple[Tensor, Tensor]:
     """Losses [t] of one token tile, and its hidden gradient [t, D]."""
     slices = tiles.vocab_slices()
@@ -205,13 +75,13 @@ def _tile_loss_and_gradient(
         return losses, gradients.add(head, hidden, d_logits, slices[0])
     if len(slices) == 1:  # the logits of the sum serve the gradient: one exponential, no second product
         logits = head.logits(hidden, slices[0])
-        label, slope, largest = _label_logits(logits, labels, slices[0]), head.slope(logits), logits.amax(1)
+        label, slope, largest = label_logits(logits, labels, slices[0]), head.slope(logits), logits.amax(1)
         exponentials = logits.sub_(largest[:, None]).exp_()
         total = exponentials.sum(1)
         probabilities = exponentials.div_(total[:, None])
         d_logits = _d_logits(head, probabilities, slope, labels, slices[0], factor)
         return largest + total.log() - label, gradients.add(head, hidden, d_logits, slices[0])
-    log_sum, label = _log_sum_exp(head, hidden, labels, tiles)
+    log_sum, label = log_sum_exp(head, hidden, labels, tiles)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=head.sum_dtype)
     for part in slices:
         logits = head.logits(hidden, part)
@@ -221,7 +91,7 @@ def _tile_loss_and_gradient(
     return log_sum - label, d_hidden
 
 
-def _fits_kernel(head: _Head, hidden: Tensor) -> bool:
+def _fits_kernel(head: TiledHead, hidden: Tensor) -> bool:
     """Whether the kernel makes the gradient from the logits: bf16 on the CPU, and logits that are products alone."""
     plain = head.bias is None and head.softcap is None and head.scale == 1.0
     return plain and runs_kernel("cross_entropy", hidden)
@@ -244,14 +114,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         num_items: Tensor,
         rule: tuple[float | None, float],
-        tiles: _LossTiles,
+        tiles: LossTiles,
         norm: nn.Module | None,
         overwrite_hidden: bool,
         *norm_parameters: Tensor,
     ) -> Tensor:
         ctx.receiver = receiver_of(hidden)
         compute_dtype = _compute_dtype(hidden, norm)
-        head = _head(weight, bias, rule, compute_dtype)
+        head = TiledHead.of(OutputHead(weight, bias, *rule), compute_dtype)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         needs_gradient = any(ctx.needs_input_grad)
         if needs_gradient:
@@ -274,7 +144,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             tile = after.detach().to(compute_dtype)
             with torch.autocast(hidden.device.type, enabled=False):
                 if not needs_gradient:
-                    log_sum, label = _log_sum_exp(head, tile, tile_labels, tiles)
+                    log_sum, label = log_sum_exp(head, tile, tile_labels, tiles)
                     total += (log_sum - label).sum()
                     continue
                 losses, d_tile = _tile_loss_and_gradient(head, tile, tile_labels, tiles, factor, gradients)
@@ -308,12 +178,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*scaled[:3], *(None,) * 6, *scaled[3:])
 
 
-def _head(weight: Tensor, bias: Tensor | None, rule: tuple[float | None, float], compute_dtype: torch.dtype) -> _Head:
-    sum_dtype = torch.promote_types(compute_dtype, torch.float32)
-    bias = None if bias is None else bias.to(compute_dtype)
-    return _Head(weight.to(compute_dtype), bias, *rule, sum_dtype)
-
-
 def _compute_dtype(hidden: Tensor, norm: nn.Module | None) -> torch.dtype:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
@@ -341,27 +205,21 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor) -> None:
 
 def linear_cross_entropy(
     hidden: Tensor,
-    weight: Tensor,
+    head: OutputHead,
     labels: Tensor,
     *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
     norm: nn.Module | None = None,
     num_items: int | Tensor | None = None,
     token_tile: int | None = None,
     vocab_tile: int | None = None,
     overwrite_hidden: bool = False,
 ) -> Tensor:
-    """Sum of the cross-entropies of ``hidden @ weight.T`` divided by ``num_items``, never holding the logits.
+    """Sum of the cross-entropies of a model's logits divided by ``num_items``, never holding the logits.
 
     Args:
         hidden: ``[..., D]``, any float dtype; products run in this dtype (in autocast's where autocast is on).
-        weight: ``[V, D]``; receives a gradient if it requires one, summed in float32 (so does ``bias``).
+        head: what makes logits of them; its weight and bias receive gradients if they require them, summed in float32.
         labels: ``[...]`` int64, already shifted; -100 marks a token that is not trained on.
-        bias: ``[V]`` or None.
-        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma-2), after ``scale``.
-        scale: factor on the logits (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
         norm: a module applied to each tile of ``hidden`` first; it works per token, and may be trained.
         num_items: what the sum is divided by; default: the number of labels that count here. Give the count of the
             whole optimiser step when accumulating gradients.
@@ -374,9 +232,10 @@ def linear_cross_entropy(
     Returns: the loss, float32 (float64 for float64), 0-dim.
     Raises: ValueError: shapes, label range or tile sizes are wrong. DataError: no label counts and no ``num_items``.
     """
+    weight, bias = head.weight, head.bias
     _check_shapes(hidden, weight, labels)
     labels = labels.to(hidden.device).flatten()
-    tiles = _choose_tiles(labels, weight.shape[0], token_tile, vocab_tile)
+    tiles = LossTiles.choose(labels, weight.shape[0], token_tile=token_tile, vocab_tile=vocab_tile)
     if num_items is None:
         num_items = len(tiles.rows)
         if num_items == 0:
@@ -386,19 +245,16 @@ def linear_cross_entropy(
     if not torch.is_grad_enabled():  # a Function is told what its inputs require, not that nobody will ask for it
         hidden, weight, bias, trained = hidden.detach(), weight.detach(), None if bias is None else bias.detach(), []
     return _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels, divisor, (softcap, scale), tiles, norm, overwrite_hidden, *trained
+        hidden, weight, bias, labels, divisor, (head.softcap, head.scale), tiles, norm, overwrite_hidden, *trained
     )
 
 
 @torch.no_grad()
 def token_losses(
     hidden: Tensor,
-    weight: Tensor,
+    head: OutputHead,
     labels: Tensor,
     *,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    scale: float = 1.0,
     norm: nn.Module | None = None,
     token_tile: int | None = None,
     vocab_tile: int | None = None,
@@ -409,16 +265,16 @@ def token_losses(
     Returns: float32 (float64 for float64), in the shape of ``labels``; 0 where the label is -100.
     Raises: ValueError: shapes, label range or tile sizes are wrong.
     """
-    _check_shapes(hidden, weight, labels)
+    _check_shapes(hidden, head.weight, labels)
     shape, labels = labels.shape, labels.to(hidden.device).flatten()
-    tiles = _choose_tiles(labels, weight.shape[0], token_tile, vocab_tile)
+    tiles = LossTiles.choose(labels, head.weight.shape[0], token_tile=token_tile, vocab_tile=vocab_tile)
     compute_dtype = _compute_dtype(hidden, norm)
-    head = _head(weight, bias, (softcap, scale), compute_dtype)
-    losses = torch.zeros(len(labels), dtype=head.sum_dtype, device=hidden.device)
+    tiled = TiledHead.of(head, compute_dtype)
+    losses = torch.zeros(len(labels), dtype=tiled.sum_dtype, device=hidden.device)
     hidden = hidden.flatten(0, -2)
     for rows in tiles.tokens():
         tile = hidden[rows] if norm is None else norm(hidden[rows][None])[0]
         with torch.autocast(hidden.device.type, enabled=False):
-            log_sum, label = _log_sum_exp(head, tile.to(compute_dtype), labels[rows], tiles)
+            log_sum, label = log_sum_exp(tiled, tile.to(compute_dtype), labels[rows], tiles)
         losses[rows] = log_sum - label
     return losses.view(shape)

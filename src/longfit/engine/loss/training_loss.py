@@ -108,14 +108,10 @@ def training_loss(
     give_back(input_ids.device)
     head_module = base_model(model).get_output_embeddings()
     with nullcontext() if sweeper is None else sweeper.present(head_module, backward=torch.is_grad_enabled()):
-        head = output_head(model)
         loss = linear_cross_entropy(
             hidden,
-            head.weight,
+            output_head(model),
             targets,
-            bias=head.bias,
-            softcap=head.softcap,
-            scale=head.scale,
             norm=norm,
             num_items=num_items,
             overwrite_hidden=not hidden.is_leaf and hidden.is_contiguous(),  # the decoder made it for this call alone

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from longfit.engine.loss.linear_cross_entropy import LogitsBuffers
+from longfit.engine.loss.logits import LogitsBuffers
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
