@@ -29,6 +29,7 @@ from longfit.attention.tile import QueryTile
 from longfit.compat.torch import holds_values
 from longfit.compat.transformers import attention_of, set_checkpoint_function
 from longfit.engine.hf_model import base_model, decoder, last_norm, output_head
+from longfit.engine.model_state import preserve_state
 from longfit.engine.offload.activations import ActivationOffload, DeviceActivations
 from longfit.engine.sweep.layer import run_layer_without_grad
 from longfit.engine.sweep.layer_call import LayerCall, layer_call
@@ -452,25 +453,14 @@ def _checkpointing(base: Any, inner: Any, function: Callable[..., Any]) -> Itera
     """Have every layer run through a function, without dropout; afterwards everything as it was."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    modules = list(base.modules())
-    found = [{name: vars(module)[name] for name in _STATE if name in vars(module)} for module in modules]
-    try:
+    with preserve_state(base), torch.enable_grad():  # without gradients some versions do not call the function
         base.eval()
         if base.supports_gradient_checkpointing:
             set_checkpoint_function(base, function)
         for module in inner.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # the layer alone: its dropout modules stay in their mode
-        with torch.enable_grad():  # without gradients some versions do not call the function
-            yield
-    finally:
-        for module, state in zip(modules, found, strict=True):
-            for name in _STATE:  # an attribute that was not the module's own falls back to its class
-                vars(module).pop(name, None)
-            vars(module).update(state)
-
-
-_STATE = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+        yield
 
 
 # ------------------------------------------------------------------------------------------------ found once
