@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from longfit.cli.output import print_json, print_lines, print_spans, show_progress
+from longfit.cli.output import print_json, print_lines, print_parts, print_spans, show_progress
+
+CHATS_SHOWN = 3
 
 
 def data(
@@ -18,7 +20,10 @@ def data(
     context: Annotated[str | None, typer.Option(help="Tokens in a window; default: the model's own.")] = None,
     long_chat: Annotated[str | None, typer.Option(help="error, split, truncate_left, truncate_right, drop.")] = None,
     chat_template: Annotated[str | None, typer.Option(help="chatml, a file, or Jinja text.")] = None,
-    sample: Annotated[bool, typer.Option("--sample", help="Show a window's beginning, trained text marked.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="As in train; changes no token.")] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Show the first chats: trained, masked, added, dropped; or a text's begin.")
+    ] = False,
     lengths: Annotated[bool, typer.Option("--lengths", help="Show how long documents are, and the longest.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ledger as JSON.")] = False,
 ) -> None:
@@ -31,19 +36,23 @@ def data(
         "--context": ("context.context", context),
         "--long-chat": ("data.long_chat", long_chat),
         "--chat-template": ("data.chat_template", chat_template),
+        "--dtype": ("model.dtype", dtype),
     }
     flags = {flag: (key, value) for flag, (key, value) in options.items() if value is not None}
     config = load_config(overrides=settings or [], flags=flags)
 
-    from longfit.training.prepare import count_tokens
+    from longfit.training.prepare import count_tokens, view_chats
 
+    views = view_chats(config, count=CHATS_SHOWN) if sample and not as_json else []
+    if views:  # first, because a chat of which something is dropped is an error below
+        print_parts([[(part.text, part.kind) for part in view] for view in views])
     with show_progress(quiet=as_json) as on_event:
         ledger = count_tokens(config, on_event=on_event)
     if as_json:
         print_json(asdict(ledger))
         return
     print_lines(*ledger.summary())
-    if sample:
+    if sample and not views:
         print_spans([(span.text, span.trained) for span in ledger.sample])
     if lengths:
         print_lines("", *ledger.lengths_view())

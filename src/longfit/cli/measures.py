@@ -135,6 +135,7 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 def perplexity(asked: Asked, *, convention: str) -> None:
     """Perplexity by position."""
+    config, tokens = asked.config(), asked.tokens
     if asked.data is None:
         raise ConfigError("no text given: longfit eval RUN|MODEL ppl --data PATH")
 
@@ -142,7 +143,6 @@ def perplexity(asked: Asked, *, convention: str) -> None:
     from longfit.training.prepare import native_context, read_path, read_token_ids
     from longfit.training.run_directory import seen_note
 
-    config, tokens = asked.config(), asked.tokens
     model, tokenizer = _open(asked, config)
     token_ids = read_token_ids(asked.data, tokenizer, data=config.data, max_tokens=tokens.get("--max-tokens"))
     if note := seen_note(asked.target, read_path(asked.data, config.data)):

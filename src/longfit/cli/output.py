@@ -75,6 +75,28 @@ def print_spans(spans: Sequence[tuple[str, bool]]) -> None:
     console.print()
 
 
+PART_MARKS = {"trained": ("[[", "]]"), "masked": ("", ""), "added": ("<<", ">>"), "dropped": ("\n(dropped: ", ")")}
+PART_STYLES = {"trained": "bold green", "masked": "dim", "added": "cyan", "dropped": "bold red"}
+
+
+def print_parts(views: Sequence[Sequence[tuple[str, str]]]) -> None:
+    """Print texts in parts ``(text, kind)``, each kind in its colour on a terminal and between its marks elsewhere."""
+    console = _console(stderr=False)
+    if console.is_terminal:
+        console.print("chats:", *(f"[{style}]{kind}[/]" for kind, style in PART_STYLES.items()), markup=True)
+    else:
+        print_lines("chats ([[...]] is trained, <<...>> is added by the template, the rest is masked):")
+    for view in views:
+        for text, kind in view:
+            if console.is_terminal:
+                shown = f"\ndropped: {text}" if kind == "dropped" else text
+                console.print(visible(shown), style=PART_STYLES[kind], end="")
+            else:
+                before, after = PART_MARKS[kind]
+                print_piece(f"{before}{text}{after}")
+        print_lines("", "")
+
+
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns; nothing is cut, so that what is shown can be pasted."""
     lines = [[visible(cell) for cell in line] for line in (columns, *rows)]

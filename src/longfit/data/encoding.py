@@ -67,19 +67,40 @@ def encode_chat(
         to train; two BOS tokens.
     """
     notes = notes if notes is not None else ChatNotes()
+    rows, _ = render_answers(
+        chat, template, turn_end=turn_end, train_on=train_on, template_drops=template_drops, notes=notes
+    )
+    return [_tokenise(row, tokenizer, template, notes) for row in rows]
+
+
+def render_answers(
+    chat: Chat,
+    template: ChatTemplate,
+    *,
+    turn_end: TurnEnd | None,
+    train_on: str,
+    template_drops: str,
+    notes: ChatNotes,
+) -> tuple[list[Row], list[Piece]]:
+    """Render a chat as often as its answers need, and mark them.
+
+    Args: as of `encode_chat`.
+    Returns: the renderings that train something, in order; what the row says and none of all renderings shows.
+    Raises: DataError: as `encode_chat`.
+    """
     chat = _as_template_knows(chat, template, notes)
     turns = _trained_turns(chat, train_on, notes)
     rows = [Row(make_rendering(chat, len(chat.messages), template, turn_end))]
     for turn in reversed(turns):
         row, span = place(chat, turn, rows, template, turn_end, notes)
         row.spans += marked_spans(row.rendering, turn, span, template)
-    _check_complete(chat, turns, rows, template, template_drops, notes)
+    lost = _check_complete(chat, turns, rows, template, template_drops, notes)
     kept = [row for row in reversed(rows) if row.spans]
     if provenance.missing(rows[0].rendering.said, [row.rendering for row in kept]) and rows[0] not in kept:
         notes.counts["chats go on after their last trained answer; what follows it is left out"] += 1
     if len(kept) > 1:
         notes.counts["chats are trained in a row of tokens per rewritten answer: the template rewrites turns"] += 1
-    return [_tokenise(row, tokenizer, template, notes) for row in kept]
+    return kept, lost
 
 
 def encode_prompt(
@@ -150,8 +171,8 @@ def _check_complete(
     template: ChatTemplate,
     template_drops: str,
     notes: ChatNotes,
-) -> None:
-    """Find everything that the row says in its renderings.
+) -> list[Piece]:
+    """Find everything that the row says in its renderings; return what is in none.
 
     Raises: DataError: something that matters is in none of them, and that is not allowed.
     """
@@ -165,13 +186,13 @@ def _check_complete(
         if piece.kind == "reasoning" and piece.turn not in turns:
             notes.counts["reasonings of answers that are not trained are left out, as the template does"] += 1
             continue
-        dropped[_where(piece)] = None
+        dropped[where(piece)] = None
     if dropped and template_drops == "error":
         raise DataError(
             f"the chat template drops {', '.join(dropped)}; choose a template that shows it "
             "(data.chat_template=chatml, or a file), or train without it: data.template_drops=allow"
         )
-    for kind in {kinds_named(piece) for piece in lost if piece.kind in ESSENTIAL and _where(piece) in dropped}:
+    for kind in {kinds_named(piece) for piece in lost if piece.kind in ESSENTIAL and where(piece) in dropped}:
         notes.counts[f"chats lose {kind}: the template drops it, and data.template_drops allows that"] += 1
     said = {(piece.turn, piece.kind) for piece in rows[0].rendering.said}
     shown = {(piece.turn, piece.kind) for row in rows for piece in row.rendering.present}
@@ -183,9 +204,11 @@ def _check_complete(
             # What is no text leaves no trace in a rendering; then it counts whether the template knows the key.
             if (turn, key) not in shown if (turn, key) in said else key not in template.words:
                 notes.unread[key] += 1
+    return lost
 
 
-def _where(piece: Piece) -> str:
+def where(piece: Piece) -> str:
+    """What a piece is, in words."""
     if piece.turn == TOOLS_TURN:
         return "the tool schemas"
     return f"the {piece.kind} of turn {piece.turn + 1}"

@@ -8,7 +8,9 @@ import os
 import tempfile
 import time
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from datetime import date
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from transformers import GenerationConfig
 
 from longfit.config import RunConfig, load_config
 from longfit.config.sections import DataSection
+from longfit.data.chat_encoder import ChatEncoder
+from longfit.data.chat_view import Part, view_chat
 from longfit.data.documents import Documents, read_documents, split_documents
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset, pack
@@ -37,6 +41,7 @@ from longfit.model.liger_kernels import fuse
 from longfit.model.load import auto_dtype, load, read_config, read_tokenizer
 from longfit.model.own_rows import OwnRows
 from longfit.model.save import load_adapter, restore_chat
+from longfit.model.token_mixing import carries_state
 from longfit.model.vocabulary import added_rows
 from longfit.notice import notify as tell
 from longfit.training import run_directory
@@ -352,7 +357,11 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
         model_config, tokenizer = read_config(name), read_tokenizer(name)
     native = native_context(model_config)
     on_event(Event("phase", "packing the text into windows"))
-    windows = pack_documents(documents, tokenizer, config.resolve(native_context=native), on_event=on_event)
+    mixing = carries_state(model_config)
+    if mixing is not None:
+        on_event(Event("phase", f"one document a window: {mixing}", {"mixing": mixing}))
+    config = config.resolve(native_context=native)
+    windows = pack_documents(documents, tokenizer, config, alone=mixing is not None, on_event=on_event)
     return Ledger.of(
         windows,
         native_context=native,
@@ -360,6 +369,27 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
         tokenizer=tokenizer,
         num_validation_seen=num_shared(held_out, documents),
     )
+
+
+def view_chats(config: RunConfig, *, count: int) -> list[list[Part]]:
+    """Show the renderings of the first chats of the data in parts; none where they are texts.
+
+    Raises: DataError, ModelError: as `count_tokens`; chats that are refused are left out.
+    """
+    documents = read_path(config.data.path, config.data)
+    if not documents.is_chat:
+        return []
+    config, name, data = resolve_date(config, documents), config.model.name, config.data
+    tokenizer = gguf.read_tokenizer(Path(name)) if gguf.is_gguf(Path(name)) else read_tokenizer(name)
+    encoder = ChatEncoder(
+        tokenizer, template=data.chat_template, train_on=data.train_on, date=config.data.date, stop_ids=stop_ids(name)
+    )
+    views: list[list[Part]] = []
+    for document in islice(documents, count):
+        assert document.chat is not None
+        with suppress(DataError):  # said by `count_tokens`, for all of them
+            views += view_chat(document.chat, encoder)
+    return views
 
 
 def target_config(
