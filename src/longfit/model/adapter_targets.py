@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from longfit.compat.peft import lost_on_loading, names_of_experts, takes_adapter
+from longfit.compat.torch import holds_values
 from longfit.compat.transformers_experts import experts_layout
 from longfit.engine.hf_model import decoder
 from longfit.errors import ModelError
@@ -58,7 +60,7 @@ def untargeted(model: Any) -> dict[str, str]:
             continue
         if module not in inside:
             reasons[name] = f"outside of the decoder ({type(inner).__name__}), which alone is trained"
-        elif not isinstance(module, QuantizedLinear) and type(module).forward is not nn.Linear.forward:
+        elif not _is_product(module):
             reasons[name] = f"a {type(module).__name__} computes more than a product"
         elif last in taken:
             reasons[name] = "PEFT takes its name for the experts of this family"
@@ -79,6 +81,20 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
     layers = (nn.Linear, QuantizedLinear)
     found = [(name, module) for name, module in model.named_modules() if ".lora_" not in f".{name}"]
     return [(name.removesuffix(".base_layer"), module) for name, module in found if isinstance(module, layers)]
+
+
+def _is_product(module: nn.Module) -> bool:
+    """Whether a layer returns its product alone; tried where its class computes in a way of its own."""
+    if isinstance(module, QuantizedLinear) or type(module).forward is nn.Linear.forward:
+        return True
+    weight, bias = module.get_parameter("weight"), getattr(module, "bias", None)
+    with torch.no_grad():
+        given = torch.arange(2 * weight.shape[1], device=weight.device).view(2, -1).cos().to(weight.dtype)
+        found = module(given)
+        if not isinstance(found, Tensor) or not holds_values(weight):
+            return isinstance(found, Tensor)
+        expected = nn.functional.linear(given, weight, bias)
+        return bool((found - expected).norm() <= torch.finfo(weight.dtype).eps * weight.shape[1] * expected.norm())
 
 
 def _last(name: str) -> str:
