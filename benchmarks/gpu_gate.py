@@ -7,13 +7,16 @@ from gpu_bench import TINY, Bench, model_of, sweep
 from longfit.attention.backends import tile_backward, tile_forward
 from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import build_schedule, document_starts
-from longfit.engine.gradient_check import TOLERANCES, check_gradients
+from longfit.engine.gradient_check import check_gradients
 from longfit.engine.loss.training_loss import training_loss
 from longfit.kernels import dispatch
 from longfit.model.liger_kernels import fuse
 from longfit.numerics import adamw, quant_state
 from longfit.numerics.adamw import AdamwState, AdamwUpdate, step_scalars
 from longfit.numerics.row_format import RowFormat, dequantize_rows, to_rows
+
+FLOAT32 = 1e-3
+"""Relative difference of gradients by kernels that round otherwise: 1e-6 a layer, more where one is a difference."""
 
 
 def gate(bench: Bench) -> None:
@@ -53,7 +56,7 @@ def _hold_fused(bench: Bench, ids: Tensor) -> None:
     own = torch.autograd.grad(training_loss(model, ids), trained)
     if fuse(model).kernels is not None:
         for mine, theirs in zip(torch.autograd.grad(training_loss(model, ids), trained), own, strict=True):
-            assert (mine - theirs).norm() <= TOLERANCES[torch.float32] * theirs.norm(), "fused norms"
+            assert (mine - theirs).norm() <= FLOAT32 * theirs.norm(), "fused norms"
 
 
 def _hold_adamw(bench: Bench) -> None:
