@@ -46,7 +46,7 @@ def test_each_measure_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main(words) == 0
     assert "NF4, blocks of 32, double quantisation" in capsys.readouterr().out
 
-    main(["eval", model, "quant", "--data", text, "--budget", "1GB", "--max-tokens", "60"])
+    assert main(["eval", model, "quant", "--data", text, "--budget", "1GB", "--max-tokens", "60"]) == 0
     shown = capsys.readouterr().out
     assert "of its output" in shown
     assert "int8_modules: [" in shown

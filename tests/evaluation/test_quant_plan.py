@@ -44,8 +44,9 @@ def test_errors_are_those_of_each_layer_alone():
     layer = model.get_submodule(name)
     layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     by_output = {found.name: found.error for found in quant_plan(model, ids, budget_bytes=10**9, low=low).layers}
-    exact = seen[0] @ layer.weight.t()
-    error = seen[0] @ (round_to(layer.weight.detach(), low)[0] - layer.weight).t()
+    assert seen[-1].shape[1] == len(ids)  # what came before tried how the model attends, and is not measured
+    exact = seen[-1] @ layer.weight.t()
+    error = seen[-1] @ (round_to(layer.weight.detach(), low)[0] - layer.weight).t()
     assert by_output[name] == pytest.approx(float(error.norm() / exact.norm()), rel=1e-4)
     by_weight = {found.name: found.error for found in quant_plan(model, budget_bytes=10**9, low=low).layers}
     assert by_weight.keys() == by_output.keys()

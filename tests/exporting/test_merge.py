@@ -18,6 +18,7 @@ from longfit.errors import ExportError, LongfitError, ModelError
 from longfit.exporting import merge_plan
 from longfit.exporting.merge import merge
 from longfit.exporting.trained import open_trained
+from longfit.files import checksums
 from longfit.model.save import save_adapter
 
 IDS = torch.randint(0, 256, (1, 100), generator=torch.Generator().manual_seed(2))
@@ -92,6 +93,7 @@ def test_the_chat_template_and_its_end_token_come_along(make_run: MakeRun, tmp_p
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     for folder in ("adapter", "best"):  # the best is merged where there is one
         tokenizer.save_pretrained(trained / folder)
+        (trained / folder / checksums.NAME).unlink(missing_ok=True)  # of what was there before
     (trained.parent / "model" / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     merge(trained, tmp_path / "merged", measure=False)
     from transformers import AutoTokenizer
@@ -322,6 +324,7 @@ import torch
 from longfit.exporting.merge_plan import MergePlan
 from longfit.exporting.shards import write_shards
 from longfit.exporting.trained import open_trained
+from longfit.files import checksums
 
 def anonymous():
     for line in Path("/proc/self/status").read_text().splitlines():

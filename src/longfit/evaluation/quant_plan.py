@@ -122,7 +122,7 @@ def output_errors(
         return hook
 
     documents = [token_ids] if isinstance(token_ids, Tensor) else token_ids
-    with hooks(layers, watch), measured(model):
+    with measured(model), hooks(layers, watch):  # in this order: choosing an attention runs the model
         for ids in documents:
             base_model(model)(input_ids=ids[None].to(base_model(model).device), use_cache=False, logits_to_keep=1)
     return {name: (squared_errors[name] / squares[name]) ** 0.5 if squares[name] else 0.0 for name in layers}
