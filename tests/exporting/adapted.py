@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from longfit.exporting.gguf_tokenizer import _REST, _WORDS
+from longfit.model.gguf_split_rules import REST, WORDS
 from longfit.model.save import save_adapter
 
 TEXT = "The year 1984 was hot, said Zoë; def f(x):\n    return x ** 2  # 3.14159\n\n\tnaïve ünïcode… 日本語 don't we'll"
@@ -70,11 +70,11 @@ RULES = {
     "gpt-2": (pre_tokenizers.ByteLevel(add_prefix_space=False),),
     "smollm": (pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "llama-bpe": (
-        pre_tokenizers.Split(Regex(f"{_WORDS}|\\p{{N}}{{1,3}}|{_REST}"), "isolated"),
+        pre_tokenizers.Split(Regex(f"{WORDS}|\\p{{N}}{{1,3}}|{REST}"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ),
     "qwen2": (
-        pre_tokenizers.Split(Regex(f"{_WORDS}|\\p{{N}}|{_REST}"), "isolated"),
+        pre_tokenizers.Split(Regex(f"{WORDS}|\\p{{N}}|{REST}"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ),
 }

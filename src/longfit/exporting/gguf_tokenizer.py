@@ -10,7 +10,6 @@ score merges first.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from gguf import GGUFValueType, Keys, TokenType
@@ -18,36 +17,9 @@ from gguf import GGUFValueType, Keys, TokenType
 from longfit.errors import ExportError
 from longfit.exporting.chat_format import ChatFormat, chat_format
 from longfit.exporting.gguf_families import BOOL, F32, STRING, U32, Family, Field
+from longfit.model.gguf_split_rules import PRE_NAMES, split_rule, steps_of
 
 ARRAY, I32 = GGUFValueType.ARRAY, GGUFValueType.INT32
-
-_WORDS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+"
-_REST = " ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-_REST_SLASH = _REST.replace("[\\r\\n]*", "[\\r\\n/]*", 1)
-_CASED = (
-    "[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]*[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]+"
-    "|[^\\r\\n\\p{L}\\p{N}]?[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]+[\\p{Ll}\\p{Lm}\\p{Lo}\\p{M}]*"
-)
-
-
-@dataclass(frozen=True)
-class SplitRule:
-    """What a byte-level tokenizer does to a text before it merges: regular expressions, digits, the GPT-2 rule."""
-
-    patterns: tuple[str, ...] = ()
-    single_digits: bool = False
-    gpt2: bool = False
-    ignore_merges: bool = False
-
-
-PRE_NAMES = {
-    SplitRule(gpt2=True): "gpt-2",
-    SplitRule(single_digits=True, gpt2=True): "smollm",
-    SplitRule((f"{_WORDS}|\\p{{N}}{{1,3}}|{_REST}",), ignore_merges=True): "llama-bpe",
-    SplitRule((f"{_WORDS}|\\p{{N}}|{_REST}",)): "qwen2",
-    SplitRule((f"{_CASED}|\\p{{N}}|{_REST_SLASH}",), ignore_merges=True): "tekken",
-}
-"""llama.cpp's names for rules, each the rule of a published tokenizer (Meta-Llama-3, Qwen2, SmolLM, Mistral-Nemo)."""
 
 
 def tokenizer_metadata(tokenizer: Any, vocab_size: int) -> dict[str, Field]:
@@ -123,14 +95,8 @@ def _tokens(backend: dict[str, Any], vocab_size: int) -> tuple[list[str], list[T
 
 
 # ------------------------------------------------------------------------------------------------ byte-level BPE
-def _steps(part: dict[str, Any] | None, plural: str) -> list[dict[str, Any]]:
-    if part is None:
-        return []
-    return list(part[plural]) if part["type"] == "Sequence" else [part]
-
-
 def _is_byte_level(backend: dict[str, Any]) -> bool:
-    return any(step["type"] == "ByteLevel" for step in _steps(backend["pre_tokenizer"], "pretokenizers"))
+    return any(step["type"] == "ByteLevel" for step in steps_of(backend["pre_tokenizer"], "pretokenizers"))
 
 
 def _byte_level(backend: dict[str, Any]) -> dict[str, Field]:
@@ -150,18 +116,7 @@ def pre_name(backend: dict[str, Any]) -> str:
 
     Raises: ExportError: it has none that is known here.
     """
-    patterns, digits, gpt2 = [], False, False
-    unknown = [step["type"] for step in _steps(backend["normalizer"], "normalizers") if step["type"] != "NFC"]
-    for step in _steps(backend["pre_tokenizer"], "pretokenizers"):
-        if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
-            patterns.append(step["pattern"].get("Regex", ""))
-        elif step["type"] == "Digits" and step["individual_digits"]:
-            digits = True
-        elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-            gpt2 = gpt2 or bool(step["use_regex"])
-        else:
-            unknown.append(step["type"])
-    rule = SplitRule(tuple(patterns), digits, gpt2, bool(backend["model"].get("ignore_merges")))
+    rule, unknown = split_rule(backend)
     if unknown or rule not in PRE_NAMES:
         raise ExportError(
             f"tokenizer: it splits texts by {', '.join(unknown) or rule}, for which longfit knows no name of "
@@ -197,7 +152,7 @@ def _sentencepiece(backend: dict[str, Any], tokens: list[str], kinds: list[Token
 
 def _adds_space(backend: dict[str, Any]) -> bool:
     """Whether a text is read as if a space stood before it."""
-    for step in _steps(backend["pre_tokenizer"], "pretokenizers"):
+    for step in steps_of(backend["pre_tokenizer"], "pretokenizers"):
         if step["type"] == "Metaspace":
             return step.get("prepend_scheme", "always") != "never"
-    return any(step["type"] == "Prepend" for step in _steps(backend["normalizer"], "normalizers"))
+    return any(step["type"] == "Prepend" for step in steps_of(backend["normalizer"], "normalizers"))

@@ -27,6 +27,7 @@ from longfit.files.gguf_header import MAGIC, read_header, require_whole_tensors
 from longfit.files.reading import reading
 from longfit.model.gguf_config import complete_config
 from longfit.model.gguf_positions import read_positions
+from longfit.model.gguf_split_rules import follow_rule
 from longfit.model.weight_files import require_sane_counts
 
 _INTEGERS = frozenset(kind.value for kind in GGMLQuantizationType if kind.name in ("I8", "I16", "I32", "I64"))
@@ -98,12 +99,14 @@ def read_config(path: Path) -> PretrainedConfig:
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer stored in the file.
 
-    Raises: ModelError: there is none, or it is damaged.
+    Raises: ModelError: there is none, it is damaged, or how it splits a text is not known.
     """
     from transformers import AutoTokenizer
 
     with reading(path, "the tokenizer", ModelError):
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        follow_rule(tokenizer, read_header(path).keys, str(path))
+        return tokenizer
 
 
 def num_tokens(path: Path) -> int | None:

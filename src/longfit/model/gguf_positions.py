@@ -59,7 +59,8 @@ def _full(config: Any) -> dict[str, Any]:
 
 def _tables(path: Path) -> dict[str, Tensor]:
     names = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-    if not any(name in read_header(path).tensors for name in names):
+    tensors = read_header(path).tensors
+    if not any(name in tensors for name in names):
         return {}
     return {t.name: torch.from_numpy(t.data.copy()).float() for t in GGUFReader(str(path)).tensors if t.name in names}
 
