@@ -1,0 +1,227 @@
+"""One kind of layer, tried on its own input of seven tokens: causal, packs, sweeps; see ``probe.py``."""
+
+import copy
+import inspect
+from collections.abc import MutableMapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longfit.attention.backends import tile_forward
+from longfit.attention.spec import AttentionSpec
+from longfit.attention.tile import QueryTile
+from longfit.compat.torch import holds_values
+from longfit.engine.offload.activations import ActivationOffload, DeviceActivations
+from longfit.engine.sweep.layer import run_layer_without_grad
+from longfit.engine.sweep.layer_call import LayerCall
+from longfit.engine.sweep.saved_attention import SavedAttentionBudget
+from longfit.engine.sweep.saved_products import SavedProductsBudget
+from longfit.engine.sweep.shared_sequence import SharedSequence
+from longfit.engine.sweep.unread_product import UnreadProducts
+from longfit.errors import ModelError
+
+NUM_TOKENS, CUT, TILE = 7, 4, 3
+"""Tokens of the probe, of its first document, and of a tile: tiles and documents begin at different tokens."""
+
+SAME = 1e-5
+"""Relative difference that two float32 runs of one layer may have: a few hundred additions in another order differ by
+1e-7 to 1e-6; a token that is seen and should not be changes a layer's output by more than 1e-4."""
+
+SAME_ROUNDED = {torch.bfloat16: 0.1, torch.float16: 0.02}
+"""The same for the whole decoder in its own dtype, where the rounding of a mixture's products depends on how many
+tokens an expert is given; ``SAME`` in other dtypes."""
+
+
+@dataclass(frozen=True)
+class LayerNature:
+    """What was found about a layer.
+
+    Attributes:
+        sweeps: None, or why the layer cannot be swept.
+        packs: None, or why packed documents see each other in it.
+        causal: None, or that tokens see later ones.
+    """
+
+    sweeps: str | None = None
+    packs: str | None = None
+    causal: str | None = None
+
+    def and_also(self, other: "LayerNature") -> "LayerNature":
+        """Both natures at once: the layer was run more than once, or a reason is known from elsewhere."""
+        return LayerNature(self.sweeps or other.sweeps, self.packs or other.packs, self.causal or other.causal)
+
+
+def layer_nature(call: LayerCall, hidden: Tensor) -> LayerNature:
+    """Try a layer on its own input."""
+    copied = _in_float32(call)
+    call, hidden = copied, hidden if copied is call else _float32(hidden)
+    name = type(call.layer).__name__
+
+    counted = {} if has_values(call.layer) or not takes_keywords(call) else {"sweep": PlainAttention()}
+
+    def run(given: Tensor) -> Any:
+        return call.function(call.layer, given, *call.args, **_apart(call.keywords), **counted)
+
+    out = run(hidden)
+    reason = _why_not_swept(call, hidden, out)
+    if not has_values(call.layer):
+        return LayerNature(reason)
+    whole = out[0] if isinstance(out, tuple) else out
+    if not isinstance(whole, Tensor) or whole.shape[:2] != hidden.shape[:2]:
+        return LayerNature(reason, f"{name} does not return the hidden states", None)
+    first, last = (run(_other(hidden, tokens)) for tokens in (slice(0, CUT), slice(NUM_TOKENS - 1, NUM_TOKENS)))
+    first, last = (x[0] if isinstance(x, tuple) else x for x in (first, last))
+    packs = None if same(whole, first) else f"{name} carries something from token to token across documents"
+    causal = None if same(whole, last, slice(0, NUM_TOKENS - 1)) else f"{name} lets tokens see later ones"
+    return LayerNature(reason, packs, causal)
+
+
+def _why_not_swept(call: LayerCall, hidden: Tensor, out: Any) -> str | None:
+    name = type(call.layer).__name__
+    if not takes_keywords(call):
+        return f"{name} does not pass keyword arguments on"
+    counter = PlainAttention()
+    try:
+        call.function(call.layer, hidden, *call.args, **_apart(call.keywords), sweep=counter)
+    except TypeError as error:
+        if "'sweep'" not in str(error):
+            raise
+        return f"its attention does not take keyword arguments ({error})"
+    if counter.num_calls != 1:
+        return f"it attends {counter.num_calls} times through the attention interface, not once"
+    if not isinstance(out, Tensor) or out.shape[:2] != hidden.shape[:2]:  # a model takes [0] of a tuple, even of one
+        return "it does not return the hidden states alone"
+    if not has_values(call.layer):
+        return None
+    try:
+        tiled = run_layer_without_grad(hidden, replace(call, keywords=_apart(call.keywords)), _ProbeSweep())
+    except (ModelError, RuntimeError, ValueError, IndexError) as error:
+        return f"{name} does not run on a tile of tokens ({str(error).splitlines()[0]})"
+    if not same(tiled, out, slice(None)):
+        return f"{name} carries a state from token to token besides attention"
+    return None
+
+
+def takes_keywords(call: LayerCall) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(call.function).parameters.values())
+
+
+class PlainAttention:
+    """Stands in for a tile: attends plainly and counts."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+        self.num_calls += 1
+        batch, num_heads, num_tokens, _ = query.shape
+        plain = AttentionSpec(scaling=spec.scaling, softcap=spec.softcap)
+        schedule = plain.schedule(batch, num_heads, num_tokens, query.device)
+        tile = QueryTile(query, key, value, schedule, 0, spec.scaling, spec.softcap)
+        return tile_forward(tile)[0].transpose(1, 2)
+
+
+class _ProbeSweep:
+    """A sweep in tiles of three tokens that keeps nothing."""
+
+    def __init__(self) -> None:
+        self.offload: ActivationOffload = DeviceActivations()
+        self.sequence: SharedSequence | None = None
+        self.saved_attention = SavedAttentionBudget(0)
+        self.saved_products = SavedProductsBudget(0)
+        self.unread = UnreadProducts()
+
+    def tile_for(self, hidden: Tensor) -> int:
+        return TILE
+
+    def present(self, module: nn.Module, *, backward: bool = False) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def layer_differentiated(self, device: torch.device) -> None:
+        return
+
+
+def kind_of(call: LayerCall) -> Any:
+    """The modules of a layer with their plain settings and parameter shapes, and what it is called with."""
+    modules = []
+    for name, module in call.layer.named_modules():
+        settings = {
+            key: value
+            for key, value in vars(module).items()
+            if key not in _NUMBERS and isinstance(value, (bool, int, float, str, type(None)))
+        }
+        replaced = vars(module).get("forward")  # somebody's patch of this one module
+        settings["forward"] = str(id(getattr(replaced, "__func__", replaced)))
+        shapes = tuple((key, tuple(p.shape)) for key, p in module.named_parameters(recurse=False))
+        modules.append((name, type(module), tuple(sorted(settings.items(), key=lambda item: item[0])), shapes))
+    given = tuple(sorted((name, type(value)) for name, value in call.keywords.items()))
+    return tuple(modules), repr(given), len(call.args)
+
+
+_NUMBERS = ("layer_idx", "layer_id", "layer_number", "idx", "training", "gradient_checkpointing")
+"""Settings that tell layers of one kind apart."""
+
+
+def _in_float32(call: LayerCall) -> LayerCall:
+    """The call with a copy of the layer in float32; the layer itself where it computes in float32 or float64."""
+    dtypes = {p.dtype for p in call.layer.parameters() if p.is_floating_point()}
+    if dtypes & {torch.bfloat16, torch.float16} and has_values(call.layer):
+        args, keywords = _float32(call.args), _float32(call.keywords)
+        return replace(call, layer=_layer_in_float32(call.layer), args=args, keywords=keywords)
+    return call
+
+
+def _layer_in_float32(layer: nn.Module) -> nn.Module:
+    """A copy of a layer alone: ``deepcopy`` follows a method to what it is bound to, which may be the whole model, and
+    copies the storage of packed weights whole, of which they may be slices; both are shared.
+    """
+    copied: dict[int, Any] = {}
+    for module in layer.modules():
+        copied |= {id(value): value for value in vars(module).values() if inspect.ismethod(value)}
+    for tensor in [*layer.parameters(), *layer.buffers()]:
+        narrow = tensor.dtype in (torch.bfloat16, torch.float16)
+        copied[id(tensor)] = type(tensor)(tensor.detach().float()) if narrow else tensor
+    return copy.deepcopy(layer, copied)
+
+
+def _float32(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _float32(part) for key, part in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_float32, value))
+    half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if half else value
+
+
+def _apart(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Mappings and lists copied, so that a trial leaves nothing in them."""
+    return {
+        name: copy.copy(value) if isinstance(value, (MutableMapping, list)) else value
+        for name, value in keywords.items()
+    }
+
+
+def _other(hidden: Tensor, tokens: slice) -> Tensor:
+    """The hidden states with other ones in the place of some tokens."""
+    draw = torch.Generator().manual_seed(0)
+    other = hidden.clone()
+    noise = torch.randn(other[:, tokens].shape, generator=draw).to(other)
+    other[:, tokens] += noise * other.square().mean().sqrt()
+    return other
+
+
+def same(one: Tensor, other: Tensor, tokens: slice = slice(CUT, None)) -> bool:
+    """Whether two results agree on some tokens."""
+    if not holds_values(one):
+        return True
+    allowed = SAME_ROUNDED.get(one.dtype, SAME)
+    one, other = one[:, tokens].double(), other[:, tokens].double()
+    return bool((one - other).norm() <= allowed * one.norm())
+
+
+def has_values(module: nn.Module) -> bool:
+    """Whether the weights are there, or only their shapes, as where memory is counted."""
+    return all(map(holds_values, module.parameters()))
