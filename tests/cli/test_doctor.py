@@ -1,7 +1,12 @@
 """What the doctor advises on the allocator of a card, and which backend it says each operation has."""
 
-import pytest
+import json
+from pathlib import Path
 
+import pytest
+from tests.model_folders import byte_tokenizer, llama
+
+from longfit.cli.app import main
 from longfit.cli.doctor import allocator_advice, inspect_machine
 from longfit.kernels.dispatch import CALLS, TABLE, use_backend
 
@@ -36,3 +41,16 @@ def test_every_operation_is_told_for_every_dtype_with_its_reason(monkeypatch: py
     with use_backend("reference"):
         forced = inspect_machine()["kernels"]
     assert {(row["backend"], row["reason"]) for row in forced} == {("reference", "forced by use_backend")}
+
+
+def test_a_model_is_understood_instead_of_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "family     llama: LlamaForCausalLM, decoder LlamaModel" in text
+    assert "quantised  14 of 14 linear layers" in text
+    assert "documents share windows" in text
+    assert "chat       keys and values in storage with room" in text
+    assert main(["doctor", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reads"] == "roomy"

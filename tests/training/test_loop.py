@@ -163,8 +163,8 @@ def test_training_learns_and_leaves_a_complete_run(make_config: MakeConfig, tmp_
     assert (result.finished, result.steps, result.total_steps) == (True, 12, 12)
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        "config.yaml", "data.json", "documents.digests", "ledger.json", "metrics.jsonl", "plan.json", "run.json",
-        "checkpoints", "adapter", "best",
+        "config.yaml", "data.json", "documents.digests", "family.json", "ledger.json", "metrics.jsonl",
+        "plan.json", "run.json", "checkpoints", "adapter", "best",
     }  # fmt: skip
     assert json.loads((run / "ledger.json").read_text())["num_documents"] == 5
     warnings = [event.text for event in events if event.kind == "warning"]

@@ -32,12 +32,20 @@ ISA_FLAGS = (
 
 
 def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="A model to understand instead of the machine: folder, .gguf, hub id."),
+    ] = None,
+    quant: Annotated[str, typer.Option(help="What MODEL is loaded in: nf4, fp4, int4, int8 or none.")] = "nf4",
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine's rates, for the time of a plan.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Show versions, processor, memory, GPUs, which kernels run and why, and disk space."""
+    """Show versions, processor, memory, GPUs, which kernels run and why, and disk space; or what a model is."""
+    if model is not None:
+        _print_model(model, quant, as_json=as_json)
+        return
     if measure:
         _print_rates(as_json=as_json)
         return
@@ -71,6 +79,24 @@ def doctor(
         dtypes = ", ".join(row["dtypes"]) or "any dtype"
         print_lines(f"  {row['op']:<24}{row['device']:<6}{row['backend']:<11}{dtypes}: {row['reason']}")
     print_lines("", "next:", "  longfit demo")
+
+
+def _print_model(name: str, quant: str, *, as_json: bool) -> None:
+    """What longfit understands of a model, how it is read in chat, and what is swept."""
+    from longfit.engine.sweep.attention_choice import take_exact_attention
+    from longfit.evaluation.reader import WAYS, Reader
+    from longfit.model.family import understand
+    from longfit.model.load import load
+
+    loaded, _ = load(name, quant=quant)
+    family = understand(loaded, nature=take_exact_attention(loaded))
+    way = Reader(loaded).way if family.head_known else None
+    if as_json:
+        print_json(asdict(family) | {"reads": way})
+        return
+    print_lines(str(family), f"chat       {'not possible' if way is None else WAYS[way]}")
+    if family.head_known and family.causal is None:
+        print_lines("", "next:", f"  longfit plan {name}")
 
 
 def inspect_machine() -> dict[str, Any]:

@@ -28,8 +28,7 @@ from longfit.data.token_cache import CACHED_BYTES, TokenWriter, cache_folder, en
 from longfit.data.tokenizing import TokenizedSet, tokenize_documents
 from longfit.engine.hf_model import base_model
 from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weights
-from longfit.engine.sweep.probe import nature_of
-from longfit.errors import ConfigError, DataError, ModelError
+from longfit.errors import ConfigError, DataError
 from longfit.files.reading import NOT_OURS, reason
 from longfit.files.writing import writing
 from longfit.kernels.cpu import processor
@@ -170,14 +169,6 @@ def resolve_date(config: RunConfig, documents: Documents) -> RunConfig:
     if not documents.is_chat or config.data.date is not None:
         return config
     return config.replace({"data.date": f"{date.today()}"}, origin="auto: the day the run began")
-
-
-def why_not_packed(model: Any) -> str | None:
-    """Say why documents must not share a window in this model; None when they may."""
-    try:
-        return nature_of(model).packs
-    except ModelError as error:  # it will be trained with its own attention, of which nothing is known yet
-        return str(error)
 
 
 def pack_documents(

@@ -6,6 +6,7 @@
         data.json           a digest of each source of documents
         documents.digests   the first bytes of the digest of each document that is trained on
         ledger.json         what became of every token
+        family.json         what was understood of the model, and what that decided
         plan.json           the memory plan, and the measured peak at the end
         metrics.jsonl       one line a step
         checkpoints/        the newest few
@@ -369,8 +370,17 @@ def create(
 
 def write_plan(run_dir: Path, text: str) -> None:
     """Write ``plan.json``. Raises: RunError: it cannot be written."""
-    with writing(run_dir / "plan.json", then="the run itself is not touched"):
-        write_text(run_dir / "plan.json", text)
+    _write_note(run_dir / "plan.json", text)
+
+
+def write_family(run_dir: Path, text: str) -> None:
+    """Write ``family.json``. Raises: RunError: it cannot be written."""
+    _write_note(run_dir / "family.json", text)
+
+
+def _write_note(path: Path, text: str) -> None:
+    with writing(path, then="the run itself is not touched"):
+        write_text(path, text)
 
 
 def require_own_files(run_dir: Path) -> Identity:

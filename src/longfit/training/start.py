@@ -20,9 +20,11 @@ from torch import Tensor
 from longfit.config import RunConfig
 from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset
+from longfit.engine.sweep.attention_choice import take_exact_attention
 from longfit.errors import ConfigError, ModelError, RunError
 from longfit.files.reading import reading
 from longfit.model import weight_files
+from longfit.model.family import understand
 from longfit.model.load import load_report
 from longfit.model.own_rows import OwnRows
 from longfit.parallel.agreement import require_agreement, versions
@@ -60,7 +62,6 @@ from longfit.training.prepare import (
     resolve_dtype,
     stream_frozen,
     sweep_with_less,
-    why_not_packed,
 )
 from longfit.training.samples import keep_samples_until
 from longfit.training.trackers import missing
@@ -221,10 +222,11 @@ def _start(
         origin = "auto: a quarter of the context (LongLoRA, section 3.2)"
         config = config.replace({"context.group_size": report.group_size}, origin=origin)
     notify(Event("phase", "packing the text into windows"))
-    mixing = why_not_packed(model)
-    if mixing is not None:
-        notify(Event("phase", f"one document a window: {mixing}", {"mixing": mixing}))
-    alone = mixing is not None
+    family = understand(model, nature=take_exact_attention(model))
+    family.require_trainable()
+    if family.packs is not None:
+        notify(Event("phase", f"one document a window: {family.packs}", {"mixing": family.packs}))
+    alone = family.packs is not None
     windows = pack_documents(documents, tokenizer, config, alone=alone, on_event=notify)
     validation = pack_documents(held_out, tokenizer, config, alone=alone) if held_out is not None else None
     remember_chat(model, tokenizer, windows)
@@ -280,6 +282,8 @@ def _start(
     accelerator.wait_for_everyone()  # every process has seen the directory as it was
     if not resume and accelerator.is_main_process:
         run_directory.create(run_dir, config, identity=identity, digest=digest, ledger=ledger, training=documents)
+    if accelerator.is_main_process:
+        run_directory.write_family(run_dir, family.to_json())
     if plan is not None and accelerator.is_main_process:
         run_directory.write_plan(run_dir, memory_check.plan_json(plan))
     scaling = loss_scale.describe(state.loss_scale, on_card=config.origin("model.dtype").startswith("auto"))

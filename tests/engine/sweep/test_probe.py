@@ -82,7 +82,7 @@ def test_a_state_beside_attention_is_found_and_only_in_its_layer(dtype: torch.dt
     hybrid = model(dtype=dtype)
     hybrid.model.layers[1].mlp = Carries(hybrid.model.layers[1].mlp)
     first, second = nature_of(hybrid).layers.values()
-    assert first == type(first)()
+    assert first == type(first)(attends="6 query heads on 2 of 8 numbers")
     assert "carries a state from token to token besides attention" in (second.sweeps or "")
     assert "model.layers.1: LlamaDecoderLayer carries something" in (nature_of(hybrid).packs or "")
 

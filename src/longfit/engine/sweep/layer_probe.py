@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longfit.attention.backends import tile_forward
 from longfit.attention.spec import AttentionSpec
 from longfit.attention.tile import QueryTile
+from longfit.attention.visibility import keeps_own_structure
 from longfit.compat.torch import holds_values
 from longfit.engine.offload.activations import ActivationOffload, DeviceActivations
 from longfit.engine.sweep.layer import run_layer_without_grad
@@ -43,15 +44,22 @@ class LayerNature:
         sweeps: None, or why the layer cannot be swept.
         packs: None, or why packed documents see each other in it.
         causal: None, or that tokens see later ones.
+        attends: what it asks of the attention interface, in words; "" where it does not use that.
     """
 
     sweeps: str | None = None
     packs: str | None = None
     causal: str | None = None
+    attends: str = ""
 
     def and_also(self, other: "LayerNature") -> "LayerNature":
         """Both natures at once: the layer was run more than once, or a reason is known from elsewhere."""
-        return LayerNature(self.sweeps or other.sweeps, self.packs or other.packs, self.causal or other.causal)
+        return LayerNature(
+            self.sweeps or other.sweeps,
+            self.packs or other.packs,
+            self.causal or other.causal,
+            self.attends or other.attends,
+        )
 
 
 def layer_nature(call: LayerCall, hidden: Tensor) -> LayerNature:
@@ -66,24 +74,24 @@ def layer_nature(call: LayerCall, hidden: Tensor) -> LayerNature:
         return call.function(call.layer, given, *call.args, **_apart(call.keywords), **counted)
 
     out = run(hidden)
-    reason = _why_not_swept(call, hidden, out)
+    counter = PlainAttention()
+    reason = _why_not_swept(call, hidden, out, counter)
     if not has_values(call.layer):
-        return LayerNature(reason)
+        return LayerNature(reason, attends=counter.asked)
     whole = out[0] if isinstance(out, tuple) else out
     if not isinstance(whole, Tensor) or whole.shape[:2] != hidden.shape[:2]:
-        return LayerNature(reason, f"{name} does not return the hidden states", None)
+        return LayerNature(reason, f"{name} does not return the hidden states", None, counter.asked)
     first, last = (run(_other(hidden, tokens)) for tokens in (slice(0, CUT), slice(NUM_TOKENS - 1, NUM_TOKENS)))
     first, last = (x[0] if isinstance(x, tuple) else x for x in (first, last))
     packs = None if same(whole, first) else f"{name} carries something from token to token across documents"
     causal = None if same(whole, last, slice(0, NUM_TOKENS - 1)) else f"{name} lets tokens see later ones"
-    return LayerNature(reason, packs, causal)
+    return LayerNature(reason, packs, causal, counter.asked)
 
 
-def _why_not_swept(call: LayerCall, hidden: Tensor, out: Any) -> str | None:
+def _why_not_swept(call: LayerCall, hidden: Tensor, out: Any, counter: "PlainAttention") -> str | None:
     name = type(call.layer).__name__
     if not takes_keywords(call):
         return f"{name} does not pass keyword arguments on"
-    counter = PlainAttention()
     try:
         call.function(call.layer, hidden, *call.args, **_apart(call.keywords), sweep=counter)
     except TypeError as error:
@@ -114,14 +122,32 @@ class PlainAttention:
 
     def __init__(self) -> None:
         self.num_calls = 0
+        self.asked = ""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
         self.num_calls += 1
+        self.asked = _in_words(query, key, value, spec)
         batch, num_heads, num_tokens, _ = query.shape
         plain = AttentionSpec(scaling=spec.scaling, softcap=spec.softcap)
         schedule = plain.schedule(batch, num_heads, num_tokens, query.device)
         tile = QueryTile(query, key, value, schedule, 0, spec.scaling, spec.softcap)
         return tile_forward(tile)[0].transpose(1, 2)
+
+
+def _in_words(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> str:
+    """What a layer asks of its attention."""
+    words = [f"{query.shape[1]} query heads on {key.shape[1]} of {key.shape[-1]} numbers"]
+    if value.shape[-1] != key.shape[-1]:
+        words.append(f"values of {value.shape[-1]}")
+    if spec.sliding_window is not None:
+        words.append(f"a window of {spec.sliding_window:,}")
+    elif keeps_own_structure(spec.attention_mask):
+        words.append("chunks or a window that its mask tells")
+    if spec.sinks is not None:
+        words.append("sinks")
+    if spec.softcap is not None:
+        words.append(f"scores capped at {spec.softcap:g}")
+    return ", ".join(words)
 
 
 class _ProbeSweep:
