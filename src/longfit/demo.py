@@ -12,7 +12,7 @@ import inspect
 import pydoc_data.topics
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ from longfit.evaluation.demo_schedule import choose, group_of, measure_speed
 from longfit.evaluation.perplexity import perplexity
 from longfit.kernels.cpu.processor import instruction_set
 from longfit.model.context import extend_context
-from longfit.model.load import load, load_report
+from longfit.model.load import load_report
 from longfit.training.loop import train
 from longfit.training.metrics import Event, OnEvent, read_metrics
-from longfit.training.prepare import open_run
+from longfit.training.prepare import load_base, open_run
 
 BUCKET_TOKENS = 2048
 
@@ -98,6 +98,7 @@ def run_demo(
     context: int | None = None,
     steps: int | None = None,
     group_size: int | None = None,
+    settings: Mapping[str, object] | None = None,
     on_event: OnEvent | None = None,
 ) -> DemoResult:
     """Run the demo and leave a complete run directory with a report.
@@ -107,6 +108,7 @@ def run_demo(
         context: tokens to extend to, at least 256; by default what this machine reads and trains in ``WITHIN_S``.
         steps: training steps over two windows of text, so every two steps are one pass; by default likewise.
         group_size: tokens in a shifted-attention group; a quarter of the context by default.
+        settings: of the run by dotted key, such as ``{"model.dtype": "float32"}``; they win over the demo's own.
         on_event: called with the progress.
     Raises:
         RunError: ``run_dir`` exists.
@@ -114,11 +116,15 @@ def run_demo(
         ConfigError: the text is shorter than the context.
     """
     began, notify = time.perf_counter(), on_event or (lambda event: None)
+    chosen_settings = dict(settings or {})
+    require_free(chosen_settings)
     if run_dir.exists():
         raise RunError(f"{run_dir} exists; choose another --run-dir, or remove it")
     path = demo_model()
     notify(Event("phase", "loading SmolLM2-135M from its GGUF file into NF4 with double quantisation"))
-    model, tokenizer = load(path)
+    base = RunConfig.of({"model.name": str(path), "data.path": str(text_folder(run_dir)), **chosen_settings})
+    device = torch.device(0) if torch.cuda.is_available() else torch.device("cpu")
+    model, tokenizer = load_base(base, device)
     load_s = time.perf_counter() - began
     report, native_context = load_report(model), model.config.max_position_embeddings
     model.set_attn_implementation(attention_key("exact"))
@@ -143,10 +149,11 @@ def run_demo(
     stages.append(measure("extended (YaRN)", model))
     del model
     config = demo_config(path, run_dir, context=context, group_size=group_size, steps=steps)
+    config = config.replace(chosen_settings, origin="override")
     trained = train(config, on_event=on_event)
     if not trained.finished:
         raise RunError(f"interrupted; the run is saved: longfit train --resume --run-dir {run_dir} finishes it")
-    model, _, _ = open_run(run_dir, device=torch.device("cpu") if not torch.cuda.is_available() else torch.device(0))
+    model, _, _ = open_run(run_dir, device=device)
     stages.append(measure("trained (QLoRA + shifted)", model))
     losses = [float(str(record["loss"])) for record in read_metrics(run_dir / "metrics.jsonl") if "loss" in record]
     result = DemoResult(
@@ -211,6 +218,25 @@ def write_texts(folder: Path, tokenizer: Any, *, context: int) -> torch.Tensor:
             (folder / f"{name}.txt").write_text(tokenizer.decode(ids[: context - 1]), encoding="utf-8")
     assert held_out is not None
     return held_out
+
+
+DECIDED = {
+    "model.name": "the demo has its own model; longfit train MODEL DATA takes another",
+    "model.device": "the demo chooses it; longfit train MODEL DATA takes another",
+    "data.path": "the demo has its own text; longfit train MODEL DATA takes another",
+    "output.run_dir": "use --run-dir",
+    "context.context": "use --context",
+    "context.attention": "the demo shows shifted attention; longfit train MODEL DATA takes another",
+    "train.steps": "use --steps",
+    "train.epochs": "use --steps",
+}
+"""What the demo measures by, which settings do not change."""
+
+
+def require_free(settings: Mapping[str, object]) -> None:
+    """Raise ConfigError for settings that the demo decides itself."""
+    if taken := [key for key in settings if key in DECIDED]:
+        raise ConfigError("\n".join(f"{key}: {DECIDED[key]}" for key in taken))
 
 
 def demo_config(path: Path, run_dir: Path, *, context: int, group_size: int, steps: int) -> RunConfig:

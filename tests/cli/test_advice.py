@@ -25,9 +25,9 @@ NEEDS = {
 PLACEHOLDERS = re.compile(r"[A-Z]{2}|^$|\.\.\.|N$|\{\}")  # values that stand for the user's own: COLUMN, cuda:N
 
 
-def messages() -> Iterator[tuple[str, str]]:
+def messages(root: Path = PACKAGE) -> Iterator[tuple[str, str]]:
     """Every text in the sources that is no docstring, with its place."""
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in [root] if root.is_file() else sorted(root.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         docstrings = {
             id(node.body[0].value)
@@ -97,6 +97,39 @@ def test_every_verb_that_reads_data_takes_its_settings(
     assert "unknown key data.bad_row; did you mean data.bad_rows?" in capsys.readouterr().err
     assert main([verb, target, *words, "data.bad_rows=never", *model]) == 2
     assert "must be 'stop' or 'skip'" in capsys.readouterr().err
+
+
+def test_what_every_verb_reaches_advises_what_every_verb_takes() -> None:
+    """Data and models are read by train, data, eval, chat, merge and export, which share these two sections only."""
+    for room in ("data", "model"):
+        for place, text in messages(PACKAGE / room):
+            for section, key, value in SETTING.findall(text):
+                if " " in text and value and f"{section}.{key}" in known_keys() and "longfit train" not in text:
+                    assert section in ("data", "model"), f"{place}: {section}.{key} is for train alone"
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "data", "eval", "chat", "merge", "export", "demo"])
+def test_every_verb_that_loads_something_takes_settings_and_a_dtype(
+    verb: str, workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, texts = str(workplace / "model"), str(workplace / "texts")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"model:\n  name: {model}\ndata:\n  path: {texts}\n")
+    words = {
+        "train": [model, texts],
+        "plan": [model, "--context", "64"],
+        "data": [texts, "--model", model],
+        "eval": [model, "ppl", "--data", texts],
+        "chat": [model],
+        "merge": [str(run), "--out", str(tmp_path / "out")],
+        "export": [str(run), "--out", str(tmp_path / "out"), "--format", "safetensors"],
+        "demo": ["--run-dir", str(tmp_path / "demo")],
+    }[verb]
+    assert main([verb, *words, "data.bad_row=skip"]) == 2
+    assert "unknown key data.bad_row; did you mean data.bad_rows?" in capsys.readouterr().err
+    assert main([verb, *words, "--dtype", "float17"]) == 2
+    assert "float17" in capsys.readouterr().err
 
 
 def test_measuring_takes_no_setting_that_it_does_not_read(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.evaluation.finished_run import prose
 from tests.exporting.conftest import MakeRun
 
+from longfit.cli.app import main
 from longfit.errors import ExportError
 from longfit.exporting.export import export
 from longfit.model.load import load
@@ -59,8 +61,6 @@ def test_safetensors_is_a_merge(run: Path, tmp_path: Path) -> None:
 def test_a_gguf_file_is_measured_beside_the_trained_model(make_run: MakeRun, tmp_path: Path, capsys) -> None:
     from tests.exporting.adapted import gpt2_rule
 
-    from longfit.cli.app import main
-
     trained = make_run(model__vocab_size=340, tokenizer=gpt2_rule(), context__context=64)
     assert main(["export", str(trained), "--out", str(tmp_path / "out"), "--type", "Q8_0", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -77,3 +77,19 @@ def test_what_does_not_go_together(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="no place for them"):
         export(run, tmp_path / "out", format="gguf-lora")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dtype_and_settings_of_the_text_act(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "held.csv").write_text("body,id\n" + f'"{prose(200)}",1\n')
+    words = [str(run), "--format", "safetensors", "--text", str(tmp_path / "held.csv"), "--tokens", "128"]
+    words += ["--dtype", "bfloat16", "--onto", "4bit"]
+    assert main(["export", *words, "--out", str(tmp_path / "a")]) == 2
+    assert "data.text_column=body" in capsys.readouterr().err
+    assert main(["export", *words, "--out", str(tmp_path / "b"), "data.text_column=body"]) == 0
+    tensors = load_file(tmp_path / "b" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    capsys.readouterr()
+    assert main(["export", *words, "--out", str(tmp_path / "c"), "model.quant=none"]) == 2
+    assert "model.quant: is what the run was trained with" in capsys.readouterr().err
+    with pytest.raises(ExportError, match="a GGUF file holds is its type; use --type"):
+        export(run, tmp_path / "d", dtype="bfloat16")

@@ -13,6 +13,8 @@ from longfit.cli.values import read_tokens
 
 def export(
     run: shared.Run,
+    words: shared.Words = None,
+    *,
     out: shared.Out,
     format: Annotated[str, typer.Option(help="gguf, gguf-lora, safetensors or bnb-4bit.")] = "gguf",
     type: Annotated[str, typer.Option(help="Of a GGUF file: F16, BF16, Q8_0 or Q4_0.")] = "Q8_0",
@@ -22,6 +24,9 @@ def export(
     ollama: Annotated[bool, typer.Option("--ollama", help="Write a Modelfile too.")] = False,
     checkpoint: shared.Checkpoint = None,
     base: shared.Base = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of safetensors and bnb-4bit: bfloat16, float16 or float32. Default: as trained.")
+    ] = None,
     text: shared.Text = None,
     tokens: shared.Tokens = "2048",
     measure: shared.Measure = True,
@@ -29,6 +34,7 @@ def export(
 ) -> None:
     """Write a run for another program; what it holds is checked tensor by tensor before it appears."""
     count = read_tokens("--tokens", tokens)
+    decided = shared.read_words(run, words)
 
     from longfit.exporting.export import export as export_run
 
@@ -41,11 +47,13 @@ def export(
             onto=onto,
             checkpoint=checkpoint,
             base=base,
+            dtype=dtype,
             ollama=ollama,
             text=text,
             tokens=count,
             measure=measure,
             on_event=on_event,
+            **decided,
         )
     if as_json:
         print_json(result)

@@ -14,6 +14,8 @@ from longfit.words import format_bytes
 
 def merge(
     run: shared.Run,
+    words: shared.Words = None,
+    *,
     out: shared.Out,
     onto: Annotated[str, typer.Option(help="16bit, 4bit, or auto: the one that drifts less.")] = "auto",
     checkpoint: shared.Checkpoint = None,
@@ -26,6 +28,7 @@ def merge(
 ) -> None:
     """Merge a run's adapter into its base: plain safetensors for transformers, vLLM and the like."""
     count = read_tokens("--tokens", tokens)
+    decided = shared.read_words(run, words)
 
     from longfit.exporting.merge import merge as merge_run
 
@@ -41,6 +44,7 @@ def merge(
             tokens=count,
             measure=measure,
             on_event=on_event,
+            **decided,
         )
     if as_json:
         print_json(result)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from longfit.cli.output import print_json, print_lines, print_table
+from longfit.cli.output import print_json, print_lines, print_note, print_table
 from longfit.cli.values import read_bytes, read_tokens
 from longfit.errors import ConfigError
 from longfit.words import format_bytes
@@ -24,6 +24,10 @@ MACHINE, RUN = "Machine", "Run"
 
 def plan(
     model: Annotated[str, typer.Argument(help="Folder, hub id, .gguf or config.json; no weights are read.")],
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="As in train.", show_default=False)
+    ] = None,
+    *,
     context: Annotated[str | None, typer.Option(help="Tokens in a window; 16k = 16,384.", rich_help_panel=RUN)] = None,
     max_context: Annotated[
         bool, typer.Option("--max-context", help="Find the longest context that fits.", rich_help_panel=RUN)
@@ -48,6 +52,7 @@ def plan(
     attention: Annotated[str, typer.Option(help="exact or shifted.", rich_help_panel=RUN)] = "exact",
     group_size: Annotated[str | None, typer.Option(help="Tokens in a shifted group.", rich_help_panel=RUN)] = None,
     quant: Annotated[str, typer.Option(help="nf4, fp4, int4, int8 or none.", rich_help_panel=RUN)] = "nf4",
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=RUN)] = None,
     optim: Annotated[str, typer.Option(help="adamw or adamw8bit.", rich_help_panel=RUN)] = "adamw",
     optim_budget: Annotated[str | None, typer.Option(help="Resident state, as 2GiB.", rich_help_panel=RUN)] = None,
     offload: Annotated[str, typer.Option(help="device, ram or file.", rich_help_panel=RUN)] = "device",
@@ -65,7 +70,8 @@ def plan(
     """
     from longfit.planning.shapes import read_shape
 
-    if max_context == (context is not None):
+    said = _said(model, words or [], dtype)
+    if max_context == (context is not None or "context" in said):
         raise ConfigError("a plan needs --context 32k, or --max-context to find the longest; not both")
     shape = read_shape(model)
     limits = _limits(vram=vram, ram=ram, disk=disk, gpus=gpus, cpu=cpu)
@@ -81,7 +87,9 @@ def plan(
         **{"batch_size": batch_size, "gradient_accumulation": gradient_accumulation},
         **{"train_embeddings": train_embeddings, "train_norms": train_norms},
         **{"processes": devices, "sequence": sequence or 1, "shard": shard or 1},
-    )
+    ).changed(said)
+    devices = settings.processes
+    sequence, shard = said.get("sequence", sequence), said.get("shard", shard)
     limits |= {place: limits[place] // devices for place in ("host", "disk") if place in limits}  # they share these
     if devices > 1 and (sequence is None or shard is None):
         if gpus is not None:
@@ -94,6 +102,39 @@ def plan(
         _print_longest(shape, settings, limits, as_json=as_json)
     else:
         _print_plan(model, shape, settings, limits, as_json=as_json)
+
+
+def _said(model: str, words: Sequence[str], dtype: str | None) -> dict[str, Any]:
+    """What ``section.key=value`` words say of a plan, under the plan's own names.
+
+    Raises: ConfigError: words that are wrong.
+    """
+    from dataclasses import fields
+
+    from longfit.config import load_config
+    from longfit.planning.settings import PlanSettings
+
+    flags: dict[str, tuple[str, object]] = {"MODEL": ("model.name", model), "DATA": ("data.path", "(none)")}
+    if dtype is not None:
+        flags["--dtype"] = ("model.dtype", dtype)
+    config = load_config(overrides=words, flags=flags)
+    flat, known = config.flat(), {field.name for field in fields(PlanSettings)} - {"device"}
+    said: dict[str, Any] = {}
+    for key in config.given():
+        name, value = key.partition(".")[2], flat[key]
+        if key in ("model.name", "data.path") or (key == "model.dtype" and value == "auto") or value is None:
+            continue
+        if key in ("data.validation", "data.validation_fraction"):
+            said["evaluates"] = bool(value)
+        elif key == "parallel.devices":
+            said["processes"] = value
+        elif key == "optim.file":
+            said["file"] = True
+        elif name in known:
+            said[name] = tuple(value) if isinstance(value, list) else value
+        else:
+            print_note(f"{key}: changes no byte of the plan")
+    return said
 
 
 def _settings(**values: Any) -> "PlanSettings":

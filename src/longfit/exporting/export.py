@@ -6,13 +6,14 @@ against what it should hold before anybody sees it, and measured beside the trai
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from gguf import Keys
 
+from longfit.config import RunConfig
 from longfit.errors import ExportError
 from longfit.evaluation.drift import Drift
 from longfit.exporting.bitsandbytes_folder import rounded, write_bitsandbytes
@@ -41,7 +42,7 @@ from longfit.exporting.gguf_file import (
 from longfit.exporting.gguf_lora import require_plain, write_lora
 from longfit.exporting.gguf_tokenizer import require_rule, special_metadata, tokenizer_metadata
 from longfit.exporting.measuring import DriftTable
-from longfit.exporting.merge import merge
+from longfit.exporting.merge import DTYPES, merge
 from longfit.exporting.merge_plan import MergePlan
 from longfit.exporting.ollama import modelfile
 from longfit.exporting.proof import Proof
@@ -90,11 +91,13 @@ def export(
     onto: str = "auto",
     checkpoint: str | None = None,
     base: str | None = None,
+    dtype: str | None = None,
     ollama: bool = False,
     text: str | None = None,
     tokens: int = 2048,
     measure: bool = True,
     device: torch.device | None = None,
+    config: RunConfig | None = None,
     on_event: OnEvent | None = None,
 ) -> ExportResult:
     """Write a run in another format.
@@ -108,6 +111,8 @@ def export(
         checkpoint, base: as for `merge`.
         ollama: with gguf: write a Modelfile too.
         text, tokens, measure, device: of the drift, as for `merge`.
+        dtype: of the tensors that stay unquantised, in safetensors and bnb-4bit; default what the run computed in.
+        config: as for `merge`.
         on_event: called for everything worth showing.
     Raises: ExportError: the family cannot be written in that format (before any work), the file does not hold what
             was trained or is not the trained model, ``out`` exists, or the disk is full. RunError, ModelError,
@@ -119,9 +124,15 @@ def export(
         raise ExportError(f"type {type!r}: must be one of {', '.join(FILE_TYPES)}")
     if ollama and format != "gguf":
         raise ExportError("ollama: a Modelfile goes with --format gguf")
+    if dtype is not None and format.startswith("gguf"):
+        raise ExportError("dtype: what a GGUF file holds is its type; use --type BF16, or drop --dtype")
+    if dtype is not None and dtype not in DTYPES:
+        raise ExportError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     out, notify = Path(out), on_event or ignore
     require_new(out)
-    trained = open_trained(source, checkpoint=checkpoint, base=base)
+    trained = open_trained(source, checkpoint=checkpoint, base=base, config=config)
+    if dtype is not None:
+        trained = replace(trained, compute_dtype=DTYPES[dtype])
     if format == "gguf-lora":
         return _export_lora(trained, out)
     if format == "safetensors":
@@ -131,6 +142,8 @@ def export(
             onto=onto,
             checkpoint=checkpoint,
             base=base,
+            dtype=dtype,
+            config=config,
             text=text,
             tokens=tokens,
             measure=measure,

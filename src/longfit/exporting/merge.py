@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from longfit.config import RunConfig
 from longfit.errors import ExportError
 from longfit.evaluation.drift import Drift, Reference
 from longfit.exporting.measuring import DriftTable
@@ -78,6 +79,7 @@ def merge(
     measure: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     device: torch.device | None = None,
+    config: RunConfig | None = None,
     on_event: OnEvent | None = None,
 ) -> MergeResult:
     """Merge a run's adapter into its base.
@@ -94,6 +96,7 @@ def merge(
         measure: False makes only the one asked for and measures nothing; ``"auto"`` then means ``"16bit"``.
         max_shard_bytes: largest file.
         device: to measure on; default a CUDA device if there is one.
+        config: the run's settings, with changes to how the text is read; None for its own.
         on_event: called for everything worth showing.
     Raises: ExportError: ``out`` exists, the disk is full, the base cannot be read tensor by tensor, the adapter is not
             plain LoRA, or the result is not the trained model. RunError: nothing saved yet. ModelError, DataError:
@@ -105,7 +108,7 @@ def merge(
         raise ExportError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     out, notify = Path(out), on_event or ignore
     require_new(out)
-    trained = open_trained(source, checkpoint=checkpoint, base=base)
+    trained = open_trained(source, checkpoint=checkpoint, base=base, config=config)
     plan = MergePlan.of(trained, dtype=trained.compute_dtype if dtype is None else DTYPES[dtype])
     wanted, reason = kinds(plan, onto, measure=measure)
     with result_folder(out, needed_bytes=len(wanted) * plan.num_bytes) as folder:

@@ -69,13 +69,16 @@ class Trained:
         return read_tokenizer(self.adapter)
 
 
-def open_trained(path: str | Path, *, checkpoint: str | None = None, base: str | None = None) -> Trained:
+def open_trained(
+    path: str | Path, *, checkpoint: str | None = None, base: str | None = None, config: RunConfig | None = None
+) -> Trained:
     """Find base and adapter of a run or of an adapter folder.
 
     Args:
         path: a run directory, or a folder with ``adapter_config.json``.
         checkpoint: of a run: ``"last"``, or the name of a folder below ``checkpoints/``; default: the run's result.
         base: where the base is now, if it has moved.
+        config: of a run, with changes to how its text is read; None for its own.
     Raises: ExportError: neither, or a base that is not there. RunError: nothing saved yet, or no such checkpoint.
     """
     path = Path(path)
@@ -84,7 +87,7 @@ def open_trained(path: str | Path, *, checkpoint: str | None = None, base: str |
     if not (path / "config.yaml").is_file():
         what = "no such folder" if not path.exists() else "neither a run (config.yaml) nor an adapter folder"
         raise ExportError(f"{path}: {what}; give the directory of a run, as longfit runs lists them")
-    config = run_directory.read_config(path)
+    config = config or run_directory.read_config(path)
     section = config.model
     return Trained(
         path=path,

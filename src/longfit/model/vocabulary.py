@@ -37,7 +37,7 @@ def require_rows(model: Any, tokenizer: Any, name: str, *, needed: int | None = 
     first = tokenizer.convert_ids_to_tokens([rows])[0]
     raise ModelError(
         f"{name}: the tokenizer has {needed:,} tokens, the embedding {rows:,} rows: {first!r} (token {rows:,}) is the"
-        " first without one. adapter.train_new_tokens=true gives such tokens rows and trains them (in Python:"
+        " first without one. longfit train MODEL DATA adapter.train_new_tokens=true gives them rows (in Python:"
         " load(..., resize_embeddings=True), then add_adapters(..., train_new_tokens=True))"
     )
 
