@@ -159,7 +159,8 @@ def measure_step(cell: Cell, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     if cell.tool == "readme":
         printed: dict[str, Any] = {}
-        exec(readme_example(model=gguf_file(), text=text, adapter=folder / "adapter"), printed)
+        sizes = {"context": cell.context, "group_size": cell.context // 4}  # at 32,768 tokens what is printed
+        exec(readme_example(model=gguf_file(), text=text, adapter=folder / "adapter", **sizes), printed)
         assert printed["ids"].shape[1] == cell.context
         loss = None
     else:
@@ -167,7 +168,7 @@ def measure_step(cell: Cell, folder: Path) -> dict[str, Any]:
 
         settings = {
             **{"model.name": str(gguf_file()), "data.path": str(text), "output.run_dir": str(folder / "run")},
-            **{"context.context": cell.context, "context.attention": "shifted", "context.group_size": 8192},
+            **{"context.context": cell.context, "context.attention": "shifted", "context.group_size": cell.context // 4},
             **{"adapter.train_norms": True, "train.steps": 1, "train.warmup_steps": 0},
         }
         loss = longfit.train(longfit.RunConfig.of(settings)).loss
