@@ -168,8 +168,9 @@ def measure_step(cell: Cell, folder: Path) -> dict[str, Any]:
 
         settings = {
             **{"model.name": str(gguf_file()), "data.path": str(text), "output.run_dir": str(folder / "run")},
-            **{"context.context": cell.context, "context.attention": "shifted", "context.group_size": cell.context // 4},
-            **{"adapter.train_norms": True, "train.steps": 1, "train.warmup_steps": 0},
+            **{"context.context": cell.context, "context.attention": "shifted"},
+            **{"context.group_size": cell.context // 4, "adapter.train_norms": True},
+            **{"train.steps": 1, "train.warmup_steps": 0},
         }
         loss = longfit.train(longfit.RunConfig.of(settings)).loss
     return {
