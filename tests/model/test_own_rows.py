@@ -63,8 +63,12 @@ def load_rows(rank: int, folder: str) -> list[str]:
         dense = sum(layer.in_features * layer.out_features for layer in layers_of(whole).values())
         if cut and sum(read) > 0.36 * dense:  # 22 of 64 rows, 11 of 32, 32 of 96
             problems.append(f"{title}: read {sum(read)} of {dense} weights")
-        if load_report(model).quantized_bytes > 0.37 * load_report(whole).quantized_bytes and cut:
-            problems.append(f"{title}: keeps {load_report(model).quantized_bytes} bytes")
+        kept, all_of_it = load_report(model), load_report(whole)
+        if (
+            kept.quantized_bytes > 0.37 * all_of_it.quantized_bytes
+            or kept.bits_per_param > 1.1 * all_of_it.bits_per_param
+        ):
+            problems.append(f"{title}: keeps {kept.quantized_bytes} bytes, {kept.bits_per_param} bits a parameter")
         with torch.no_grad():
             if not torch.equal(model(ids).logits, whole(ids).logits):
                 problems.append(f"{title}: a gathered layer computes something else")

@@ -264,7 +264,7 @@ def load_report(model: Any) -> LoadReport:
         tensors += [local_part(rows), getattr(packed, constants_of(leaf))]
     stored = {tensor.data_ptr(): tensor for tensor in tensors if tensor.numel()}
     quantized_bytes = sum(tensor.nbytes for tensor in stored.values())
-    quantized_params = sum(layer.in_features * layer.out_features for layer in layers.values())
+    quantized_params = sum(_own_params(layer) for layer in layers.values())
     quantized_params += sum(packed.numel(leaf) for packed, leaf, _ in experts.values())
     own = map(local_part, model.parameters())
     everything = {tensor.data_ptr(): tensor for tensor in own if tensor.data_ptr() not in stored}
@@ -280,6 +280,12 @@ def load_report(model: Any) -> LoadReport:
         bits_per_param=8 * quantized_bytes / quantized_params if quantized_params else 16.0,
         quantized_share=quantized_params / max(1, quantized_params + dense_params),
     )
+
+
+def _own_params(layer: QuantizedLinear) -> int:
+    """Weights of a layer that this process has: those of its rows, unless all are in one row of bytes."""
+    rows = local_part(layer.weight).shape[0]
+    return layer.in_features * (layer.out_features if layer.weight.shape[0] == 1 else rows)
 
 
 def dense_reasons(model: Any) -> dict[str, str]:
