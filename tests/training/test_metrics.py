@@ -1,5 +1,6 @@
 """metrics.jsonl survives a kill in the middle of a line, and a resumed run does not repeat lines."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,19 @@ def _source_path() -> dict[str, str]:
     import longfit
 
     return {**os.environ, "PYTHONPATH": str(Path(longfit.__file__).parent.parent)}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_device_or_a_pipe_in_the_place_of_metrics_is_never_read(tmp_path: Path) -> None:
+    saved = tmp_path / "saved.jsonl"
+    saved.write_text('{"step": 1, "loss": 2.0}\n')
+    for make in (lambda path: path.symlink_to("/dev/zero"), os.mkfifo):
+        path = tmp_path / "metrics.jsonl"
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(RunError, match=r"metrics\.jsonl: is a (device|named pipe)"):
+            read_metrics(path)
+        with pytest.raises(RunError, match=r"metrics\.jsonl: is a (device|named pipe)"):
+            MetricsFile(path).append({"step": 1})
+        assert not MetricsFile(path).restore(saved)
+        assert path.read_bytes() == saved.read_bytes()

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from longfit.errors import LongfitError, RunError
+from longfit.files.reading import require_regular
 
 UNFINISHED, REMOVED, REPLACED = ".unfinished", ".removed", ".replaced"
 LEFTOVERS = (UNFINISHED, REMOVED, REPLACED)
@@ -71,6 +72,8 @@ def append_lines(path: Path, text: str) -> None:
     Raises: RunError: they cannot be written; the lines before them stay whole.
     """
     data = text.encode()
+    if path.exists():
+        require_regular(path, RunError)  # to open a pipe would wait for a reader
     with writing(path), path.open("ab", buffering=0) as file:
         before = file.seek(0, 2)
         try:

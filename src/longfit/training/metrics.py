@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from longfit.errors import RunError
-from longfit.files.reading import reading
+from longfit.files.reading import reading, require_regular
 from longfit.files.writing import append_lines, write_text, writing
 
 
@@ -57,7 +57,8 @@ class MetricsFile:
         """
         text = b"" if saved is None else saved.read_bytes()
         with writing(self.path):
-            had = self.path.read_bytes().startswith(text) if self.path.exists() else not text
+            is_there = self.path.is_file()  # a device or a pipe in its place is replaced unread
+            had = self.path.read_bytes().startswith(text) if is_there else not (text or self.path.exists())
             write_text(self.path, text.decode())
         return had
 
@@ -69,6 +70,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
     """
     if not path.exists():
         return []
+    require_regular(path, RunError)
     with reading(path, "the run's metrics", RunError, do="resume the run, which restores them from its checkpoint"):
         lines = path.read_text(encoding="utf-8").split("\n")
         records = [json.loads(line) for line in lines[:-1] if line]  # what follows the last line break is torn or empty
