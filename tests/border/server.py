@@ -1,0 +1,210 @@
+"""Runs commands of longfit in forks of one process that has imported everything: each takes less than a second.
+
+Each fork has a limit on its address space and on its time; what it printed, how it ended and how much memory it took
+come back. ``python -m tests.border.server`` reads requests, a JSON object a line, and answers likewise.
+"""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+LIMIT_S = 30.0
+MOST_BYTES = 2 << 30  # that a command may take above what it begins with
+FILLER = "filler"
+ADDRESS_SPACE = 6 << 30  # above what it begins with: a fork must not take the machine's memory
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How a command ended; ``code`` is None where it had to be killed."""
+
+    code: int | None
+    out: str
+    err: str
+    seconds: float
+    grown_bytes: int
+
+
+class Server:
+    """A warm process, from entering to leaving."""
+
+    def __init__(self, *warm: Sequence[str], cwd: Path) -> None:
+        self._warm, self._cwd = [list(map(str, words)) for words in warm], cwd
+
+    def __enter__(self) -> "Server":
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
+            "LONGFIT_CACHE": str(self._cwd / "cache"),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.border.server"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=self._cwd, env=environment,
+        )  # fmt: skip
+        self._ask({"warm": self._warm})
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(
+        self, *words: object, cwd: Path, limits: bool = True, kill_after: float | None = None,
+        fill_after: float | None = None,
+    ) -> Reply:  # fmt: skip
+        """Run a command to its end, or kill it.
+
+        Args:
+            limits: of time and address space.
+            kill_after, fill_after: seconds after which it is killed, or the disk that ``cwd`` is on is filled.
+        """
+        request = {"words": [str(word) for word in words], "cwd": str(cwd), "limits": limits}
+        return Reply(**self._ask({**request, "kill_after": kill_after, "fill_after": fill_after}))
+
+    def _ask(self, request: dict[str, object]) -> dict[str, object]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the server ended with {self._process.wait()}")
+        answer: dict[str, object] = json.loads(line)
+        return answer
+
+
+def serve() -> None:
+    """Answer requests until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the warming prints is not an answer
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "warm" in request:
+            _warm(request["warm"])
+            answer: dict[str, object] = {}
+        else:
+            answer = _forked(**request)
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _warm(commands: list[list[str]]) -> None:
+    import gc
+
+    from longfit.cli.app import main
+    from longfit.data.template_process import template_process
+
+    template_process().limit_s = 3  # that templates are ended is to be seen, not that it takes so long
+    for words in commands:
+        with tempfile.TemporaryFile() as sink:
+            kept = os.dup(1), os.dup(2)
+            os.dup2(sink.fileno(), 1)
+            os.dup2(sink.fileno(), 2)
+            try:
+                code = main(words)
+            finally:
+                sys.stdout.flush()
+                for number, descriptor in enumerate(kept, start=1):
+                    os.dup2(descriptor, number)
+                    os.close(descriptor)
+            if code:
+                sink.seek(0)
+                raise RuntimeError(f"{words}: exit {code}: {sink.read().decode(errors='replace')}")
+    gc.collect()
+    gc.freeze()
+
+
+def _forked(
+    words: list[str], cwd: str, *, limits: bool, kill_after: float | None, fill_after: float | None
+) -> dict[str, object]:
+    began = time.monotonic()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        before = _bytes_of("VmRSS")
+        child = os.fork()
+        if not child:
+            _run(words, cwd, out.fileno(), err.fileno(), limits=limits)
+        most_s = kill_after if kill_after is not None else LIMIT_S if limits else math.inf
+        status, usage, killed = _wait(child, began, most_s, None if fill_after is None else (fill_after, cwd))
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode("utf-8", "replace"))
+    code = None if killed else os.waitstatus_to_exitcode(status)
+    grown = max(0, usage.ru_maxrss * 1024 - before)
+    return {"code": code, "out": texts[0], "err": texts[1], "seconds": time.monotonic() - began, "grown_bytes": grown}
+
+
+def _run(words: list[str], cwd: str, out: int, err: int, *, limits: bool) -> None:
+    code = 99
+    try:
+        os.setsid()
+        os.chdir(cwd)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        if limits:
+            most = _bytes_of("VmSize") + ADDRESS_SPACE
+            resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        from longfit.cli.app import main
+
+        code = main(words)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _wait(
+    child: int, began: float, limit_s: float, fill: tuple[float, str] | None
+) -> tuple[int, resource.struct_rusage, bool]:
+    killed = False
+    while True:
+        found, status, usage = os.wait4(child, os.WNOHANG)
+        if found:
+            return status, usage, killed
+        if time.monotonic() - began > limit_s and not killed:
+            killed = True
+            for kill in (os.killpg, os.kill):  # the second where it has no group of its own yet
+                with suppress(ProcessLookupError):
+                    kill(child, signal.SIGKILL)
+        if fill is not None and time.monotonic() - began > fill[0]:
+            _fill(Path(fill[1]))
+            fill = None
+        time.sleep(0.002)
+
+
+def _fill(folder: Path) -> None:
+    """Write a file until the disk is full."""
+    with suppress(OSError), (folder / FILLER).open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 16))
+
+
+def _bytes_of(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(field)
+
+
+if __name__ == "__main__":
+    serve()
