@@ -1,6 +1,6 @@
 """Through the templates of all families: exactly what the assistant says is trained, and nothing a row says is lost."""
 
-import random
+import json
 import re
 from collections.abc import Sequence
 from datetime import datetime
@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tests.data.chat_templates import CHATML, SHAPES, Shape, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -138,98 +140,97 @@ def test_the_table_of_families_in_the_docs_is_what_happens(tokenizers: dict[str,
     assert table in TABLE.read_text(encoding="utf-8"), f"{TABLE.name} must hold this table:\n{table}"
 
 
-WORDS = (
-    "a",
-    "the answer",
-    "Ünï ⚙ 中文",
-    " 31C\n",
-    "x<|im_end|>y",
-    "</s>",
-    "<think>",
-    "{\"k\": 'v'}",
-    "user",
-    "\\n",
-    "e\u0301",
-)
+SIGNS = ("<|im_end|>", "</s>", "<think>", "{\"k\": 'v'}", "assistant", "\\n", "e\u0301", "x<|im_end|>y", " 31C\n")
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+SAID = st.lists(st.sampled_from(SIGNS) | UNICODE, min_size=1, max_size=4).map(lambda words: " ".join(words) + ".")
 
 
-def random_chat(draw: random.Random) -> tuple[list[dict[str, Any]], Any]:
-    """A chat of random length with any of a system turn, tool calls, reasoning and flags."""
-
-    def words() -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(1, 4))) + "."
-
-    turns: list[dict[str, Any]] = [{"role": "system", "content": words()}] * (draw.random() < 0.3)
+@st.composite
+def chats(draw: st.DrawFn) -> tuple[list[dict[str, Any]], Any]:
+    """A chat of any length with any of a system turn, tool calls, reasoning and flags, in any Unicode."""
+    turns: list[dict[str, Any]] = [{"role": "system", "content": draw(SAID)}] * draw(st.integers(0, 1))
     tools = None
-    for _ in range(draw.randint(1, 3)):
-        turns.append(user(words()))
-        if draw.random() < 0.3:
+    for _ in range(draw(st.integers(1, 3))):
+        turns.append(user(draw(SAID)))
+        if draw(st.integers(0, 3)) == 3:
             tools = TOOLS
-            arguments = {"city": words(), "days": draw.randint(0, 9), "sure": draw.random() < 0.5}
+            arguments = {"city": draw(SAID), "days": draw(st.integers(0, 9)), "sure": draw(st.booleans())}
             turns.append(says("", tool_calls=[{"function": {"name": "weather", "arguments": arguments}}]))
-            turns.append({"role": "tool", "content": words()})
-        answer = says(words())
-        if draw.random() < 0.3:
-            answer["reasoning_content"] = words()
-        if draw.random() < 0.2:
-            answer["weight"] = draw.randint(0, 1)
+            turns.append({"role": "tool", "content": draw(SAID)})
+        answer = says(draw(SAID))
+        if draw(st.integers(0, 3)) == 3:
+            answer["reasoning_content"] = draw(SAID)
+        if draw(st.integers(0, 4)) == 4:
+            answer["weight"] = draw(st.integers(0, 1))
         turns.append(answer)
     return turns, tools
+
+
+def spelled(text: str) -> set[str]:
+    """How a template may write a text: as it is, trimmed, as JSON."""
+    as_json = {json.dumps(part, ensure_ascii=ascii)[1:-1] for part in (text, text.strip()) for ascii in (False, True)}
+    return {text.strip(), text.strip("\n"), *as_json}
 
 
 @pytest.mark.parametrize("family", SHAPES)
 def test_any_chat_is_shown_whole_and_trained_in_its_answers_or_refused(
     family: str, tokenizers: dict[str, PreTrainedTokenizerFast]
 ) -> None:
-    shape, tokenizer, draw = SHAPES[family], tokenizers[family], random.Random(family)
+    shape, tokenizer = SHAPES[family], tokenizers[family]
     special = np.asarray(
         tokenizer.all_special_ids + [tokenizer.convert_tokens_to_ids(token) for token in shape.special]
     )
-    accepted, refused = 0, []
-    for _ in range(60):
-        turns, tools = random_chat(draw)
+    accepted, refused = 0, list[str]()
+
+    def decode(ids: np.ndarray) -> str:
+        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+    @settings(max_examples=40, deadline=None, derandomize=True, database=None)
+    @given(chats())
+    def holds(drawn: tuple[list[dict[str, Any]], Any]) -> None:
+        nonlocal accepted
+        turns, tools = drawn
         chat = read_chat(turns, tools=tools)
         try:
             found = tokenize(turns, shape, tokenizer, tools=tools)
         except DataError as error:
             refused.append(str(error))
-            continue
+            return
         accepted += 1
-        rows = [tokenizer.decode(document.input_ids) for document in found]
-        plain = [re.sub(r"\\+([\"nu])", r"\1", row) for row in rows]
+        rows = [decode(document.input_ids) for document in found]
+        answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        trained = [i for i in answers if chat.flags[i] is not False]
         shown = len(chat.messages)
-        if any("left out" in note and "go on" in note for note in found.notes.counts):  # said: nothing of it is trained
-            shown = max(
-                i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and chat.flags[i] is not False
-            )
-        for message, flag in list(zip(chat.messages, chat.flags, strict=True))[:shown]:
-            exempt = {"reasoning_content"} if flag is False else set()
-            said = [message[key] for key in ("content", "reasoning_content") if key in message and key not in exempt]
+        if any("left out" in note and "go on" in note for note in found.notes.counts):  # said: none of it is trained
+            shown = trained[-1] + 1
+        for index, message in enumerate(chat.messages[:shown]):
+            keys = ("content",) if chat.flags[index] is False else ("content", "reasoning_content")
+            said = [message[key] for key in keys if key in message]
             said += [call["function"]["arguments"]["city"] for call in message.get("tool_calls", ())]
-            for text in said:  # as it is, or as JSON spells it
-                assert any(text.strip() in row for row in rows) or any(
-                    re.sub(r"\\+([\"nu])", r"\1", text.strip().replace("\n", "n").replace('"', '"')) in row
-                    for row in plain
-                ), (text, rows)
-        answers = [
-            re.sub(r"\s", "", m["content"]) for m, flag in zip(chat.messages, chat.flags, strict=True)
-            if m["role"] == "assistant" and m["content"] and flag is not False
-        ]  # fmt: skip
-        trained = [re.sub(r"\s", "", text) for text in trained_text(found, tokenizer)]
-        assert sum(any(answer in text for text in trained) for answer in answers) == len(answers)
-        calls = sum("tool_calls" in message for message in chat.messages)
-        assert len(trained) == len(answers) + calls
+            for text in said:
+                assert any(spelling in row for row in rows for spelling in spelled(text)), (text, rows)
+        spans = []
         for document in found:
             assert document.trained is not None
             edges = np.flatnonzero(np.diff(document.trained, prepend=False, append=False)).reshape(-1, 2)
             for start, stop in edges:  # a control token is trained where it ends an answer, or opens a tool call
                 control = np.flatnonzero(np.isin(document.input_ids[start:stop], special))
-                opens = shape.template != "chatml" and family == "Granite" and set(control) == {0, stop - start - 1}
+                opens = family == "Granite" and list(control) == [0, stop - start - 1]
                 assert list(control) == [stop - start - 1] or opens
+                spans.append(decode(document.input_ids[start:stop]))
             if tokenizer.bos_token_id is not None and shape.adds_bos:
+                assert document.input_ids[0] == tokenizer.bos_token_id
                 assert (document.input_ids == tokenizer.bos_token_id).sum() == 1
+        assert len(spans) == len(trained)
+        for index in trained:  # each trained answer is in a trained span, and there are no others
+            message = chat.messages[index]
+            call = message.get("tool_calls")
+            text = call[0]["function"]["arguments"]["city"] if call else message["content"]
+            assert any(spelling in span for span in spans for spelling in spelled(text)), (text, spans)
+
+    holds()
     assert accepted >= 3
-    assert all(re.search(r"drops|refuses this row|0 trained tokens", text) for text in refused)
+    assert all(re.search(r"drops|refuses this row|0 trained tokens", text) for text in refused), refused
 
 
 def test_control_tokens_that_somebody_types_are_text(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
