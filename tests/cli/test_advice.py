@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,15 @@ def test_short_help_and_a_dry_run(workplace: Path, tmp_path: Path, capsys: pytes
     assert main(words) == 0
     assert "dry run: 3 steps on" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_command_of_data_can_be_pasted(
+    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "a text.txt"
+    text.write_text("a road, and a road. " * 20)
+    words = [str(text), "--model", str(workplace / "model"), "--context", "64", 'data.exclude=["*.log"]']
+    assert main(["data", *words]) == 0
+    pasted = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert pasted[:2] == ["longfit", "train"]
+    assert main([*pasted[1:], "train.steps=1", "model.quant=none", "--dry-run"]) == 0

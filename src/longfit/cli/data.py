@@ -1,5 +1,6 @@
 """``longfit data DATA --model MODEL --context 32k [section.key=value]``: what would be trained on, token by token."""
 
+import shlex
 from dataclasses import asdict
 from typing import Annotated
 
@@ -56,5 +57,6 @@ def data(
         print_spans([(span.text, span.trained) for span in ledger.sample])
     if lengths:
         print_lines("", *ledger.lengths_view())
-    given = " ".join([*(settings or []), *([f"--context {context}"] if context else [])])
-    print_lines("next:", f"  longfit train {model} {path} {given}".rstrip())
+    told = [("context.context", context), ("data.long_chat", long_chat), ("data.chat_template", chat_template)]
+    given = [f"{key}={value}" for key, value in [*told, ("model.dtype", dtype)] if value is not None]
+    print_lines("next:", f"  {shlex.join(['longfit', 'train', model, path, *(settings or []), *given])}")

@@ -55,7 +55,11 @@ def read_override(text: str) -> Given:
         except ConfigError:
             raise
         except Exception as error:  # what a number or date looks like decides what PyYAML raises
-            form = "a list; write {}=[first, second]" if raw[0] == "[" else "a map; write {}={{name: value}}"
+            form = (
+                'a list; write {}=["first", "second"], in quotes for the shell'
+                if raw[0] == "["
+                else "a map; write {}={{name: value}}"
+            )
             raise ConfigError(f"{text!r}: cannot be read ({reason(error)}): not {form.format(key)}") from error
     return Given(key.strip(), value, "override")
 

@@ -8,6 +8,7 @@ token is made.
     split_documents     documents -> those to train on, those held out
 """
 
+import re
 import unicodedata
 from array import array
 from collections import Counter
@@ -233,9 +234,10 @@ def _survey(
     if problems and (bad_rows == "stop" or not count):
         raise DataError(_told(problems, count))
     if len(kinds) == 2:
+        left_out = re.sub(r":\d+$", "", Path(kinds[False]).name)
         raise DataError(
             f"chats ({kinds[True]}) and plain text ({kinds[False]}) are mixed; "
-            "train on one kind, leave the other out with data.exclude"
+            f"train on one kind, leave the other out, such as data.exclude='[\"{left_out}\"]'"
         )
     if not count:
         held = f"{len(empty):,} documents, all empty" if empty else "holds no rows"

@@ -143,7 +143,8 @@ def read_row(row: Row, layout: ColumnLayout) -> Content:
     if layout.turns is None:
         value = renamed[layout.reads[0]]
         if value is not None and not isinstance(value, str):
-            raise DataError(f"column {layout.reads[0]!r} holds {type(value).__name__}, not text")
+            named = (layout.columns or {}).get(layout.reads[0], layout.reads[0])
+            raise DataError(f"column {named!r} holds {type(value).__name__}, not text")
         return Content(value or "", None, unread)
     tools = next((renamed[key] for key in TOOLS if renamed.get(key)), None)
     return Content(None, read_chat(_with_system(renamed, layout.turns(renamed)), tools=tools), unread)
