@@ -21,8 +21,7 @@ from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.loss import logits
 from longfit.engine.loss.training_loss import training_loss
 from longfit.engine.offload.activations import DeviceActivations
-from longfit.engine.sweep import probe as sweep_probe
-from longfit.engine.sweep import tile_pass
+from longfit.engine.sweep import layer_probe, tile_pass
 from longfit.engine.sweep.install import enable_sweep
 from longfit.engine.sweep.recompute_state import RandomState
 from longfit.engine.sweep.tile_pass import Visible
@@ -134,7 +133,7 @@ def step_peaks(config, *, num_tokens, tile, layers=2, offload="host", group_size
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         patch = stack.enter_context(pytest.MonkeyPatch.context())
-        for module in (tile_pass, sweep_probe):
+        for module in (tile_pass, layer_probe):
             patch.setattr(module, "tile_forward", tile_forward)
         patch.setattr(tile_pass, "tile_backward", tile_backward)
         patch.setattr(attention_spec, "build_schedule", build)

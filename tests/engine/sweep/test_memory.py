@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from longfit.attention.hf_attention import attention_key
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.loss.training_loss import training_loss
-from longfit.engine.sweep import probe, tile_pass
+from longfit.engine.sweep import layer_probe, tile_pass
 from longfit.engine.sweep.install import enable_sweep
 from longfit.engine.sweep.recompute_state import RandomState
 from longfit.engine.sweep.tile_pass import Visible
@@ -64,7 +64,7 @@ def step_peaks(num_tokens, shape, group_size):
     key = attention_key("shifted", group_size) if group_size else attention_key()
     model = empty_model(shape, key)
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-        for module in (tile_pass, probe):
+        for module in (tile_pass, layer_probe):
             patch.setattr(module, "tile_forward", tile_forward)
         patch.setattr(tile_pass, "tile_backward", tile_backward)
         patch.setattr(tile_pass.Visible, "of", lambda schedule, tile: visible)
