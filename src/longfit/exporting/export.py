@@ -39,7 +39,7 @@ from longfit.exporting.gguf_file import (
     tensor_names,
     write_gguf,
 )
-from longfit.exporting.gguf_lora import require_plain, write_lora
+from longfit.exporting.gguf_lora import check_lora, require_plain, take_over, write_lora
 from longfit.exporting.gguf_tokenizer import require_rule, special_metadata, tokenizer_metadata
 from longfit.exporting.measuring import DriftTable
 from longfit.exporting.merge import DTYPES, merge
@@ -134,7 +134,7 @@ def export(
     if dtype is not None:
         trained = replace(trained, compute_dtype=DTYPES[dtype])
     if format == "gguf-lora":
-        return _export_lora(trained, out)
+        return _export_lora(trained, out, Measuring(text, tokens, device, notify) if measure else None)
     if format == "safetensors":
         made = merge(
             source,
@@ -171,9 +171,9 @@ def export(
         opened = written.write(folder, notify)
         table, proof, warnings = None, None, list(written.warnings)
         if measure:
-            table = DriftTable.begin(plan, text, tokens, device, notify)
+            table = DriftTable.begin(trained, text, tokens, device, notify)
             said = table.add("exported", opened, quant=written.quant)
-            proof = table.prove(said, kind, written.rounding, levels=written.levels)
+            proof = table.prove(plan, said, kind, written.rounding, levels=written.levels)
             proof.require(str(out))
             warnings += table.warnings("exported", written.advice)
     return ExportResult(
@@ -184,7 +184,7 @@ def export(
         onto=kind,
         drift=() if table is None else tuple(table.rows),
         proof=proof,
-        text="" if table is None else table.source,
+        text="" if table is None else table.about,
         commands=tuple(written.commands),
         warnings=tuple(warnings),
     )
@@ -276,7 +276,17 @@ def gguf_metadata(plan: MergePlan, family: Family) -> dict[str, Field]:
     return fields | name | ({Keys.Tokenizer.CHAT_TEMPLATE: template} if template is not None else {})
 
 
-def _export_lora(trained: Trained, out: Path) -> ExportResult:
+@dataclass(frozen=True)
+class Measuring:
+    """How an export is measured: as the arguments of `export`."""
+
+    text: str | None
+    tokens: int
+    device: torch.device | None
+    on_event: OnEvent
+
+
+def _export_lora(trained: Trained, out: Path, measuring: Measuring | None) -> ExportResult:
     from transformers import AutoConfig
 
     from longfit.model.adapter_weights import AdapterWeights
@@ -288,6 +298,12 @@ def _export_lora(trained: Trained, out: Path) -> ExportResult:
     size = (trained.adapter / "adapter_model.safetensors").stat().st_size
     with result_folder(out, needed_bytes=size) as folder:
         write_lora(folder / name, adapter, family=family, config=config, name=trained.path.resolve().name)
+        updates = check_lora(folder / name, adapter, config)
+        table, proof = None, None
+        if measuring is not None:
+            table = DriftTable.begin(trained, measuring.text, measuring.tokens, measuring.device, measuring.on_event)
+            proof = table.prove_adapter(lambda model: take_over(model, updates))
+            proof.require(str(out))
     base = trained.base if trained.base.endswith(".gguf") else "BASE.gguf"
     flags = " ".join(_rope_flags(config))
     warnings = []
@@ -296,7 +312,8 @@ def _export_lora(trained: Trained, out: Path) -> ExportResult:
     if base == "BASE.gguf":
         warnings.append(f"it needs {trained.base} as a GGUF file of your own; F16 is nearest to what was trained")
     command = f"llama-cli -m {base} --lora {out / name}" + (f" {flags}" if flags else "")
-    return ExportResult(out, (name,), "gguf-lora", "", "", (), None, "", (command,), tuple(warnings))
+    drift, about = ((), "") if table is None else (tuple(table.rows), table.about)
+    return ExportResult(out, (name,), "gguf-lora", "", "", drift, proof, about, (command,), tuple(warnings))
 
 
 def _rope_flags(config: object) -> list[str]:

@@ -3,21 +3,26 @@
 llama.cpp multiplies by ``alpha / rank`` of each tensor. Where the adapter's scalings differ from tensor to tensor, or
 are not of that form, they are multiplied into B and alpha is left out. It can hold neither norms nor embeddings that
 were trained whole, nor DoRA's magnitudes: such an adapter has to be merged.
+
+What was written is read back the way a GGUF model is read, and compared with the adapter.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter, Keys
+import torch
+from gguf import GGUFReader, GGUFWriter, Keys
 from gguf.constants import GGUFType
 
 from longfit.errors import ExportError
 from longfit.exporting.gguf_families import Family, to_gguf
 from longfit.exporting.gguf_file import tensor_names
-from longfit.model.adapter_weights import AdapterWeights
+from longfit.model import gguf
+from longfit.model.adapter_weights import AdapterWeights, LowRank
 
 
 def require_plain(adapter: AdapterWeights, source: str) -> None:
@@ -63,3 +68,50 @@ def write_lora(path: Path, adapter: AdapterWeights, *, family: Family, config: A
     finally:
         writer.close()
     return 2 * len(updates)
+
+
+def read_lora(path: Path, config: Any) -> dict[str, LowRank]:
+    """The updates of an adapter's file, by the model's names, scaled as llama.cpp scales them."""
+    alpha = GGUFReader(str(path)).fields[Keys.Adapter.LORA_ALPHA].contents()
+    tensors = gguf.lora_state_dict(path, config)
+    return {name: LowRank(A[...], B[...], alpha / A.shape[0] if alpha else 1.0) for name, (A, B) in tensors.items()}
+
+
+def check_lora(path: Path, adapter: AdapterWeights, config: Any) -> dict[str, LowRank]:
+    """Compare an adapter's file with the adapter.
+
+    A is stored in float32, as it is. B, or alpha, is rounded once to float32, and so is what is read for the product of
+    the two: they differ by 2 u of it, u = 2^-24.
+
+    Returns: the updates that it holds.
+    Raises: ExportError: one is missing, or off by more.
+    """
+    found = read_lora(path, config)
+    if found.keys() != adapter.low_rank.keys():
+        other = sorted(found.keys() ^ adapter.low_rank.keys())
+        raise ExportError(f"{path.name}: {other[0]} is in only one of the file and the adapter; nothing was left there")
+    for name, ours in found.items():
+        theirs = adapter.update_of(name)
+        assert theirs is not None, name
+        A, B = (part.double() for part in (theirs.A, theirs.B))
+        for part, read, wanted, bound in (
+            ("A", ours.A.double(), A, 0.0),
+            ("B", ours.B.double() * ours.scaling, B * theirs.scaling, 2 * 2.0**-24),
+        ):
+            error = (read - wanted).abs() if read.shape == wanted.shape else torch.tensor(torch.inf)
+            allowed = bound * wanted.abs() + 2.0**-149
+            if not bool((error <= allowed).all()):
+                raise ExportError(
+                    f"{path.name}: {part} of {name} is off by {float(error.max()):.3g}, rounding explains"
+                    f" {float(allowed.max()):.3g} at most; the file is not what was trained, nothing was left there"
+                )
+    return found
+
+
+def take_over(model: Any, updates: Mapping[str, LowRank]) -> None:
+    """Set the adapter of a PeftModel to these updates, in place."""
+    with torch.no_grad():
+        for name, update in updates.items():
+            layer = model.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
+            layer.lora_A["default"].weight.copy_(update.A)
+            layer.lora_B["default"].weight.copy_(update.B * (update.scaling / layer.scaling["default"]))

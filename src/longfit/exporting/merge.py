@@ -119,10 +119,11 @@ def merge(
         table, proof = None, None
         chosen = wanted[0]
         if measure:
-            table = DriftTable.begin(plan, text, tokens, device, notify)
+            table = DriftTable.begin(plan.trained, text, tokens, device, notify)
             chosen, found = _nearest(table, folder, wanted, onto)
             reason = reason or _reason(table, onto, chosen)
-            proof = table.prove(found, chosen, lambda name, weight: weight.to(plan.dtype), levels=LEVELS[plan.dtype])
+            levels = LEVELS[plan.dtype]
+            proof = table.prove(plan, found, chosen, lambda name, weight: weight.to(plan.dtype), levels=levels)
             proof.require(f"{out}: merged onto {chosen}")
         for path in list((folder / chosen).iterdir()):
             path.rename(folder / path.name)
@@ -139,7 +140,7 @@ def merge(
             dtype=str(plan.dtype).removeprefix("torch."),
             drift=() if table is None else tuple(table.rows),
             proof=proof,
-            text="" if table is None else table.source,
+            text="" if table is None else table.about,
             warnings=tuple(_warnings(trained, chosen, table)),
         )
     return result

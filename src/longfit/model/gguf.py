@@ -42,9 +42,10 @@ class LazyTensor:
     The loader of transformers indexes a checkpoint entry with ``[...]`` exactly when it needs the values.
     """
 
-    def __init__(self, tensor: Any, processor: Any) -> None:
+    def __init__(self, tensor: Any, processor: Any, *, name: str | None = None) -> None:
         # Not the tensor itself: it would keep the reader alive, and with it the vocabulary as Python objects.
         self._name, self._data, self._type = tensor.name, tensor.data, tensor.tensor_type
+        self._name = self._name if name is None else name  # under which the processor knows it
         self._processor = processor
         self.shape = torch.Size(int(n) for n in reversed(tensor.shape))
         self.dtype = torch.float32
@@ -132,15 +133,8 @@ def lazy_state_dict(path: Path, config: PretrainedConfig) -> dict[str, LazyTenso
     Raises:
         ModelError: the file's tensors do not have the names that this architecture should have.
     """
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
     reader = GGUFReader(str(path))
-    architecture = reader.get_field("general.architecture")
-    processor_class = TENSOR_PROCESSORS.get(architecture.contents() if architecture else None, TensorProcessor)
-    processor = processor_class(config=config.to_dict())
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    names = get_gguf_hf_weights_map(skeleton, processor)
+    skeleton, names, processor = _names_of(reader, config)
     state_dict = {
         names[tensor.name]: LazyTensor(tensor, processor) for tensor in reader.tensors if tensor.name in names
     }
@@ -154,3 +148,37 @@ def lazy_state_dict(path: Path, config: PretrainedConfig) -> dict[str, LazyTenso
     if missing:
         raise ModelError(f"{path}: {len(missing)} tensors of {config.model_type} are missing, first {missing[0]!r}")
     return state_dict
+
+
+def lora_state_dict(path: Path, config: PretrainedConfig) -> dict[str, tuple[LazyTensor, LazyTensor]]:
+    """Hugging Face names of weights to the A and B of an adapter's file; the rows of B are in the order of the weight.
+
+    Raises:
+        ModelError: the file has tensors that are neither, or one of the two alone.
+    """
+    reader = GGUFReader(str(path))
+    _, names, processor = _names_of(reader, config)
+    found: dict[str, dict[str, LazyTensor]] = {}
+    for tensor in reader.tensors:
+        weight, _, part = tensor.name.rpartition(".")
+        if weight not in names or part not in ("lora_a", "lora_b"):
+            raise ModelError(f"{path}: {tensor.name} is no part of an adapter of {config.model_type}")
+        # A has the columns of the weight, which stay as they are; no processor knows a tensor without a name.
+        plain = LazyTensor(tensor, processor, name=weight if part == "lora_b" else "")
+        found.setdefault(names[weight], {})[part] = plain
+    alone = [name for name, parts in found.items() if len(parts) < 2]
+    if alone:
+        raise ModelError(f"{path}: {alone[0]} has only one of A and B")
+    return {name: (parts["lora_a"], parts["lora_b"]) for name, parts in found.items()}
+
+
+def _names_of(reader: GGUFReader, config: PretrainedConfig) -> tuple[Any, dict[str, str], Any]:
+    """The model without memory, its names of the file's tensors, and what puts their values into its order."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    architecture = reader.get_field("general.architecture")
+    processor_class = TENSOR_PROCESSORS.get(architecture.contents() if architecture else None, TensorProcessor)
+    processor = processor_class(config=config.to_dict())
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    return skeleton, get_gguf_hf_weights_map(skeleton, processor), processor
