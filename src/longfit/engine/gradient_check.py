@@ -7,7 +7,9 @@ matrix, the last norm and the family's scaling of logits. Only shifted attention
 longfit's on both sides. Dropout is off, because the two draw in another order.
 
 A difference is judged by what rounding does to *this* model: the plain side runs once more with every product moved by
-one rounding of its dtype, drawn at random. Take a short batch: the plain side holds everything, logits included.
+one rounding of its dtype, drawn at random, and shifted attention in its reference, which adds up in another order: on
+scores of some hundreds that is ten times what rounding queries and keys does. Take a short batch: the plain side holds
+everything, logits included.
 """
 
 import inspect
@@ -30,6 +32,7 @@ from longfit.engine.model_state import preserve_state
 from longfit.engine.offload.activations import ActivationOffload
 from longfit.engine.sweep.install import enable_sweep
 from longfit.engine.sweep.sweeper import SweepReport, sweeper_of
+from longfit.kernels.dispatch import use_backend
 from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.numerics.labels import IGNORED
 
@@ -121,7 +124,7 @@ def check_gradients(
     with _without_dropout(model), torch.enable_grad():
         with _own_attention(model) as plain_attention:
             plain = differentiated(_plain_loss(model, **inputs))
-            with _rounded_products(model):
+            with _rounded_products(model), use_backend("reference", op="attention"):
                 rounded = differentiated(_plain_loss(model, **inputs))
         report = enable_sweep(model, tile=tile or max(1, inputs["input_ids"].shape[1] // 3), offload=offload)
         swept = differentiated(training_loss(model, **inputs))
