@@ -148,13 +148,13 @@ def test_a_killed_process_ends_the_run_with_one_message_and_the_run_goes_on_as_i
 RUNS_OUT = """
 import os
 if os.environ.get("RANK") == "1":
-    import longfit.training.loop as loop
-    original = loop._differentiate
+    import longfit.training.step as step
+    original = step._differentiate
     def differentiate(run, *arguments):
         if run.state.step == 4:
             raise MemoryError("no room for 9 GiB")
         return original(run, *arguments)
-    loop._differentiate = differentiate
+    step._differentiate = differentiate
 """
 
 

@@ -77,7 +77,7 @@ def test_norms_of_a_float16_run_collect_float32_gradients(
             seen.append((parameter.dtype, gradient.dtype, torch.equal(gradient, gradient.half().float())))
         return clip_gradients(parameters, *args, **options)
 
-    monkeypatch.setattr("longfit.training.loop.clip_gradients", watched)
+    monkeypatch.setattr("longfit.training.step.clip_gradients", watched)
     train(make_config(**FLOAT16 | {"train__steps": 1}, engine__tile=16, train__gradient_accumulation=2))
     norms = [(dtype, rounded) for parameter, dtype, rounded in seen if parameter == torch.float16]
     assert len(norms) == 5

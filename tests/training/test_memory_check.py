@@ -14,7 +14,8 @@ from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.errors import PlanError
 from longfit.planning.memory import HOST_BASE_BYTES, memory_plan
 from longfit.planning.plan import Plan, plan
-from longfit.training import loop, memory_check, prepare
+from longfit.training import memory_check, prepare, step
+from longfit.training.loop import train
 from longfit.training.memory_check import StepDown, machine_limits, plan_run, plan_settings
 from longfit.training.metrics import Event
 
@@ -44,7 +45,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr(memory_check, "machine_limits", lambda device, run_dir, *, processes: {"host": 1 << 20})
     with pytest.raises(PlanError, match="host: needs"):
-        loop.train(make_config())
+        train(make_config())
     assert not list(tmp_path.glob("run*"))
 
 
@@ -137,7 +138,7 @@ def test_the_second_lack_stops_and_other_errors_pass() -> None:
 def test_a_run_goes_on_at_the_same_step_with_the_same_losses(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: str
 ) -> None:
-    plain = loop.train(make_config(**{"output.run_dir": str(tmp_path / "plain")}))
+    plain = train(make_config(**{"output.run_dir": str(tmp_path / "plain")}))
     streams: list[Any] = []
     change = prepare.change_sweep
 
@@ -147,7 +148,7 @@ def test_a_run_goes_on_at_the_same_step_with_the_same_losses(
         streams.append(sweeper_of(model).weights)
 
     monkeypatch.setattr(prepare, "change_sweep", change_sweep)
-    original, lacks = loop._differentiate, iter([LACK])
+    original, lacks = step._differentiate, iter([LACK])
 
     def differentiate(run: Any, *args: Any) -> float:
         value = original(run, *args)
@@ -156,9 +157,9 @@ def test_a_run_goes_on_at_the_same_step_with_the_same_losses(
             raise lack
         return value
 
-    monkeypatch.setattr(loop, "_differentiate", differentiate)
+    monkeypatch.setattr(step, "_differentiate", differentiate)
     warned: list[str] = []
-    broken = loop.train(
+    broken = train(
         make_config(**{"output.run_dir": str(tmp_path / "broken"), "engine.stream": stream}),
         on_event=lambda event: warned.append(event.text) if event.kind == "warning" else None,
     )
@@ -175,14 +176,14 @@ def test_a_run_goes_on_at_the_same_step_with_the_same_losses(
 def test_a_second_lack_leaves_the_state_saved(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = loop._differentiate
+    original = step._differentiate
 
     def differentiate(run: Any, *args: Any) -> float:
         if run.state.step == 1:
             raise LACK
         return original(run, *args)
 
-    monkeypatch.setattr(loop, "_differentiate", differentiate)
+    monkeypatch.setattr(step, "_differentiate", differentiate)
     with pytest.raises(PlanError, match=r"step 2: out of memory.*The state before it is in"):
-        loop.train(make_config(**{"output.run_dir": str(tmp_path / "run")}))
+        train(make_config(**{"output.run_dir": str(tmp_path / "run")}))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]

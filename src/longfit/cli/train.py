@@ -124,13 +124,14 @@ def train(
             raise typer.Exit(code)
         return
 
-    from longfit.training import loop
+    from longfit.training.loop import train as run_training
+    from longfit.training.rehearsal import rehearse
 
     if dry_run:
         if resume:
             raise ConfigError("--dry-run: a run that goes on has passed it already; drop --resume or --dry-run")
         with show_progress(quiet=as_json) as on_event:
-            rehearsal = loop.rehearse(config, on_event=on_event)
+            rehearsal = rehearse(config, on_event=on_event)
         if Place.of(os.environ).rank:  # one process speaks for all
             return
         if as_json:
@@ -143,7 +144,7 @@ def train(
         return
 
     with show_progress(quiet=as_json) as on_event:
-        result = loop.train(config, on_event=on_event, resume=resume)
+        result = run_training(config, on_event=on_event, resume=resume)
     if Place.of(os.environ).rank:  # one process speaks for all
         raise typer.Exit(0 if result.finished else INTERRUPTED)
     if as_json:
