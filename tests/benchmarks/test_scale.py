@@ -18,9 +18,16 @@ def test_the_mean_number_of_keys_is_that_of_the_schedule(tokens: int, group: int
     assert scale._shifted_keys(tokens, group) == pytest.approx(float(seen.float().mean()))
 
 
-def test_compute_is_told_from_two_kinds_of_attention() -> None:
-    known = scale.Compute(2e-6, 3e-9)
-    grouped = scale._shifted_keys(scale.TOKENS, scale.GROUP)
-    shifted, exact = known.seconds(scale.TOKENS, grouped), known.seconds(scale.TOKENS, (scale.TOKENS + 1) / 2)
-    found = scale.Compute.of(shifted, exact)
-    assert (found.token_s, found.key_s) == (pytest.approx(known.token_s), pytest.approx(known.key_s))
+@pytest.mark.parametrize("kind", ["shifted", "exact"])
+def test_compute_is_told_from_steps_of_known_cost(kind: str) -> None:
+    known = scale.Compute(2e-6, 3e-9, 5e-7)
+    tokens, long = scale.TOKENS, scale.TOKENS * scale.LONG
+    steps = {
+        "shifted": known.seconds(tokens, scale._shifted_keys(tokens, scale.GROUP)),
+        "exact": known.seconds(tokens, (tokens + 1) / 2),
+        "long": known.seconds(long, (long + 1) / 2),
+        "with_itself": known.seconds(tokens, (tokens + 1) / 2, scale._projections(tokens, tokens // 2)),
+    }
+    found = scale.Compute.of(kind, **steps)
+    # The slope is taken over TOKENS (LONG - 1) / 2 keys, which is what the two windows' means differ by.
+    assert found == scale.Compute(*(pytest.approx(x) for x in (known.token_s, known.key_s, known.projection_s)))
