@@ -13,8 +13,10 @@ from gguf import GGUFReader
 from tests.exporting import adapted
 from tests.exporting.adapted import FAMILIES, RULES, TEXT, byte_level, save_adapted, sentencepiece
 from tests.exporting.llama_cpp import LlamaCpp
+from tests.model_folders import byte_tokenizer
 from tokenizers import Regex, pre_tokenizers
 
+from longfit.cli.app import main
 from longfit.errors import ExportError
 from longfit.exporting import gguf_file
 from longfit.exporting.export import export
@@ -137,6 +139,15 @@ def test_a_rule_without_a_name_is_refused_before_any_work(tmp_path: Path) -> Non
     with pytest.raises(ExportError, match=r"splits texts by .*\[a-z\]"):
         export(tmp_path / "adapter", tmp_path / "out", measure=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_merges_is_refused_before_any_work(tmp_path: Path, capsys) -> None:
+    save_adapted(tmp_path, "llama", tokenizer=byte_tokenizer())
+    words = ["export", str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "without a single merge, one token a byte" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*words, "--format", "gguf-lora", "--no-measure"]) == 0
 
 
 def test_a_rule_that_llama_cpp_would_not_apply_is_refused() -> None:

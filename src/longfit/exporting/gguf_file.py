@@ -62,6 +62,19 @@ def stored_type(name: str, shape: tuple[int, ...], file_type: str) -> Type:
     return Type.F16 if shape[-1] % block else wanted
 
 
+class _InFull(np.ndarray):
+    """An array that is written in full or raises why not: numpy's own ``tofile`` loses the error of a small one, which
+    the C library still holds when it returns, and the reason of a large one."""
+
+    def tofile(self, fid: Any, sep: str = "", format: str = "%s") -> None:
+        fid.write(np.ascontiguousarray(self).data.cast("B"))
+
+
+def in_full(array: np.ndarray) -> np.ndarray:
+    """An array for ``GGUFWriter``, which hands a file to its ``tofile``."""
+    return array.view(_InFull)
+
+
 def encode(tensor: Tensor, kind: Type) -> np.ndarray:
     """A tensor in one of GGUF's types, a slice of rows at a time; ``[..., bytes of a row]`` where it is in blocks."""
     if kind == Type.F32:
@@ -139,9 +152,9 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in extra.values():
-            writer.write_tensor_data(encode(tensor, Type.F32))
+            writer.write_tensor_data(in_full(encode(tensor, Type.F32)))
         for name in shapes:
-            writer.write_tensor_data(encode(to_gguf(name, make(name), config, family), kinds[name]))
+            writer.write_tensor_data(in_full(encode(to_gguf(name, make(name), config, family), kinds[name])))
     finally:
         writer.close()
 
@@ -198,6 +211,8 @@ def carried_metadata(path: Path, family: Family) -> dict[str, Field]:
         if key.startswith(("GGUF.", "split.")) or key in NOT_CARRIED:
             continue
         kind = field.types[0]
+        if kind == GGUFValueType.ARRAY and not field.contents():  # says nothing, and cannot be written
+            continue
         item = field.types[-1] if kind == GGUFValueType.ARRAY else None
         fields[key] = Field(field.contents(), kind, item)
     architecture = reader.get_field(Keys.General.ARCHITECTURE)

@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gguf import GGUFReader, GGUFWriter, Keys
 from gguf.constants import GGUFType
 
 from longfit.errors import ExportError
 from longfit.exporting.gguf_families import Family, to_gguf
-from longfit.exporting.gguf_file import tensor_names
+from longfit.exporting.gguf_file import in_full, tensor_names
 from longfit.model import gguf
 from longfit.model.adapter_weights import AdapterWeights, LowRank
 
@@ -59,8 +58,8 @@ def write_lora(path: Path, adapter: AdapterWeights, *, family: Family, config: A
         assert update is not None, key
         B = update.B.float() if alpha else update.B.float() * update.scaling
         B = to_gguf(key, B, config, family)  # its rows are those of the weight
-        writer.add_tensor(f"{names[key]}.lora_a", np.ascontiguousarray(update.A.float().numpy()))
-        writer.add_tensor(f"{names[key]}.lora_b", np.ascontiguousarray(B.numpy()))
+        writer.add_tensor(f"{names[key]}.lora_a", in_full(update.A.float().numpy()))
+        writer.add_tensor(f"{names[key]}.lora_b", in_full(B.numpy()))
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

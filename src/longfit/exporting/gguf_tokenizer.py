@@ -100,6 +100,11 @@ def _is_byte_level(backend: dict[str, Any]) -> bool:
 
 
 def _byte_level(backend: dict[str, Any]) -> dict[str, Field]:
+    if not backend["model"]["merges"]:
+        raise ExportError(
+            "tokenizer: byte-level BPE without a single merge, one token a byte; a GGUF file cannot say so. Use longfit"
+            " merge, or longfit export --format gguf-lora"
+        )
     return {
         Keys.Tokenizer.MODEL: Field("gpt2", STRING),
         Keys.Tokenizer.PRE: Field(pre_name(backend), STRING),

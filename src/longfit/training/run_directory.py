@@ -359,7 +359,7 @@ def create(
     }
     seen = run_dir / "documents.digests"
     with writing(seen, then="nothing was trained yet"):
-        _as_numbers(training.digests).tofile(seen)
+        seen.write_bytes(_as_numbers(training.digests).tobytes())  # tofile loses the error of a full disk
     files = {name: checksums.text_digest(text) for name, text in texts.items()}
     files[seen.name] = checksums.file_digest(seen)
     run = checksums.sealed({"format": IDENTITY_FORMAT, **asdict(identity), "files": files})
