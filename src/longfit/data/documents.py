@@ -74,15 +74,16 @@ class Documents:
                     f"{stop - found:,} documents vanished from {source} while it was being read; start again"
                 )
 
-    def select(self, indices: Iterable[int]) -> "Documents":
-        """Keep some of the documents, in their present order."""
-        kept = np.asarray(sorted(set(indices)), dtype=np.int64)
+    def select(self, kept: np.ndarray) -> "Documents":
+        """Keep some of the documents, in their present order.
+
+        Args: kept: bool ``[N]``.
+        """
         return replace(self, source=self.source[kept], position=self.position[kept], digests=self.digests[kept])
 
-    @property
-    def fingerprints(self) -> list[bytes]:
-        """The content digest of each document, in order."""
-        return [digest.tobytes() for digest in self.digests]
+    def num_shared(self, other: "Documents") -> int:
+        """How many different documents are in both sets."""
+        return len(np.intersect1d(_comparable(self.digests), _comparable(other.digests)))
 
     def digest(self) -> str:
         """One digest of all contents in their order, in hexadecimal."""
@@ -167,20 +168,32 @@ def split_documents(
         raise ConfigError(f"data.validation_fraction {validation_fraction}: must be at least 0 and below 1; try 0.05")
     total = len(documents)
     count = max(1, round(validation_fraction * total)) if validation_fraction else 0
-    twins: dict[bytes, list[int]] = {}
-    for index, fingerprint in enumerate(documents.fingerprints):
-        twins.setdefault(fingerprint, []).append(index)
+    different, twin_of, sizes = np.unique(_comparable(documents.digests), return_inverse=True, return_counts=True)
     key = seed.to_bytes(16, "little", signed=True)
-    held: list[int] = []
-    for fingerprint in sorted(twins, key=lambda digest: blake2b(digest, key=key).digest()):
-        if len(held) + len(twins[fingerprint]) <= count and len(held) + len(twins[fingerprint]) < total:
-            held += twins[fingerprint]
+    ranks = bytearray()
+    for digest in different:
+        ranks += blake2b(digest, key=key).digest()[:16]  # of 64 bytes: as good as all of them
+    order = np.lexsort(np.frombuffer(ranks, dtype=">u8").reshape(-1, 2).T[::-1])
+    is_held = np.zeros(len(different), dtype=bool)
+    held = 0
+    for index in order.tolist():
+        size = int(sizes[index])
+        if held + size <= count and held + size < total:
+            is_held[index] = True
+            held += size
+        if held == count:
+            break
     if (count and not held) or count >= total > 0:
         raise DataError(
-            f"{total:,} documents ({len(twins):,} different) cannot give {count:,} to validation and keep one for "
+            f"{total:,} documents ({len(different):,} different) cannot give {count:,} to validation and keep one for "
             "training; ask for fewer, or point validation at another file"
         )
-    return documents.select(set(range(total)) - set(held)), documents.select(held)
+    return documents.select(~is_held[twin_of]), documents.select(is_held[twin_of])
+
+
+def _comparable(digests: np.ndarray) -> np.ndarray:
+    """Digests, uint8 ``[N, 16]``, as values of which numpy can say whether they are equal."""
+    return np.ascontiguousarray(digests).view("V16")[:, 0]
 
 
 def _survey(

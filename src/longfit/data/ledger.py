@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longfit.data.packing import PackedDataset, document_lengths
+from longfit.data.document_table import count_targets
+from longfit.data.packing import PackedDataset
 from longfit.data.source_report import SourceReport
 from longfit.data.tokenized import TokenizedDocument
 from longfit.data.tokenizing import TokenizedSet, note_lines, unread_lines
@@ -122,17 +123,11 @@ class Ledger:
             tokenizer: to put a readable sample into the ledger.
             num_validation_seen: documents that are held out and trained on as well.
         """
-        documents, pieces = packed.documents, packed.pieces
-        lengths = document_lengths(documents, eos_token_id=packed.eos_token_id)
+        documents, table, pieces = packed.documents, packed.table, packed.pieces
+        lengths = table.lengths(eos_token_id=packed.eos_token_id)
         kept = np.bincount(pieces.document, weights=pieces.lengths, minlength=len(documents)).astype(np.int64)
         num_pieces = np.bincount(pieces.document, minlength=len(documents))
-        is_target = np.zeros(len(pieces), dtype=np.int64)  # targets in each piece
-        first_is_target = np.ones(len(pieces), dtype=bool)
-        for index in range(len(pieces)):
-            trained = documents[pieces.document[index]].trained
-            start, stop = int(pieces.start[index]), int(pieces.stop[index])
-            is_target[index] = stop - start - 1 if trained is None else trained[start + 1 : stop].sum()
-            first_is_target[index] = trained is None or trained[start]
+        is_target, first_is_target = count_targets(documents, table, pieces.document, pieces.start, pieces.stop)
         begins = pieces.start == 0
         num_trained = int(is_target.sum())
         num_starts, num_boundaries = int((first_is_target & begins).sum()), int((first_is_target & ~begins).sum())
@@ -147,14 +142,14 @@ class Ledger:
             "dropped_tokens": int(lengths[num_pieces == 0].sum()),
             "padded_tokens": slack if packed.pad_token_id is not None else 0,
             "num_documents": len(documents),
-            "num_chats": sum(document.is_chat for document in documents),
+            "num_chats": int(table.is_chat.sum()),
             "num_split": int((num_pieces > 1).sum()),
             "num_cut": int(((lengths > kept) & (num_pieces > 0)).sum()),
             "num_dropped": int((num_pieces == 0).sum()),
             "num_duplicates": len(report.duplicates) if report else 0,
             "num_empty": len(report.empty) if report else 0,
             "num_skipped_files": len(report.skipped) if report else 0,
-            "num_with_special_tokens": sum(document.num_special > 0 for document in documents),
+            "num_with_special_tokens": int((table.num_special > 0).sum()),
             "num_answers_without_end": _answers_without_end(packed),
             **{f"length_p{q}": _percentile(lengths, q) for q in (50, 90, 99)},
             "length_max": int(lengths.max()),
@@ -310,13 +305,13 @@ def _extra_tokens(documents: Sequence[TokenizedDocument]) -> float | None:
 
 def _answers_without_end(packed: PackedDataset) -> int:
     """Count chats whose last trained token is in no window although some of the chat is."""
-    ends: dict[int, int] = {}
-    for document, stop in zip(packed.pieces.document.tolist(), packed.pieces.stop.tolist(), strict=True):
-        ends[document] = max(stop, ends.get(document, 0))
+    pieces, table = packed.pieces, packed.table
+    last = np.zeros(len(table), dtype=np.int64)
+    np.maximum.at(last, pieces.document, pieces.stop)
     count = 0
-    for document, stop in ends.items():
+    for document in np.flatnonzero(table.is_chat & (last > 0) & (last < table.length)).tolist():
         trained = packed.documents[document].trained
-        count += trained is not None and bool(trained[stop:].any())
+        count += trained is not None and bool(trained[last[document] :].any())
     return count
 
 

@@ -3,22 +3,22 @@
 A *piece* is a run of one document's tokens; a *window* is a row of pieces. Position ids restart at 0 in every piece,
 which is how attention tells pieces apart (no piece sees another), and the first token of a piece is never a target,
 because nothing it could be predicted from is in its window. Documents within the context stay whole. Longer ones fill
-whole windows, without overlap, and what remains of them is packed with the short ones, best fit first, longest first
-(Johnson 1974: at most 11/9 of the fewest windows, and a constant).
+whole windows, without overlap, and what remains of them is packed with the short ones, best fit, longest first
+(`best_fit.py`).
 
 What this is not: LongLoRA's own preparation, which joins documents with an end token, ignores their boundaries and
 pads. And the windows are descriptions: token ids stay where the tokenizer put them until a window is asked for.
 """
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longfit.data.best_fit import best_fit_decreasing, ranks
+from longfit.data.document_table import DocumentTable, count_targets, table_of
 from longfit.data.tokenized import TokenizedDocument
 from longfit.errors import ConfigError, DataError
 from longfit.numerics.labels import IGNORED
@@ -55,6 +55,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __init__(
         self,
         documents: Sequence[TokenizedDocument],
+        table: DocumentTable,
         pieces: Pieces,
         windows: np.ndarray,
         *,
@@ -64,7 +65,7 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         seed: int = 0,
     ) -> None:
         """Args: windows: int64 ``[W + 1]``, window w holds pieces windows[w] to windows[w + 1]."""
-        self.documents, self.pieces, self.windows = documents, pieces, windows
+        self.documents, self.table, self.pieces, self.windows = documents, table, pieces, windows
         self.context, self.eos_token_id, self.pad_token_id, self.seed = context, eos_token_id, pad_token_id, seed
         self._order: tuple[int, np.ndarray] | None = None  # the epoch last asked for, and its order
 
@@ -109,8 +110,9 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def order(self, epoch: int) -> np.ndarray:
         """Return the order of an epoch's windows, int64 ``[W]``: seed and epoch decide, on any machine and version."""
         if self._order is None or self._order[0] != epoch:
-            ranks = [_rank(self.seed, epoch, window) for window in range(len(self))]
-            self._order = epoch, np.asarray(sorted(range(len(self)), key=ranks.__getitem__), dtype=np.int64)
+            numbers = np.stack([np.full(len(self), epoch), np.arange(len(self))], axis=1)
+            high, low = ranks(self.seed, numbers).T
+            self._order = epoch, np.lexsort((low, high))
         return self._order[1]
 
     @property
@@ -154,45 +156,38 @@ def pack(
         raise ConfigError(f"context {context}: must be at least 2 tokens, one to read and one to predict")
     if long_chat not in LONG_CHAT:
         raise ConfigError(f"data.long_chat {long_chat!r}: allowed are {', '.join(LONG_CHAT)}")
-    lengths = document_lengths(tokenized, eos_token_id=eos_token_id)
-    _check_lengths(tokenized, lengths, context=context, split=split, long_chat=long_chat)
-    runs: list[tuple[int, int, int]] = []
-    for index, (document, length) in enumerate(zip(tokenized, lengths.tolist(), strict=True)):
-        policy = long_chat if document.is_chat else "split"
-        runs += [
-            (index, start, stop)
-            for start, stop in _runs(length, context, policy)
-            if _num_targets(document, start, stop)
-        ]
-    if not runs:
+    table = table_of(tokenized)
+    lengths = table.lengths(eos_token_id=eos_token_id)
+    _check_lengths(tokenized, table, lengths, context=context, split=split, long_chat=long_chat)
+    runs = _runs(lengths, table.is_chat, context, long_chat)
+    targets, _ = count_targets(tokenized, table, *runs.T)
+    runs = runs[targets > 0]
+    if not len(runs):
         raise DataError(f"{len(tokenized):,} documents, but no token to train on is left at context {context:,}")
-    windows = [[run] for run in runs] if alone else _best_fit_decreasing(runs, context, seed)
-    table = np.asarray([run for window in windows for run in window], dtype=np.int64)  # [P, 3]
-    bounds = np.cumsum([0] + [len(window) for window in windows], dtype=np.int64)
-    pieces = Pieces(*(np.ascontiguousarray(column) for column in table.T))
+    if alone:
+        bounds = np.arange(len(runs) + 1)
+    else:
+        order, bounds = best_fit_decreasing(runs[:, 2] - runs[:, 1], context, ties=ranks(seed, runs))
+        runs = runs[order]
+    pieces = Pieces(*(np.ascontiguousarray(column) for column in runs.T))
     return PackedDataset(
-        tokenized, pieces, bounds, context=context, eos_token_id=eos_token_id, pad_token_id=pad_token_id, seed=seed
-    )
-
-
-def document_lengths(tokenized: Sequence[TokenizedDocument], *, eos_token_id: int | None) -> np.ndarray:
-    """Count each document's tokens, int64 ``[N]``, the end token that packing appends included."""
-    return np.asarray(
-        [len(document.input_ids) + _gets_eos(document, eos_token_id) for document in tokenized], dtype=np.int64
-    )
-
-
-def _gets_eos(document: TokenizedDocument, eos_token_id: int | None) -> bool:
-    ids = document.input_ids
-    return eos_token_id is not None and not document.is_chat and not (len(ids) and ids[-1] == eos_token_id)
+        tokenized, table, pieces, bounds, context=context, eos_token_id=eos_token_id, pad_token_id=pad_token_id,
+        seed=seed,
+    )  # fmt: skip
 
 
 def _check_lengths(
-    tokenized: Sequence[TokenizedDocument], lengths: np.ndarray, *, context: int, split: bool, long_chat: str
+    tokenized: Sequence[TokenizedDocument],
+    table: DocumentTable,
+    lengths: np.ndarray,
+    *,
+    context: int,
+    split: bool,
+    long_chat: str,
 ) -> None:
-    is_chat = np.asarray([document.is_chat for document in tokenized], dtype=bool)
     for kind, chats, refused in (("texts", False, not split), ("chats", True, long_chat == "error")):
-        long = np.flatnonzero((lengths > context) & (is_chat == chats))
+        is_kind = table.is_chat == chats
+        long = np.flatnonzero((lengths > context) & is_kind)
         if not refused or not len(long):
             continue
         longest = int(long[lengths[long].argmax()])
@@ -205,53 +200,20 @@ def _check_lengths(
             else "allow split"
         )
         raise DataError(
-            f"{len(long):,} of {int((is_chat == chats).sum()):,} {kind} are longer than context {context:,}; "
+            f"{len(long):,} of {int(is_kind.sum()):,} {kind} are longer than context {context:,}; "
             f"the longest, {tokenized[longest].name}, has {int(lengths[longest]):,} tokens. "
             f"Set context to that, or {choice}"
         )
 
 
-def _runs(length: int, context: int, policy: str) -> list[tuple[int, int]]:
-    """Cut one document of `length` tokens into runs of at most `context`."""
-    if length <= context:
-        return [(0, length)]
-    if policy == "split":
-        return [(start, min(start + context, length)) for start in range(0, length, context)]
-    return {"drop": [], "truncate_left": [(length - context, length)], "truncate_right": [(0, context)]}[policy]
-
-
-def _num_targets(document: TokenizedDocument, start: int, stop: int) -> int:
-    return stop - start - 1 if document.trained is None else int(document.trained[start + 1 : stop].sum())
-
-
-def _best_fit_decreasing(
-    runs: Sequence[tuple[int, int, int]], context: int, seed: int
-) -> list[list[tuple[int, int, int]]]:
-    """Put each run, longest first, into the fullest window that still has room; the seed orders equally long runs."""
-    windows: list[list[tuple[int, int, int]]] = []
-    spaces: list[int] = []  # the free spaces that occur, ascending, each once
-    windows_with: dict[int, list[int]] = {}  # free space -> windows that have it
-    for run in sorted(runs, key=lambda run: (run[1] - run[2], _rank(seed, *run))):
-        length = run[2] - run[1]
-        nearest = bisect_left(spaces, length)
-        if nearest == len(spaces):
-            windows.append([])
-            space, window = context, len(windows) - 1
-        else:
-            space = spaces[nearest]
-            window = windows_with[space].pop()
-            if not windows_with[space]:
-                del windows_with[space], spaces[nearest]
-        windows[window].append(run)
-        if left := space - length:
-            if left not in windows_with:
-                insort(spaces, left)
-                windows_with[left] = []
-            windows_with[left].append(window)
-    return windows
-
-
-def _rank(seed: int, *numbers: int) -> bytes:
-    """A sort key that looks random and is the same everywhere, unlike the generators of numpy and torch."""
-    content = b"".join(int(number).to_bytes(8, "little") for number in numbers)
-    return blake2b(content, digest_size=16, key=seed.to_bytes(16, "little", signed=True)).digest()
+def _runs(lengths: np.ndarray, is_chat: np.ndarray, context: int, long_chat: str) -> np.ndarray:
+    """Cut documents into runs of at most `context` tokens: (document, start, stop), int64 ``[R, 3]``, in order."""
+    count = np.maximum(-(-lengths // context), 1)  # of runs that a document is split into; an empty one is one
+    is_cut = is_chat & (lengths > context) & (long_chat in ("drop", "truncate_left", "truncate_right"))
+    count[is_cut] = 0 if long_chat == "drop" else 1
+    document = np.repeat(np.arange(len(lengths)), count)
+    nth = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+    start = nth * context
+    if long_chat == "truncate_left":
+        start = np.where(is_cut[document], lengths[document] - context, start)
+    return np.stack([document, start, np.minimum(start + context, lengths[document])], axis=1)

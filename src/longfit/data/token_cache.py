@@ -11,12 +11,15 @@ What this is not: a cache of windows. How documents are packed is decided anew i
 """
 
 import json
+import mmap
 import os
 import shutil
 import time
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, overload
@@ -24,6 +27,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, overload
 import numpy as np
 
 from longfit.data.chat_notes import ChatNotes
+from longfit.data.document_table import DocumentTable, TabledDocuments, TableRows
 from longfit.data.template import ChatTemplate
 from longfit.data.tokenized import TokenizedDocument
 from longfit.data.tokenizing import TokenizedSet
@@ -33,8 +37,11 @@ from longfit.notice import notify
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 3  # of an entry, and of what encoding makes of a chat: raise it when either changes
+FORMAT = 4  # of an entry, and of what encoding makes of a chat: raise it when either changes
 UNFINISHED_SECONDS = 24 * 3600.0  # after which a folder that nobody finished belongs to a process that died
+MAPPED_BYTES = 64 << 20  # of a file that are looked at before its pages are given back
+MAPPED_AROUND_BYTES = 64 << 10  # that Linux maps where one byte is looked at
+ADVICE: int | None = getattr(mmap, "MADV_DONTNEED", None)  # Windows has none, and counts mapped pages otherwise
 CACHED_BYTES = 8 << 20  # smaller files are tokenised again in less time than an entry is worth
 
 
@@ -59,20 +66,24 @@ def entry_key(tokenizer: "PreTrainedTokenizerBase", **settings: object) -> str |
     return blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=16).hexdigest()
 
 
-class StoredDocuments(Sequence[TokenizedDocument]):
+class StoredDocuments(TabledDocuments):
     """Tokenised documents whose tokens are mapped from files: they are read where they are used."""
 
     def __init__(self, folder: Path) -> None:
-        table = np.load(folder / "documents.npz", allow_pickle=False)
-        self.starts = table["starts"]  # int64 [N + 1], in tokens
-        self.num_special = table["num_special"]  # int32 [N]
-        self.is_chat = table["is_chat"]  # bool [N]
-        self._name_starts, self._names = table["name_starts"], table["names"]  # int64 [N + 1]; uint8
-        self.ids = _mapped(folder / "ids.i32", np.int32)
-        self.trained = _mapped(folder / "trained.u8", np.uint8)
+        found = np.load(folder / "documents.npz", allow_pickle=False)
+        self._table = DocumentTable(*(found[column.name] for column in fields(DocumentTable)))
+        self._starts = np.concatenate([[0], np.cumsum(self._table.length)])  # int64 [N + 1], in tokens
+        self._name_starts = np.concatenate([[0], np.cumsum(found["name_lengths"], dtype=np.int64)])
+        self._names = found["names"]  # uint8
+        self._ids = MappedFile(folder / "ids.i32", np.int32)
+        self._trained = MappedFile(folder / "trained.u8", np.uint8)
+
+    @property
+    def table(self) -> DocumentTable:
+        return self._table
 
     def __len__(self) -> int:
-        return len(self.num_special)
+        return len(self._table)
 
     @overload
     def __getitem__(self, index: int) -> TokenizedDocument: ...
@@ -84,16 +95,35 @@ class StoredDocuments(Sequence[TokenizedDocument]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        tokens = slice(int(self.starts[index]), int(self.starts[index + 1]))
         name = self._names[self._name_starts[index] : self._name_starts[index + 1]].tobytes().decode()
-        trained = self.trained[tokens].view(bool) if self.is_chat[index] else None
-        return TokenizedDocument(name, self.ids[tokens], trained, int(self.num_special[index]))
+        start, stop = int(self._starts[index]), int(self._starts[index + 1])
+        trained = self._trained.take(start, stop).view(bool) if self._table.is_chat[index] else None
+        return TokenizedDocument(name, self._ids.take(start, stop), trained, int(self._table.num_special[index]))
 
 
-def _mapped(path: Path, dtype: type) -> np.ndarray:
-    if path.stat().st_size == 0:  # an empty file cannot be mapped
-        return np.zeros(0, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r")
+class MappedFile:
+    """An array in a file, mapped into memory; what was looked at long ago does not stay there.
+
+    A mapped page that was read counts as memory of this process until the system is short of it, so that one pass over
+    a large set would look as large as the set. Now and then all pages are given back: they stay in the system's cache
+    of the file, and are mapped again where they are looked at again.
+    """
+
+    def __init__(self, path: Path, dtype: type) -> None:
+        # An empty file cannot be mapped.
+        self._array: np.ndarray = np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+        self._seen_bytes = 0
+
+    def take(self, start: int, stop: int) -> np.ndarray:
+        """A view of entries from `start` to `stop`."""
+        taken = self._array[start:stop]
+        self._seen_bytes += taken.nbytes + MAPPED_AROUND_BYTES
+        if self._seen_bytes > MAPPED_BYTES:
+            self._seen_bytes = 0
+            mapping = getattr(self._array, "_mmap", None)
+            if mapping is not None and ADVICE is not None:
+                mapping.madvise(ADVICE)
+        return taken
 
 
 class TokenWriter:
@@ -109,39 +139,34 @@ class TokenWriter:
         self.folder.mkdir()
         self._ids: BinaryIO = (self.folder / "ids.i32").open("wb")
         self._trained: BinaryIO = (self.folder / "trained.u8").open("wb")
-        self._lengths: list[int] = []
-        self._num_special: list[int] = []
-        self._is_chat = bytearray()
+        self._rows = TableRows()
         self._names = bytearray()
-        self._name_lengths: list[int] = []
+        self._name_lengths = array("i")
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._rows)
 
     def extend(self, documents: Iterable[TokenizedDocument]) -> None:
         for document in documents:
-            self._ids.write(np.ascontiguousarray(document.input_ids, dtype=np.int32).tobytes())
+            self._ids.write(np.ascontiguousarray(document.input_ids, dtype=np.int32).data)
             trained = document.trained
             mask = np.ones(len(document.input_ids), dtype=np.uint8) if trained is None else trained.astype(np.uint8)
-            self._trained.write(mask.tobytes())
+            self._trained.write(mask.data)
             name = document.name.encode()
             self._names += name
             self._name_lengths.append(len(name))
-            self._lengths.append(len(document.input_ids))
-            self._num_special.append(document.num_special)
-            self._is_chat.append(trained is not None)
+            self._rows.add(document)
 
     def finish(self, result: TokenizedSet) -> StoredDocuments:
         """Write the tables, and move the entry into its place."""
         self._ids.close()
         self._trained.close()
+        table = self._rows.table()
         np.savez(
             self.folder / "documents.npz",
-            starts=np.cumsum([0, *self._lengths], dtype=np.int64),
-            num_special=np.asarray(self._num_special, dtype=np.int32),
-            is_chat=np.frombuffer(bytes(self._is_chat), dtype=np.bool_),
-            name_starts=np.cumsum([0, *self._name_lengths], dtype=np.int64),
-            names=np.frombuffer(bytes(self._names), dtype=np.uint8),
+            **{column.name: getattr(table, column.name) for column in fields(table)},
+            name_lengths=np.asarray(self._name_lengths, dtype=np.int32),
+            names=np.frombuffer(self._names, dtype=np.uint8),
         )
         notes, template = result.notes, result.template
         said = {

@@ -12,6 +12,7 @@ from longfit.data.chat_encoder import ChatEncoder
 from longfit.data.chat_notes import ChatNotes
 from longfit.data.chat_workers import map_in_order
 from longfit.data.document import Document
+from longfit.data.document_table import DocumentTable, TabledDocuments, table_of
 from longfit.data.encoding import TRAIN_ON
 from longfit.data.source_report import listing
 from longfit.data.template import ChatTemplate
@@ -27,7 +28,7 @@ CHAT_BATCH_CHARS = 1 << 18  # sent to a process: much work beside what sending t
 
 
 @dataclass(slots=True)
-class TokenizedSet(Sequence[TokenizedDocument]):
+class TokenizedSet(TabledDocuments):
     """Documents as tokens, in order, and what was noticed.
 
     Attributes:
@@ -40,6 +41,10 @@ class TokenizedSet(Sequence[TokenizedDocument]):
     template: ChatTemplate | None = None
     notes: ChatNotes = field(default_factory=ChatNotes)
     skipped: list[str] = field(default_factory=list)
+
+    @property
+    def table(self) -> DocumentTable:
+        return table_of(self.documents)
 
     def __len__(self) -> int:
         return len(self.documents)

@@ -161,7 +161,7 @@ def stop_ids(name: str) -> tuple[int, ...]:
 
 def num_shared(held_out: Documents | None, documents: Documents) -> int:
     """How many held-out documents are among those that are trained on."""
-    return 0 if held_out is None else len(set(held_out.fingerprints) & set(documents.fingerprints))
+    return 0 if held_out is None else held_out.num_shared(documents)
 
 
 def resolve_date(config: RunConfig, documents: Documents) -> RunConfig:
