@@ -69,3 +69,24 @@ def test_a_layer_may_write_over_the_output_of_the_one_before():
 def test_no_memory_is_told_as_such():
     with pytest.raises(MemoryError, match=r"bytes for .* in torch\.float32: "):
         host_memory.empty(torch.zeros(1), (1 << 44,))
+
+
+@pytest.mark.parametrize(("resident", "trims"), [(94, 0), (96, 1)])
+def test_holes_are_given_back_near_the_peak(monkeypatch, resident, trims):
+    done = []
+    monkeypatch.setattr(host_memory, "_malloc_trim", lambda: done.append)
+    monkeypatch.setattr(host_memory, "_peak_bytes", lambda: 100)
+    monkeypatch.setattr(host_memory, "_resident_bytes", lambda: resident)
+    host_memory.give_back(torch.device("cpu"))
+    host_memory.give_back(torch.device("meta"))
+    assert len(done) == trims
+
+
+@pytest.mark.skipif(host_memory._malloc_trim() is None, reason="no glibc or no /proc/self/statm")
+def test_resident_memory_grows_with_what_is_touched_and_the_peak_is_no_smaller():
+    before = host_memory._resident_bytes()
+    held = torch.zeros(8 << 20).add_(1)  # 32 MiB
+    after = host_memory._resident_bytes()
+    assert 32 << 20 <= after - before < 64 << 20
+    assert host_memory._peak_bytes() >= after - (1 << 20)  # the kernel counts by the page, and lags by a few
+    assert held.sum() == held.numel()

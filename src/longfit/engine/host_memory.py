@@ -16,6 +16,7 @@ What is still left of the heap's holes is given back to the system at the moment
 import ctypes
 import math
 import mmap
+import os
 import platform
 from functools import cache
 from typing import Any
@@ -25,6 +26,9 @@ from torch import Tensor
 
 SMALLEST_BYTES = 64 << 10
 """Less is left to the heap, which does not grow by it."""
+
+NEAR_PEAK = 0.95
+"""Resident memory over the process's peak from which the holes of the heap count: one more layer adds a few percent."""
 
 
 def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
@@ -45,23 +49,34 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
 
 
 def give_back(device: torch.device) -> None:
-    """Hand the holes of the heap back to the system, if ``device`` is the CPU and its C library is glibc.
+    """Hand the holes of the heap back to the system where they would raise the peak: on a CPU with glibc.
 
     glibc keeps freed blocks of up to 32 MiB for later requests. What outlives a tile has a mapping of its
-    own, so the holes left are those of a tile's activations: after a forward pass of SmolLM2-135M 60 MB, after a
-    backward pass 200 MB. The phase that follows asks for other sizes, and would come on top; so would the layers of a
-    backward pass, each by a little. ``malloc_trim`` takes a hundredth of a second for some hundred megabytes, and
-    touching the pages again a tenth. After every layer that was 15 % of a step once; before the forward pass, around
-    the loss and after every fourth layer of the backward pass it is lost in the noise of a step of 17 s on 4,096
-    tokens. Three such steps peaked at 1,332, 1,340 and 1,439 MB without the trims between layers, and at 1,332, 1,323
-    and 1,341 MB with them, taken in turn. On 16,384 tokens a trim after every layer made backward 4 % slower (42.0 to
-    43.7 s, medians of three) and lowered no peak.
+    own, so the holes left are those of a tile's activations: after a forward pass of SmolLM2-135M 60 MB, within a
+    backward pass 80 MB. The phase that follows asks for other sizes, and would come on top; so would the layers of a
+    backward pass, each by a little: three steps on 4,096 tokens peaked at 1,332, 1,340 and 1,439 MB without trims
+    between layers, and at 1,332, 1,323 and 1,341 MB with one after every fourth. But ``malloc_trim`` takes a hundredth
+    of a second for some hundred megabytes, and touching the pages again a tenth. Below the peak of the process it gains
+    nothing, and resident memory falls through a backward pass whose layer inputs wait in memory; so holes are given
+    back only within :data:`NEAR_PEAK` of it. That is a step of 2,048 tokens in 7.9 s instead of 8.5, at the same peak.
     """
     trim = _malloc_trim()
-    if device.type == "cpu" and trim is not None:
+    if device.type == "cpu" and trim is not None and _resident_bytes() > NEAR_PEAK * _peak_bytes():
         trim(0)
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * mmap.PAGESIZE
+
+
+def _peak_bytes() -> int:
+    import resource  # which Windows has not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
 @cache
 def _malloc_trim() -> Any | None:
-    return ctypes.CDLL(None).malloc_trim if platform.libc_ver()[0] == "glibc" else None
+    has_it = platform.libc_ver()[0] == "glibc" and os.path.exists("/proc/self/statm")
+    return ctypes.CDLL(None).malloc_trim if has_it else None
