@@ -305,7 +305,8 @@ h2{font-size:1.2rem;margin:0 0 .5rem}.lead{font-size:1.2rem;margin:0 0 .5rem}
 ul{padding-left:1.2rem;margin:.5rem 0 1.5rem}
 section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:1.25rem 1.5rem;margin:1.25rem 0}
 section>p{color:var(--soft);margin:0 0 1rem}
-figure{margin:0 0 1rem;background:#fff;border-radius:6px;padding:.5rem}figure svg{width:100%;height:auto;display:block}
+figure{margin:0 0 1rem;background:#fff;border-radius:6px;padding:.5rem;overflow-x:auto}
+figure svg{width:100%;min-width:36rem;height:auto;display:block}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .9rem .3rem 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;color:var(--soft)}td:first-child,th:first-child,.settings td,.words td,.words th{text-align:left}
