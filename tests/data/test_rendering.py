@@ -1,7 +1,6 @@
 """A template that loops, multiplies or recurses is ended, named, and the next chat is rendered all the same."""
 
 import os
-import time
 
 import pytest
 
@@ -37,10 +36,8 @@ def test_what_a_template_may_not_do_is_named(source: str, kind: type[Exception],
 
 
 def test_a_template_that_loops_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = TemplateProcess(limit_s=5)
-    began = time.monotonic()
+    process = TemplateProcess(limit_s=1)
     assert process.render(LOOPS, date=None, variables={}) == {"slow": True}
-    assert time.monotonic() - began < 15
     assert process.render("{{ x }}", date=None, variables={"x": 1})["text"] == "1"
     monkeypatch.setattr("longfit.data.template.template_process", lambda: process)
     with pytest.raises(ConfigError, match="loops for ever"):

@@ -12,6 +12,7 @@ import numpy as np
 
 from longfit.data.chat_notes import ChatNotes
 from longfit.data.template import ChatTemplate
+from longfit.data.tokenizing_border import tokenizing
 from longfit.errors import DataError
 
 if TYPE_CHECKING:
@@ -99,11 +100,12 @@ def _by_sections(
 def _tokens(text: str, tokenizer: "PreTrainedTokenizerBase", *, as_text: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise; ids and the character at which each token begins. `as_text`: control tokens in it are text."""
     options = {"split_special_tokens": True} if as_text else {}
-    if tokenizer.is_fast:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
-        starts = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
-        return np.asarray(encoded["input_ids"], dtype=np.int32), starts
-    ids = np.asarray(tokenizer(text, add_special_tokens=False, **options)["input_ids"], dtype=np.int32)
+    with tokenizing(tokenizer):
+        if tokenizer.is_fast:
+            encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options)
+            starts = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
+            return np.asarray(encoded["input_ids"], dtype=np.int32), starts
+        ids = np.asarray(tokenizer(text, add_special_tokens=False, **options)["input_ids"], dtype=np.int32)
     return ids, _starts_without_offsets(text, ids, tokenizer)
 
 

@@ -16,12 +16,13 @@ from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from longfit.data.extraction import Extraction
 from longfit.data.source_report import SourceReport
+from longfit.errors import DataError
+from longfit.files.reading import reading, require_regular
 
 FORMAT = 1  # of an entry, and of what reading makes of a file: raise it when either changes
 SETTLED_SECONDS = 3.0  # FAT and some network file systems count in two seconds
@@ -44,14 +45,18 @@ def survey_key(files: Iterable[Path], **settings: object) -> str | None:
 def read_survey(place: Path) -> Survey | None:
     """Read an entry; None if it is not there, or not whole."""
     try:
-        with np.load(place, allow_pickle=False) as table:
-            arrays = {name: table[name] for name in table.files}
-    except (OSError, ValueError, BadZipFile, EOFError):
+        with reading(place, "what is cached", DataError):
+            require_regular(place, DataError)
+            with np.load(place, allow_pickle=False) as table:
+                arrays = {name: table[name] for name in table.files}
+            said = json.loads(arrays.pop("said").tobytes())
+            report: dict[str, Any] = {key: _as_tuples(value) for key, value in said["report"].items()}
+            report["extractions"] = tuple(
+                (name, Extraction(*_as_tuples(found))) for name, found in report["extractions"]
+            )
+            return arrays, SourceReport(**report), bool(said["is_chat"])
+    except DataError:  # it is read anew
         return None
-    said = json.loads(arrays.pop("said").tobytes())
-    report: dict[str, Any] = {key: _as_tuples(value) for key, value in said["report"].items()}
-    report["extractions"] = tuple((name, Extraction(*_as_tuples(found))) for name, found in report["extractions"])
-    return arrays, SourceReport(**report), bool(said["is_chat"])
 
 
 def write_survey(place: Path, survey: Survey) -> None:

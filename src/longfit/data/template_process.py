@@ -19,7 +19,9 @@ from typing import Any
 from longfit.data.rendering import FRAME, MEMORY_BYTES
 
 LIMIT_S = 20.0
-"""For one rendering; a chat of a million tokens takes a hundredth of it."""
+"""Of a processor, for one rendering: a chat of a million tokens takes a hundredth of it, on a busy machine too."""
+STUCK_TIMES = 15
+"""So many times the limit may pass on the clock: the machine is busy, or the process was stopped."""
 LOOK_EVERY_S = 0.25
 
 
@@ -89,12 +91,17 @@ class TemplateProcess:
 
         with suppress(psutil.Error):
             looked_at = psutil.Process(process.pid)
+            seen, used_s = None, 0.0
             while process.poll() is None:
                 time.sleep(LOOK_EVERY_S)
                 began = self._began
                 if began is None:
                     continue
-                if time.monotonic() - began > self.limit_s:
+                times = looked_at.cpu_times()
+                if began != seen:
+                    seen, used_s = began, times.user + times.system
+                passed_s = time.monotonic() - began
+                if times.user + times.system - used_s > self.limit_s or passed_s > STUCK_TIMES * self.limit_s:
                     self._killed_for = "slow"
                 elif looked_at.memory_info().rss > MEMORY_BYTES:
                     self._killed_for = "memory"

@@ -10,6 +10,7 @@ from longfit.data.chat_notes import ChatNotes
 from longfit.data.document import Document
 from longfit.data.template import control_pattern, control_tokens
 from longfit.data.tokenized import Tokenized, TokenizedDocument
+from longfit.data.tokenizing_border import tokenizing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,5 +71,6 @@ class DecomposedCost:
 
 
 def _input_ids(texts: Sequence[Any], tokenizer: "PreTrainedTokenizerBase", **options: bool) -> list[np.ndarray]:
-    encoded = tokenizer(list(texts), verbose=False, **options)["input_ids"]
+    with tokenizing(tokenizer):
+        encoded = tokenizer(list(texts), verbose=False, **options)["input_ids"]
     return [np.asarray(ids, dtype=np.int32) for ids in encoded]

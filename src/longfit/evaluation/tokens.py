@@ -5,10 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longfit.data.tokenizing_border import tokenizing
+
 
 def encode(tokenizer: Any, text: str) -> Tensor:
     """Text as tokens ``[N]`` int64, with what the tokenizer puts before a text but not with an end token."""
-    ids = tokenizer(text, verbose=False).input_ids
+    with tokenizing(tokenizer):
+        ids = tokenizer(text, verbose=False).input_ids
     return torch.tensor(ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids, dtype=torch.int64)
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from longfit.data.template import choose_template
+
 SYSTEM, USER, ANSWER = "\x02system\x02", "\x02user\x02", "\x02answer\x02"
 
 
@@ -38,13 +40,15 @@ class ChatFormat:
 def chat_format(tokenizer: Any) -> ChatFormat | None:
     """The format of a tokenizer's chat template; None if there is no template, or none that parts explain."""
 
+    if not isinstance(tokenizer.chat_template, str):
+        return None
+    template = choose_template(tokenizer)
+
     def render(*contents: str, prompt: bool = False) -> str:
         roles = {SYSTEM: "system", USER: "user", ANSWER: "assistant"}
         messages = [{"role": roles[content], "content": content} for content in contents]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        return template.render(messages, add_generation_prompt=prompt)
 
-    if not isinstance(tokenizer.chat_template, str):
-        return None
     try:
         before, asked, answered, asked_again = _cut(render(USER, ANSWER, USER, prompt=True))
         user_end = _begun(asked, render(USER).split(USER)[1], tokenizer.eos_token)

@@ -153,6 +153,12 @@ def _settled(loaded: tuple[Any, Any], own_rows: OwnRows | None) -> tuple[Any, An
 CANNOT_LOAD = "fetch it again, or give another model (--debug shows where it failed)"
 
 
+EMBEDDED_ADAPTER = (
+    "{name}: has an adapter_config.json beside its weights, which transformers would apply unasked; move the adapter "
+    "into a folder of its own, or give a model without one"
+)
+
+
 def _load_gguf(path: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
     config, tokenizer = gguf.read_config(path), gguf.read_tokenizer(path)
     state_dict = gguf.lazy_state_dict(path, config)
@@ -171,6 +177,8 @@ def _load_safetensors(name: str, arguments: dict[str, Any], *, resize_embeddings
     if block is not None:
         arguments["quantization_config"] = None
         config.quantization_config = prequantized(name, block).settings()
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ModelError(EMBEDDED_ADAPTER.format(name=name))
     headers = read_headers(Path(name)) if Path(name).is_dir() else {}
     if headers:
         require_fitting(headers, config, prequantized=block is not None)
@@ -181,6 +189,8 @@ def _load_safetensors(name: str, arguments: dict[str, Any], *, resize_embeddings
         model = accounted(name, load, **arguments)
     except OSError as error:
         raise ModelError(f"{name}: {first_line(error)}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id, whose files are only known now
+        raise ModelError(EMBEDDED_ADAPTER.format(name=name))
     tokenizer = read_tokenizer(name)
     if resize_embeddings:
         add_rows(model, tokenizer, name)
@@ -230,6 +240,11 @@ def read_config(name: str | os.PathLike[str]) -> PretrainedConfig:
         known = "not a configuration that transformers can read" if Path(name).is_dir() else NEITHER
         raise ModelError(f"{place}: {known} ({border.reason(error)}); fetch it again, or give another model") from error
     forget_kernels(config)  # a file does not choose them
+    if getattr(config, "transformers_weights", None) is not None:
+        raise ModelError(
+            f"{name}: config.json names a file of weights (transformers_weights); longfit reads model.safetensors or "
+            "what its index names: rename the file, and take the key out"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(
             f"{name}: a {config.model_type} model is not a causal language model; longfit trains decoders only"

@@ -25,6 +25,7 @@ from longfit.errors import ModelError
 from longfit.files import checksums
 from longfit.files.reading import read_object, reading
 from longfit.model.accounting import is_finite, not_finite
+from longfit.model.adapter_patterns import require_quick_patterns
 from longfit.model.adapters import register_layers
 
 WEIGHTS = "adapter_model.safetensors"
@@ -81,7 +82,10 @@ def load_adapter(model: Any, path: str | os.PathLike[str], *, trainable: bool = 
         raise ModelError(f"{folder}: {'; '.join(found[:3])}; copy it again, or resume its run, which writes it again")
     with reading(folder, "the adapter", ModelError, do="copy it again (--debug shows where it failed)"):
         require_same_positions(model.config, folder)
-        read_object(folder / "adapter_config.json", ModelError, what="the adapter's configuration", do="copy it again")
+        said = read_object(
+            folder / "adapter_config.json", ModelError, what="the adapter's configuration", do="copy it again"
+        )
+        require_quick_patterns(said, folder)
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
             raise ModelError(f"{folder}: a {config.peft_type} adapter; longfit reads LoRA adapters")

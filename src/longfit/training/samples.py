@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from longfit.data.template import choose_template
 from longfit.errors import RunError
 from longfit.files.reading import reading
 from longfit.files.writing import append_lines, write_text, writing
@@ -72,8 +73,8 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 def _prompt_ids(tokenizer: Any, prompt: str, document: str | None) -> list[int]:
     text = prompt if document is None else f"{document}\n\n{prompt}"
     if tokenizer.chat_template:
-        messages = [{"role": "user", "content": text}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        said = choose_template(tokenizer).render([{"role": "user", "content": text}], add_generation_prompt=True)
+        return list(tokenizer(said, add_special_tokens=False).input_ids)
     ids = list(tokenizer(text).input_ids)
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
