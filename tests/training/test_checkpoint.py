@@ -28,7 +28,7 @@ from longfit.training.checkpoint import (
     trained_tensors,
 )
 from longfit.training.loop import train
-from longfit.training.metrics import read_metrics
+from longfit.training.metrics import MetricsFile, read_metrics
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def test_what_is_saved_is_what_is_loaded_and_only_the_newest_stay(tmp_path: Path
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.mark.parametrize("fault", ["no room", "torch", "adapter", "not allowed"])
+@pytest.mark.parametrize("fault", ["no room", "torch", "adapter", "not allowed", "read-only"])
 def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(
     tmp_path: Path, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
@@ -79,13 +79,21 @@ def test_a_full_disk_is_named_and_the_earlier_checkpoint_stays(
         if fault == "torch":  # how torch tells it; the disk is full by then
             monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0))
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+        if fault == "read-only":  # and a disk that an error has made read-only
+            monkeypatch.setattr(Path, "touch", refuse)
+            raise RuntimeError("Parent directory does not exist.")
         raise OSError(errno.EACCES if fault == "not allowed" else errno.ENOSPC, "told by the system")
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "told by the system")
 
     if fault == "no room":
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1, 1, 0))
     else:
-        monkeypatch.setattr(*((torch, "save") if fault == "torch" else (parts["model"], "save_pretrained")), full)
-    expected = "may not be written" if fault == "not allowed" else "disk is full, it needs 16\\.\\d MiB"
+        monkeypatch.setattr(
+            *((torch, "save") if fault in ("torch", "read-only") else (parts["model"], "save_pretrained")), full
+        )
+    expected = "may not be written" if fault in ("not allowed", "read-only") else "disk is full, it needs 16\\.\\d MiB"
     with pytest.raises(RunError, match=f"{expected}.*step-000001 stays valid"):
         save_checkpoint(tmp_path, RunState(2, 2, 2), **parts, keep=1)
     assert list_checkpoints(tmp_path) == [first]
@@ -114,6 +122,34 @@ def test_a_checkpoint_of_another_model_or_format_is_refused(tmp_path: Path, part
     (folder / "state.json").write_text("{")
     with pytest.raises(RunError, match=r"state\.json: the state of the run cannot be read"):
         read_state(folder)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_disk_that_becomes_read_only_ends_the_run_which_then_goes_on(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    config = make_config(train__steps=4, train__save_every=2)
+    append, lines = MetricsFile.append, 0
+
+    def refused(file: MetricsFile, record: dict[str, object]) -> None:
+        nonlocal lines
+        lines += 1
+        with monkeypatch.context() as patched:
+            if lines == step:
+                patched.setattr(Path, "open", read_only)
+            append(file, record)
+
+    def read_only(path: Path, mode: str = "r", **options: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(MetricsFile, "append", refused)
+    stays = "no checkpoint was saved yet" if step == 1 else r"step-000002 stays valid"
+    with pytest.raises(
+        RunError, match=rf"step {step + 1}: .*metrics\.jsonl: cannot be written: this place .*{stays}.*--resume"
+    ):
+        train(config)
+    result = train(config, resume=True)
+    assert [record["step"] for record in read_metrics(result.run_dir / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_ctrl_c_saves_and_a_kill_leaves_a_usable_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from longfit.errors import LongfitError, RunError, SaveError
 from longfit.files import checksums
 from longfit.files.reading import read_object, reading
-from longfit.files.writing import FULL, flush_folder, remove_folder, replace_folder, why
+from longfit.files.writing import FULL, UNFINISHED, flush_folder, remove_folder, replace_folder, why
 from longfit.optim.adamw import PagedAdamW
 from longfit.parallel.shard import Shards, local_rows, own_rows, own_state
 from longfit.planning.disk_bytes import adapter_bytes, checkpoint_bytes, run_bytes
@@ -147,11 +147,16 @@ def saving(run_dir: Path, final: Path, needed: int) -> Iterator[None]:
         yield
     except LongfitError:
         raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch.save and safetensors hide a full disk behind errors of their own.
-        if isinstance(error, OSError) or not has_free(run_dir, needed):
-            raise SaveError(_cannot_save(run_dir, final, error, needed)) from error
-        raise
+    except OSError as error:
+        raise SaveError(_cannot_save(run_dir, final, error, needed)) from error
+    except (
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch.save and safetensors hide a disk behind errors of their own
+        refused = _refusal(run_dir, needed)
+        if refused is None:
+            raise
+        raise SaveError(_cannot_save(run_dir, final, refused, needed)) from error
 
 
 def require_disk_room(run_dir: Path, *, trained: int, state: int, keep: int, best: bool = False) -> None:
@@ -190,6 +195,18 @@ def has_free(folder: Path, needed: int) -> bool:
         return shutil.disk_usage(folder).free >= needed
     except OSError:
         return False
+
+
+def _refusal(folder: Path, needed: int) -> OSError | None:
+    """What the disk of a folder says to a new file; None if it takes one of ``needed`` bytes."""
+    probe = folder / f".probe{UNFINISHED}"  # of a name that is swept
+    try:
+        probe.touch()
+        probe.unlink()
+        require_free(folder, needed)
+    except OSError as error:
+        return error
+    return None
 
 
 def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -310,11 +327,15 @@ def num_bytes(tree: Any) -> int:
     return sum(num_bytes(value) for value in values)
 
 
-def _cannot_save(run_dir: Path, final: Path, error: Exception, needed: int) -> str:
+def _cannot_save(run_dir: Path, final: Path, error: OSError, needed: int) -> str:
+    what = why(error)
+    if error.errno in FULL:
+        what = f"the disk is full, it needs {format_bytes(needed)}: free some space"
+    return f"{final}: cannot save: {what}; {what_stays(run_dir)}"
+
+
+def what_stays(run_dir: Path) -> str:
+    """Say what of a run is kept when it has to end, and how to go on."""
     earlier = list_checkpoints(run_dir)
-    stays = f"{earlier[-1]} stays valid" if earlier else "there is no earlier one"
-    advice = "resume the run with --resume" if earlier else "start again in a new --run-dir"
-    what = f"the disk is full, it needs {format_bytes(needed)}: free some space"
-    if isinstance(error, OSError) and error.errno not in FULL:
-        what = why(error)
-    return f"{final}: cannot save: {what}; {stays}. Then {advice}"
+    stays = f"{earlier[-1]} stays valid" if earlier else "no checkpoint was saved yet, the run will begin anew"
+    return f"{stays}. Then go on with longfit train --run-dir {run_dir} --resume"

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from longfit.config import RunConfig
 from longfit.engine.sweep.evaluation import swept_evaluation
-from longfit.errors import DataError, PlanError, RunError, SaveError
+from longfit.errors import DataError, PagingError, PlanError, RunError, SaveError
 from longfit.files.reading import read_text
 from longfit.files.writing import why
 from longfit.parallel.shard import whole_state
 from longfit.training import memory_check, run_directory
 from longfit.training.best import reason_to_stop
-from longfit.training.checkpoint import save_checkpoint, save_result
+from longfit.training.checkpoint import save_checkpoint, save_result, what_stays
 from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, OnEvent, ignore, peak_memory_bytes, read_metrics
 from longfit.training.model_card import refused_by_servers, write_cards
@@ -140,6 +140,8 @@ def _loop(run: TrainingRun) -> TrainResult:
             raise RunError(f"{error}. Nothing of it was learned; the state before it is in {checkpoint}") from None
         except SaveError:
             raise
+        except PagingError as error:  # in the middle of a step: the parameters are of no moment that could be saved
+            raise PagingError(f"step {run.state.step + 1}: {error}. {what_stays(run.run_dir)}") from error
         except (RunError, OSError) as error:  # of the disk: metrics, offloaded inputs, streamed weights
             what = why(error) if isinstance(error, OSError) else str(error)
             raise RunError(f"step {run.state.step + 1}: {what}. {_keep(run, interruptible)}") from error
@@ -191,6 +193,9 @@ def _save_checkpoint(run: TrainingRun) -> None:
 def _keep(run: TrainingRun, interruptible: Interruptible) -> str:
     """Save the state if that can be done; say what is kept and how to go on."""
     try:
+        told = max((int(str(record["step"])) for record in read_metrics(run.metrics.path)), default=0)
+        if told < run.state.step:  # the line about the last step could not be written: it is taken again
+            return what_stays(run.run_dir)
         with interruptible.held():
             _save(run)
         checkpoint = run_directory.last_checkpoint(run.run_dir)
