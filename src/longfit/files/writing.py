@@ -7,6 +7,7 @@ leaves the old file or the new one, and perhaps a hidden ``.NAME.unfinished``, w
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -148,7 +149,17 @@ def sweep(folder: Path) -> list[Path]:
 
 
 def flush(descriptor: int) -> None:
-    """Wait until a file that is open for writing is on the disk."""
+    """Wait until a file that is open for writing is on the disk.
+
+    On macOS ``fsync`` ends when the disk has the bytes in its cache; ``F_FULLFSYNC``, where the file system knows it,
+    when they are written.
+    """
+    if sys.platform == "darwin":
+        import fcntl
+
+        with suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
     os.fsync(descriptor)
 
 
