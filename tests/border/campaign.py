@@ -1,10 +1,11 @@
-"""Kills runs at random moments, and fills their disk; each run must end as if nothing had been.
+"""Kills runs at random moments, fills their disk and breaks it; each run must end as if nothing had been.
 
-    python -m tests.border.campaign --kills 200 --fills 50
+    python -m tests.border.campaign --kills 200 --fills 50 --breaks 50
 
 A run is killed, resumed, killed again, until it is finished: its adapter and its losses are then those of a run that
-nobody disturbed, bit for bit. A disk that fills must end the command with exit 2 and a message that says what stays;
-with room again the run goes on to the same end. Filling wants a small tmpfs, which only root may mount.
+nobody disturbed, bit for bit. A disk that fills, and one that an error of its file system makes read-only, must end the
+command with exit 2 and a message that says what stays; with room again, or mounted anew, the run goes on to the same
+end. Filling wants a small tmpfs and breaking an ext4 in a file, which only root may mount.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +35,32 @@ def _small_disk(folder: Path) -> Iterator[Path]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "tmpfs", str(folder)], check=True)
     try:
         yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextmanager
+def _ext4(image: Path, folder: Path) -> Iterator[tuple[Path, Path, Callable[[], None]]]:
+    """A file system that becomes read-only at its first error: its folder, what makes an error, what repairs it."""
+    subprocess.run(["truncate", "-s", str(TMPFS_BYTES), str(image)], check=True)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    folder.mkdir()
+
+    def mount() -> None:
+        subprocess.run(["mount", "-o", "loop,errors=remount-ro", str(image), str(folder)], check=True)
+
+    def device() -> str:
+        found = subprocess.run(["findmnt", "-no", "SOURCE", str(folder)], check=True, capture_output=True, text=True)
+        return Path(found.stdout.strip()).name
+
+    def repair() -> None:
+        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["e2fsck", "-fy", str(image)], stdout=subprocess.DEVNULL, check=False)  # 1: repaired
+        mount()
+
+    mount()
+    try:
+        yield folder, Path("/sys/fs/ext4") / device() / "trigger_fs_error", repair
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -68,11 +95,28 @@ class Campaign:
         )
         self.counts["fills"] += (self.place / FILLER).exists()
         (self.place / FILLER).unlink(missing_ok=True)
-        if reply.code == 2 and ("disk is full" in reply.err or "free" in reply.err):
-            self.counts["refused, exit 2"] += 1
-            self.ended(self.server.run(*self.words(), cwd=self.place, limits=False))
-        else:
+        self.stopped(reply, "disk is full")
+
+    def break_disk(self, breaker: Path, repair: Callable[[], None]) -> None:
+        """Start or go on, make the disk read-only at a random moment, repair it, and go on."""
+        after = self.draw.uniform(0, self.seconds)
+        reply = self.server.run(*self.words(), cwd=self.place, limits=False, break_after=after, breaker=breaker)
+        self.counts["breaks"] += 1
+        repair()
+        self.stopped(reply, "may not be written")
+
+    def stopped(self, reply: Reply, said: str) -> None:
+        """A command met a disk that takes nothing; it must say so, and the next one must finish the run."""
+        if reply.code != 2:  # it was done before
             self.ended(reply)
+            return
+        self.counts["refused, exit 2"] += 1
+        text = " ".join(reply.err.split())
+        if said not in text:
+            self.faults.append(f"does not say {said!r}: {reply.err[-2000:]}")
+        if (self.place / "run" / "config.yaml").exists():
+            self.counts["said how to go on"] += "--resume" in text
+        self.ended(self.server.run(*self.words(), cwd=self.place, limits=False))
 
     def ended(self, reply: Reply) -> None:
         """A command has ended by itself: it must have finished the run, as if nothing had been."""
@@ -93,6 +137,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--fills", type=int, default=50)
+    parser.add_argument("--breaks", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     draw, faults = random.Random(asked.seed), []
@@ -100,7 +145,8 @@ def main() -> int:
         base = Path(name) / "base"
         make_base(base)
         (base / "held_out.txt").write_text("and the rivers went on and on, past the road.\n" * 3)
-        with Server((*TRAIN[:4], str(Path(name) / "warm"), *TRAIN[5:]), cwd=base) as server:
+        with Server(cwd=base) as server:
+            server.warm((*TRAIN[:4], Path(name) / "warm", *TRAIN[5:]), cwd=base)
             reply = server.run(*TRAIN, "--json", cwd=base, limits=False)
             assert reply.code == 0, reply.err
             sound, seconds = resumed(reply, base), reply.seconds
@@ -121,6 +167,14 @@ def main() -> int:
                         filled.fill()
                     print(f"filled: {dict(filled.counts)}", flush=True)
                     faults += filled.faults
+            if asked.breaks:
+                with _ext4(Path(name) / "image", Path(name) / "ext4") as (disk, breaker, repair):
+                    shutil.copytree(base, disk, dirs_exist_ok=True)
+                    broken = Campaign(server, disk, sound, seconds, draw)
+                    while broken.counts["breaks"] < asked.breaks and not broken.faults:
+                        broken.break_disk(breaker, repair)
+                    print(f"broken: {dict(broken.counts)}", flush=True)
+                    faults += broken.faults
     print(*faults[:5], sep="\n")
     print(f"{len(faults)} faults")
     return 1 if faults else 0

@@ -4,11 +4,12 @@ Two ends are right: the result is that of the sound file, or exit 2 with a messa
 traceback, more than 30 s, more than 2 GB, control characters on the terminal and a damaged file that is taken for a
 sound one are wrong.
 
-``LONGFIT_FUZZ=10000 python -m tests.border.fuzz [KIND]...`` prints a table; a mutant is named by its kind and the
-seed.
+``python -m tests.border.fuzz --mutants 10000 [KIND]...`` prints a table; a mutant is named by its kind and the seed.
 """
 
-import os
+import argparse
+import itertools
+import json
 import re
 import shutil
 import sys
@@ -16,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -37,6 +38,7 @@ class Tally:
     other: int = 0  # accepted, and another sound file of the same form
     wrong: list[tuple[str, Mutation, str]] = field(default_factory=list)
     slowest_s: float = 0.0
+    cpu_s: float = 0.0
     largest_bytes: int = 0
 
     @property
@@ -49,24 +51,42 @@ class Workshop:
     """Sound materials, a warm server, and a place for mutants."""
 
     folder: Path
+    mutants: Path
     server: Server
-    sound: dict[tuple[str, str], object]
+    known: dict[tuple[str, tuple[str, ...]], object]
+
+    def sound(self, kind: Kind, file: str) -> object:
+        """The result of a kind's command where nothing is damaged."""
+        command = kind.folder, words_for(kind, file)
+        if command not in self.known:
+            reply, place = self.run(kind, file, lambda path: None)
+            assert reply.code == 0, f"{kind.name} {file}: {reply.err}"
+            self.known[command] = kind.result(reply, place)
+            shutil.rmtree(place.parent)
+        return self.known[command]
 
     def run(self, kind: Kind, file: str, damage: Callable[[Path], object]) -> tuple[Reply, Path]:
         """Copy a kind's folder, let ``damage`` change a file of it, run its command there."""
-        place = Path(tempfile.mkdtemp(dir=self.folder / "mutants")) / kind.folder
+        place = Path(tempfile.mkdtemp(dir=self.mutants)) / kind.folder
         shutil.copytree(self.folder / kind.folder, place)
-        damage(place / file)
-        return self.server.run(*words_for(kind, file), cwd=place), place
+        damaged = next(place.glob(file), None)
+        assert damaged is not None, f"{kind.name}: {file} was not made"
+        damage(damaged)
+        cache = None if kind.cache is None else place / kind.cache
+        return self.server.run(*words_for(kind, file), cwd=place, cache=cache), place
 
     def judge(self, kind: Kind, mutation: Mutation, tally: Tally) -> None:
         """Add what becomes of a mutant to the tally."""
         file = kind.files[mutation.file % len(kind.files)]
+        self.sound(kind, file)
         reply, place = self.run(kind, file, lambda path: apply(mutation, path))
+        tally.cpu_s += reply.cpu_s
         tally.slowest_s = max(tally.slowest_s, reply.seconds)
         tally.largest_bytes = max(tally.largest_bytes, reply.grown_bytes)
         try:
             problem = self._problem(kind, mutation, file, reply, place, tally)
+        except Exception as error:  # exit 0, and no result that can be read
+            problem = f"the result cannot be read: {type(error).__name__}: {error}"
         finally:
             shutil.rmtree(place.parent)
         if problem:
@@ -83,13 +103,17 @@ class Workshop:
             return f"exit {reply.code}"
         if "Traceback" in reply.err:
             return "traceback"
-        if CONTROL.search(reply.err):
-            return f"control character {CONTROL.findall(reply.err)[0]!r} printed"
+        if found := CONTROL.search(reply.err + reply.out):
+            return f"control character {found[0]!r} printed"
         if reply.code == 2:
             tally.refused += 1
-            holders = {file, *kind.named, *(str(parent) for parent in Path(file).parents if parent != Path())}
+            holders = {
+                Path(file).name,
+                *kind.named,
+                *(str(parent) for parent in Path(file).parents if parent != Path()),
+            }
             return None if any(name in reply.err for name in holders) else "the message does not name the file"
-        if kind.result(reply, place) == self.sound[kind.name, file]:
+        if kind.result(reply, place) == self.sound(kind, file):
             tally.equal += 1
             return None
         if mutation.steps[0][0] in PLACE_OPS and mutation.steps[0][0] != "missing":
@@ -101,43 +125,14 @@ class Workshop:
 
 
 @contextmanager
-def workshop() -> Iterator[Workshop]:
-    """Make the materials and the results of the sound ones."""
+def workshop(materials: Path | None = None) -> Iterator[Workshop]:
+    """Make the materials, or take those that an earlier workshop has left in a folder."""
     with tempfile.TemporaryDirectory(prefix="longfit-fuzz-") as name:
-        folder = Path(name)
-        make(folder)
-        (folder / "mutants").mkdir()
-        base = folder / "base"
-        warm = (
-            ("eval", base / "model", "ppl", "--data", base / "text.txt", "--json", "--max-tokens", "48"),
-            (
-                "train",
-                base / "model",
-                base / "text.txt",
-                "--run-dir",
-                folder / "warm",
-                "--steps",
-                "1",
-                "--context",
-                "64",
-            ),
-        )
-        with Server(*warm, cwd=folder) as server:
-            sound: dict[tuple[str, str], object] = {}
-            commands: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {}
-            made = Workshop(folder, server, sound)
-            for kind in kinds():
-                for file in dict.fromkeys(kind.files):
-                    known = [sound[key] for key in sound if (kind.folder, words_for(kind, file)) == commands.get(key)]
-                    if known:
-                        sound[kind.name, file] = known[0]
-                        continue
-                    commands[kind.name, file] = kind.folder, words_for(kind, file)
-                    reply, place = made.run(kind, file, lambda path: None)
-                    assert reply.code == 0, f"{kind.name} {file}: {reply.err}"
-                    sound[kind.name, file] = kind.result(reply, place)
-                    shutil.rmtree(place.parent)
-            yield made
+        folder = Path(name) if materials is None else materials
+        (mutants := Path(name) / "mutants").mkdir()
+        with Server(cwd=Path(name)) as server:
+            make(server, folder)
+            yield Workshop(folder, mutants, server, {})
 
 
 def fuzz(shop: Workshop, kind: Kind, *, count: int, number: int = 0) -> Tally:
@@ -164,17 +159,24 @@ def fuzz(shop: Workshop, kind: Kind, *, count: int, number: int = 0) -> Tally:
 
 def main() -> int:
     """Fuzz the kinds named on the command line, or all."""
-    chosen = [kind for kind in kinds() if kind.name in sys.argv[1:] or not sys.argv[1:]]
-    count, number = int(os.environ.get("LONGFIT_FUZZ", "10000")), int(os.environ.get("LONGFIT_FUZZ_SEED", "0"))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kinds", nargs="*")
+    parser.add_argument("--mutants", type=int, default=10000, help="of all kinds together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=1, help="all kinds so many times, each time with the next seed")
+    parser.add_argument("--materials", type=Path, help="a folder for the sound files, kept for the next time")
+    parser.add_argument("--json", type=Path, help="add the counts of each kind to this file, a line each")
+    asked = parser.parse_args()
+    chosen = [kind for kind in kinds() if kind.name in asked.kinds or not asked.kinds]
     wrong = total = 0
-    with workshop() as shop:
-        print("kind          mutants  refused  equal  other  wrong  slowest s  most MiB", flush=True)
-        for kind in chosen:
-            tally = fuzz(shop, kind, count=-(-count // len(chosen)), number=number)
+    with workshop(asked.materials) as shop:
+        print("kind          mutants  refused  equal  other  wrong  slowest s  most MiB  CPU s", flush=True)
+        for number, kind in itertools.product(range(asked.seed, asked.seed + asked.rounds), chosen):
+            tally = fuzz(shop, kind, count=-(-asked.mutants // len(chosen) // asked.rounds), number=number)
             wrong, total = wrong + len(tally.wrong), total + tally.total
             print(
                 f"{kind.name:<14}{tally.total:>7}{tally.refused:>9}{tally.equal:>7}{tally.other:>7}"
-                f"{len(tally.wrong):>7}{tally.slowest_s:>11.1f}{tally.largest_bytes / 2**20:>10.0f}",
+                f"{len(tally.wrong):>7}{tally.slowest_s:>11.1f}{tally.largest_bytes / 2**20:>10.0f}{tally.cpu_s:>7.0f}",
                 flush=True,
             )
             seen: Counter[str] = Counter()
@@ -183,6 +185,10 @@ def main() -> int:
                 seen[sign] += 1
                 if seen[sign] == 1:
                     print(f"  {what}\n    {mutation}\n    " + said.strip().replace("\n", "\n    "), flush=True)
+            if asked.json is not None:
+                counts = {**asdict(tally), "wrong": dict(seen), "kind": kind.name, "seed": number}
+                with asked.json.open("a") as file:
+                    file.write(json.dumps({**counts, "mutants": tally.total}) + "\n")
     print(f"{total} mutants, {wrong} wrong")
     return 1 if wrong else 0
 

@@ -8,6 +8,7 @@ import lzma
 import shutil
 import struct
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ TEMPLATE = """{%- for message in messages %}
 CHAT = [{"role": "user", "content": "where does it go"}, {"role": "assistant", "content": "past hills"}]
 PAGE = "<html><body><h1>Road</h1><p>the long road</p><ul><li>hills</li></ul></body></html>\n"
 FLAGS = ("--context", "64", "model.dtype=float32")
+PLAIN = ("train", "model", "text.txt", "--rank", "4", *FLAGS)
+SAVED = ("--run-dir", "run", "--steps", "3", "train.save_every=1", "train.keep_checkpoints=3")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Kind:
         may_differ: whether a damaged file that is accepted says something else of the same form, as a text does from
             which a word is missing; the arguments are the mutation, the damaged file and the sound one.
         named: what a message may name in the place of the file.
+        cache: the folder, beside what is damaged, that the command has as its cache.
     """
 
     name: str
@@ -56,6 +60,7 @@ class Kind:
     structured: bool = False
     snippets: bool = False
     named: tuple[str, ...] = ()
+    cache: str | None = None
 
 
 def never(mutation: Mutation, damaged: Path, sound: Path) -> bool:
@@ -146,7 +151,7 @@ def kinds() -> tuple[Kind, ...]:
         ),
         Kind("gguf", "gguf", ("m.gguf",), ("eval", "m.gguf", *PERPLEXITY), printed, if_same_gguf_tensors),
         Kind(
-            "adapter", "run", tuple(f"run/adapter/{name}" for name in ADAPTER_FILES), ("eval", "run", *PERPLEXITY),
+            "adapter", "ended", tuple(f"run/adapter/{name}" for name in ADAPTER_FILES), ("eval", "run", *PERPLEXITY),
             printed, never, True,
         ),
         Kind(
@@ -162,9 +167,45 @@ def kinds() -> tuple[Kind, ...]:
         ),
         Kind(
             "run", "run",
-            ("run/config.yaml", "run/run.json", "run/data.json", "run/ledger.json", "run/metrics.jsonl",
-             "run/documents.digests", "run/plan.json"),
+            tuple(f"run/{name}" for name in FILES_OF_RUN),
             resume, resumed, never, True, True,
+        ),
+        Kind(
+            "result", "ended",
+            tuple(f"run/{name}" for name in (*FILES_OF_RUN, *(f"adapter/{name}" for name in ADAPTER_FILES))),
+            ("merge", "run", "--out", "merged", "--no-measure", "--onto", "16bit", "--json"),
+            lambda reply, folder: hashlib.sha256((folder / "merged" / "model.safetensors").read_bytes()).hexdigest(),
+            never, True, True,
+        ),
+        Kind(
+            "export", "ended",
+            ("model/model.safetensors", "model/config.json", "model/tokenizer.json",
+             "run/adapter/adapter_model.safetensors", "run/adapter/tokenizer.json", "run/adapter/adapter_config.json"),
+            ("export", "run", "--out", "gguf", "--base", "model", "--no-measure", "--json"),
+            lambda reply, folder: hashlib.sha256(next((folder / "gguf").glob("*.gguf")).read_bytes()).hexdigest(),
+            lambda mutation, damaged, sound: (
+                damaged.parent.name == "model"
+                and (if_same_tensors if damaged.suffix == ".safetensors" else if_json)(mutation, damaged, sound)
+            ),
+            True,
+        ),
+        Kind(
+            "runs", "ended", tuple(f"run/{name}" for name in FILES_OF_RUN), ("runs", "."),
+            lambda reply, folder: reply.out, always, True, True,
+        ),
+        Kind(
+            "pages", "paged", ("state.pages", "state.pages", "state.pages.commit"), (*resume, "optim.file=state.pages"),
+            resumed, never, True,
+        ),
+        Kind(
+            "cache", "cache", tuple(f"cache/tokens/*/{name}" for name in
+                                    ("ids.i32", "trained.u8", "documents.npz", "notes.json", "checksums.json")),
+            (*PLAIN, "--run-dir", "run", "--steps", "1", "data.cache=on", "--json"), resumed, never, True,
+            cache="cache",
+        ),
+        Kind(
+            "rates", "cache", ("cache/rates.json",), ("plan", "model", "--context", "64", "--cpu", "--json"), printed,
+            always, True, True, cache="cache",
         ),
         Kind(
             "checkpoint", "run",
@@ -188,6 +229,10 @@ def kinds() -> tuple[Kind, ...]:
     )  # fmt: skip
 
 
+FILES_OF_RUN = (
+    "config.yaml", "run.json", "data.json", "ledger.json", "metrics.jsonl", "documents.digests", "plan.json",
+    "family.json",
+)  # fmt: skip
 ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json", "checksums.json",
     "tokenizer_config.json", "generation_config.json",
@@ -204,16 +249,23 @@ def words_for(kind: Kind, file: str) -> tuple[str, ...]:
     return ("data", file, *LEDGER) if kind.words[0] == "data" and file != "chat.jinja" else kind.words
 
 
-def make(folder: Path) -> None:
-    """Write all materials into a folder; takes some seconds."""
-    base = folder / "base"
-    make_base(base)
-    with Server(cwd=folder) as server:
+def make(server: Server, folder: Path) -> None:
+    """Warm a server, and write all materials into a folder unless they are there; takes some seconds."""
+    base, made = folder / "base", folder / "made"
+    if not made.exists():
+        make_base(base)
+        for name in ("yaml", "data", "cache"):
+            shutil.copytree(base, folder / name)
+        (folder / "yaml" / "run.yaml").write_text(YAML)
+        _data(folder / "data")
+    with tempfile.TemporaryDirectory(prefix="longfit-fuzz-warm-") as warm:
+        server.warm(
+            (*PLAIN, "--steps", "1", "--run-dir", f"{warm}/run"), ("data", "c.jsonl", *LEDGER), cwd=folder / "data"
+        )
+    if not made.exists():
         _trained(server, folder, base)
-    for name in ("yaml", "data"):
-        shutil.copytree(base, folder / name)
-    (folder / "yaml" / "run.yaml").write_text(YAML)
-    _data(folder / "data")
+        _cached(server, folder / "cache")
+        made.touch()
 
 
 YAML = """# a run
@@ -247,20 +299,23 @@ def make_base(folder: Path) -> None:
 
 
 def _trained(server: Server, folder: Path, base: Path) -> None:
-    """A run that stands after two of its three steps, a GGUF file, shards, and an adapter as PEFT writes it."""
-    run = folder / "run"
-    shutil.copytree(base, run)
-    train = ("train", "model", "text.txt", "--run-dir", "run", "--steps", "3", "--rank", "4", *FLAGS)
-    _must(server, run, *train, "train.save_every=1", "train.keep_checkpoints=3")
-    _must(server, run, "export", "run", "--out", "gguf", "--no-measure")
+    """A run that was killed after two of its three steps, one whose optimiser state is paged, one that has ended; a
+    GGUF file, shards, and an adapter as PEFT writes it."""
+    for name, more in (("run", ()), ("paged", ("--rank", "64", "optim.budget=128KiB", "optim.file=state.pages"))):
+        shutil.copytree(base, folder / name)
+        _must(server, folder / name, *PLAIN, *SAVED, *more, end_at=2)
+    ended = folder / "ended"
+    shutil.copytree(folder / "run", ended)
+    _must(server, ended, "train", "--run-dir", "run", "--resume")
+    shutil.rmtree(ended / "run" / "checkpoints")
+    _must(server, ended, "export", "run", "--out", "gguf", "--no-measure")
     (folder / "gguf").mkdir()
-    next((run / "gguf").glob("*.gguf")).rename(folder / "gguf" / "m.gguf")
+    next((ended / "gguf").glob("*.gguf")).rename(folder / "gguf" / "m.gguf")
     shutil.copy(base / "text.txt", folder / "gguf")
-    shutil.rmtree(run / "gguf")
+    shutil.rmtree(ended / "gguf")
     shutil.copytree(base, folder / "peft")
-    shutil.copytree(run / "run" / "adapter", folder / "peft" / "adapter")
+    shutil.copytree(ended / "run" / "adapter", folder / "peft" / "adapter")
     (folder / "peft" / "adapter" / "checksums.json").unlink()
-    shutil.rmtree(run / "run" / "checkpoints" / "step-000003")
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(base, folder / "shards")
@@ -269,8 +324,19 @@ def _trained(server: Server, folder: Path, base: Path) -> None:
     model.save_pretrained(folder / "shards" / "model", max_shard_size="40KB")
 
 
-def _must(server: Server, folder: Path, *words: str) -> None:
-    reply = server.run(*words, cwd=folder, limits=False)
+def _cached(server: Server, folder: Path) -> None:
+    """A cache as it is left by a run, with the rates that ``longfit doctor --measure`` finds."""
+    _must(server, folder, *PLAIN, "--run-dir", "warm", "data.cache=on", cache=folder / "cache", end_at=2)
+    shutil.rmtree(folder / "warm")
+    rates = dict.fromkeys(("matmul_flops", "attention_flops", "copy_bytes", "disk_bytes"), 1e10)
+    measured = {"cpu": {"device": "cpu", "name": "a processor", "dtype": "float32", **rates}}
+    (folder / "cache" / "rates.json").write_text(json.dumps(measured))
+    entry = next((folder / "cache" / "tokens").iterdir())
+    entry.rename(folder / "cache" / "entry")
+
+
+def _must(server: Server, folder: Path, *words: str, end_at: int | None = None, cache: Path | None = None) -> None:
+    reply = server.run(*words, cwd=folder, limits=False, end_at=end_at, cache=cache)
     assert reply.code == 0, f"{words}: {reply.err}"
 
 

@@ -160,12 +160,14 @@ def _in_json(name: str, at: float, amount: float, data: bytes) -> bytes:
         return struct.pack("<Q", len(changed)) + changed + data[8 + length :]
     try:
         value = json.loads(data)
+    except RecursionError:  # an earlier step has nested it
+        return _in_bytes("flip", at, amount, data)
     except ValueError:
         lines = data.split(b"\n")
         spot = int(at * len(lines))
         try:
             value = json.loads(lines[spot])
-        except ValueError:
+        except (ValueError, RecursionError):
             return _in_bytes("flip", at, amount, data)
         lines[spot] = _changed(name, at * len(lines) % 1, amount, value)
         return b"\n".join(lines)

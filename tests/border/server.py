@@ -1,7 +1,8 @@
 """Runs commands of longfit in forks of one process that has imported everything: each takes less than a second.
 
-Each fork has a limit on its address space and on its time; what it printed, how it ended and how much memory it took
-come back. ``python -m tests.border.server`` reads requests, a JSON object a line, and answers likewise.
+Each fork has a limit on its address space and on its time, in which it has a processor or waits for something else;
+what it printed, how it ended and how much memory it took come back. ``python -m tests.border.server`` reads requests, a
+JSON object a line, and answers likewise.
 """
 
 import json
@@ -18,8 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-LIMIT_S = 30.0
+LIMIT_S = 30.0  # in which it waits for no processor: on a busy machine nothing hangs that would not on another
 MOST_BYTES = 2 << 30  # that a command may take above what it begins with
 FILLER = "filler"
 ADDRESS_SPACE = 6 << 30  # above what it begins with: a fork must not take the machine's memory
@@ -27,20 +29,28 @@ ADDRESS_SPACE = 6 << 30  # above what it begins with: a fork must not take the m
 
 @dataclass(frozen=True)
 class Reply:
-    """How a command ended; ``code`` is None where it had to be killed."""
+    """How a command ended.
+
+    Attributes:
+        code: None where it had to be killed.
+        seconds: from its beginning to its end, but for those in which it waited for a processor.
+        cpu_s: of a processor.
+        grown_bytes: of memory, above what it began with.
+    """
 
     code: int | None
     out: str
     err: str
     seconds: float
+    cpu_s: float
     grown_bytes: int
 
 
 class Server:
     """A warm process, from entering to leaving."""
 
-    def __init__(self, *warm: Sequence[str], cwd: Path) -> None:
-        self._warm, self._cwd = [list(map(str, words)) for words in warm], cwd
+    def __init__(self, *, cwd: Path) -> None:
+        self._cwd = cwd
 
     def __enter__(self) -> "Server":
         environment = {
@@ -48,6 +58,7 @@ class Server:
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_OFFLINE": "1",
+            "RUST_BACKTRACE": "0",
             "PYTHONPATH": os.pathsep.join(map(str, sys.path)),
             "LONGFIT_CACHE": str(self._cwd / "cache"),
         }
@@ -55,7 +66,6 @@ class Server:
             [sys.executable, "-m", "tests.border.server"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=self._cwd, env=environment,
         )  # fmt: skip
-        self._ask({"warm": self._warm})
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -63,18 +73,29 @@ class Server:
         self._process.stdin.close()
         self._process.wait()
 
+    def warm(self, *commands: Sequence[object], cwd: Path) -> None:
+        """Run commands in the process itself, so that its forks find what those import and build."""
+        self._ask({"warm": [list(map(str, words)) for words in commands], "cwd": str(cwd)})
+
     def run(
         self, *words: object, cwd: Path, limits: bool = True, kill_after: float | None = None,
-        fill_after: float | None = None,
+        fill_after: float | None = None, break_after: float | None = None, breaker: Path | None = None,
+        end_at: int | None = None, cache: Path | None = None,
     ) -> Reply:  # fmt: skip
         """Run a command to its end, or kill it.
 
         Args:
             limits: of time and address space.
-            kill_after, fill_after: seconds after which it is killed, or the disk that ``cwd`` is on is filled.
+            kill_after, fill_after, break_after: seconds after which it is killed, the disk of ``cwd`` is filled, or
+                ``breaker`` is written to, which makes an error in a file system.
+            end_at: the step whose checkpoint is the last thing that a training does.
+            cache: the cache folder of the command.
         """
-        request = {"words": [str(word) for word in words], "cwd": str(cwd), "limits": limits}
-        return Reply(**self._ask({**request, "kill_after": kill_after, "fill_after": fill_after}))
+        request: dict[str, object] = {"words": [str(word) for word in words], "cwd": str(cwd), "limits": limits}
+        request |= {"kill_after": kill_after, "end_at": end_at, "cache": None if cache is None else str(cache)}
+        after = fill_after if fill_after is not None else break_after
+        request["disk"] = None if after is None else [after, str(cwd), None if breaker is None else str(breaker)]
+        return Reply(**self._ask(request))
 
     def _ask(self, request: dict[str, object]) -> dict[str, object]:
         assert self._process.stdin is not None
@@ -95,7 +116,7 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "warm" in request:
-            _warm(request["warm"])
+            _warm(request["warm"], request["cwd"])
             answer: dict[str, object] = {}
         else:
             answer = _forked(**request)
@@ -103,13 +124,14 @@ def serve() -> None:
         answers.flush()
 
 
-def _warm(commands: list[list[str]]) -> None:
+def _warm(commands: list[list[str]], cwd: str) -> None:
     import gc
 
     from longfit.cli.app import main
     from longfit.data.template_process import template_process
 
     template_process().limit_s = 3  # that templates are ended is to be seen, not that it takes so long
+    os.chdir(cwd)
     for words in commands:
         with tempfile.TemporaryFile() as sink:
             kept = os.dup(1), os.dup(2)
@@ -130,26 +152,35 @@ def _warm(commands: list[list[str]]) -> None:
 
 
 def _forked(
-    words: list[str], cwd: str, *, limits: bool, kill_after: float | None, fill_after: float | None
-) -> dict[str, object]:
+    words: list[str], cwd: str, *, limits: bool, kill_after: float | None, end_at: int | None, cache: str | None,
+    disk: tuple[float, str, str | None] | None,
+) -> dict[str, object]:  # fmt: skip
     began = time.monotonic()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         before = _bytes_of("VmRSS")
         child = os.fork()
         if not child:
-            _run(words, cwd, out.fileno(), err.fileno(), limits=limits)
+            if cache is not None:
+                os.environ["LONGFIT_CACHE"] = cache
+            _run(words, cwd, out.fileno(), err.fileno(), limits=limits, end_at=end_at)
         most_s = kill_after if kill_after is not None else LIMIT_S if limits else math.inf
-        status, usage, killed = _wait(child, began, most_s, None if fill_after is None else (fill_after, cwd))
+        status, usage, seconds, killed = _wait(child, began, most_s, disk)
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode("utf-8", "replace"))
     code = None if killed else os.waitstatus_to_exitcode(status)
-    grown = max(0, usage.ru_maxrss * 1024 - before)
-    return {"code": code, "out": texts[0], "err": texts[1], "seconds": time.monotonic() - began, "grown_bytes": grown}
+    return {
+        "code": code,
+        "out": texts[0],
+        "err": texts[1],
+        "seconds": seconds,
+        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "grown_bytes": max(0, usage.ru_maxrss * 1024 - before),
+    }
 
 
-def _run(words: list[str], cwd: str, out: int, err: int, *, limits: bool) -> None:
+def _run(words: list[str], cwd: str, out: int, err: int, *, limits: bool, end_at: int | None) -> None:
     code = 99
     try:
         os.setsid()
@@ -162,6 +193,8 @@ def _run(words: list[str], cwd: str, out: int, err: int, *, limits: bool) -> Non
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
         from longfit.cli.app import main
 
+        if end_at is not None:
+            _end_after_checkpoint(end_at)
         code = main(words)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -173,23 +206,46 @@ def _run(words: list[str], cwd: str, out: int, err: int, *, limits: bool) -> Non
         os._exit(code)
 
 
+def _end_after_checkpoint(step: int) -> None:
+    from longfit.training import loop
+
+    save = loop.save_checkpoint
+
+    def save_and_end(*arguments: Any, **settings: Any) -> None:
+        if save(*arguments, **settings).name.endswith(f"-{step:06d}"):
+            os._exit(0)
+
+    loop.save_checkpoint = save_and_end  # type: ignore[assignment]
+
+
 def _wait(
-    child: int, began: float, limit_s: float, fill: tuple[float, str] | None
-) -> tuple[int, resource.struct_rusage, bool]:
+    child: int, began: float, limit_s: float, disk: tuple[float, str, str | None] | None
+) -> tuple[int, resource.struct_rusage, float, bool]:
     killed = False
-    while True:
-        found, status, usage = os.wait4(child, os.WNOHANG)
-        if found:
-            return status, usage, killed
-        if time.monotonic() - began > limit_s and not killed:
+    while os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+        passed = time.monotonic() - began
+        if passed > limit_s and not killed and passed - _waited_s(child) > limit_s:
             killed = True
             for kill in (os.killpg, os.kill):  # the second where it has no group of its own yet
                 with suppress(ProcessLookupError):
                     kill(child, signal.SIGKILL)
-        if fill is not None and time.monotonic() - began > fill[0]:
-            _fill(Path(fill[1]))
-            fill = None
+        if disk is not None and passed > disk[0] and passed - _waited_s(child) > disk[0]:
+            if disk[2] is None:
+                _fill(Path(disk[1]))
+            else:
+                Path(disk[2]).write_text("an error")
+            disk = None
         time.sleep(0.002)
+    seconds = time.monotonic() - began - _waited_s(child)
+    _, status, usage = os.wait4(child, 0)
+    return status, usage, seconds, killed
+
+
+def _waited_s(child: int) -> float:
+    """Seconds in which a process could have run, and had no processor."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{child}/schedstat").read_text().split()[1]) / 1e9
+    return 0.0
 
 
 def _fill(folder: Path) -> None:
