@@ -32,12 +32,20 @@ def test_attention_is_told_as_the_layers_ask_for_it() -> None:
 def test_a_recurrent_layer_is_named_and_decides_packing() -> None:
     found = understood("qwen3_5_text")
     recurrent, attention = found.layers
-    assert recurrent.attends == ""
-    assert "attends 0 times" in (recurrent.sweeps or "")
+    assert recurrent.attends == attention.carries == ""
+    assert recurrent.carries == "the last 3 inputs of a convolution and a state of 256 numbers"
+    assert recurrent.sweeps is recurrent.packs_swept is attention.sweeps is None
     assert "across documents" in (recurrent.packs or "")
-    assert attention.sweeps is None
     assert found.packs is not None
-    assert "one document a window: model.layers.0: Qwen3_5DecoderLayer carries something" in str(found)
+    assert found.packs_swept is None
+    assert "swept, carrying the last 3 inputs of a convolution and a state of 256 numbers" in str(found)
+    assert "documents share windows where layers are swept" in str(found)
+
+
+def test_a_recurrent_model_that_is_not_told_positions_keeps_its_documents_apart() -> None:
+    found = understood("granitemoehybrid")
+    assert all(kind.sweeps is None for kind in found.layers)
+    assert "one document a window: model.layers.0: GraniteMoeHybridDecoderLayer carries something" in str(found)
 
 
 def test_the_head_and_the_parts_of_a_wrapper() -> None:

@@ -35,7 +35,8 @@ class LayerKind:
         layers: their names.
         module: their class.
         attends: what they ask of longfit's attention, in words; "" where they do not use it.
-        sweeps, packs, causal: None, or why not (``LayerNature``).
+        carries: the state that they carry from tile to tile, in words; "" for none.
+        sweeps, packs, packs_swept, causal: None, or why not (``LayerNature``).
     """
 
     layers: tuple[str, ...]
@@ -44,13 +45,16 @@ class LayerKind:
     sweeps: str | None
     packs: str | None
     causal: str | None
+    carries: str = ""
+    packs_swept: str | None = None
 
     def __str__(self) -> str:
         """Say it in a line, and one more for each thing that is not possible."""
         more = f" and {len(self.layers) - 1} more" if len(self.layers) > 1 else ""
         lines = [f"{self.layers[0]}{more} ({self.module}): {self.attends or 'no attention of the interface'}"]
-        lines.append("  swept" if self.sweeps is None else f"  checkpointed in the ordinary way: {self.sweeps}")
-        lines += [f"  {reason}" for reason in (self.causal, self.packs) if reason is not None]
+        swept = f"  swept, carrying {self.carries}" if self.carries else "  swept"
+        lines.append(swept if self.sweeps is None else f"  checkpointed in the ordinary way: {self.sweeps}")
+        lines += [f"  {reason}" for reason in (self.causal, self.packs_swept) if reason is not None]
         return "\n".join(lines)
 
 
@@ -64,6 +68,7 @@ class Family:
         attention: the implementation that it runs with.
         layers: the kinds of its layers, in order.
         packs: None, or why documents do not share a window.
+        packs_swept: the same while the layers are swept.
         causal: None, or where tokens see later ones: then it is not trained.
         head: how logits are made, or why longfit does not know.
         head_known: whether it does.
@@ -86,6 +91,7 @@ class Family:
     experts: dict[str, str] = field(default_factory=dict)
     quantised: tuple[int, int] = (0, 0)
     no_adapter: dict[str, str] = field(default_factory=dict)
+    packs_swept: str | None = None
 
     def require_trainable(self) -> None:
         """Raise ModelError naming what is not understood."""
@@ -108,9 +114,7 @@ class Family:
         if not self.layers:
             lines.append("layers     do not call the gradient-checkpointing function: trained without checkpointing")
         lines += [f"experts    {name}: {words}" for name, words in self.experts.items()]
-        lines.append(
-            f"packing    {f'one document a window: {self.packs}' if self.packs else 'documents share windows'}"
-        )
+        lines.append(f"packing    {self._packing()}")
         lines.append(f"head       {self.head}{', tied to the embedding' if self.tied and self.head_known else ''}")
         if self.quantised[0]:
             lines.append(f"quantised  {self.quantised[0]} of {self.quantised[1]} linear layers")
@@ -121,6 +125,13 @@ class Family:
         if self.causal is not None:
             lines.append(f"refused    {self.causal}")
         return "\n".join(lines)
+
+    def _packing(self) -> str:
+        if self.packs_swept is not None:
+            return f"one document a window: {self.packs_swept}"
+        if self.packs is not None:
+            return "documents share windows where layers are swept, which begin each without a state"
+        return "documents share windows"
 
 
 def understand(model: nn.Module, *, nature: ModelNature | None = None, present: Present | None = None) -> Family:
@@ -150,6 +161,7 @@ def understand(model: nn.Module, *, nature: ModelNature | None = None, present: 
         experts=_experts(inner),
         quantised=(sum(isinstance(m, QuantizedLinear) for m in linears), len(linears)),
         no_adapter=untargeted(base),
+        packs_swept=nature.packs_swept,
     )
 
 
@@ -159,7 +171,16 @@ def _kinds(base: nn.Module, nature: ModelNature) -> tuple[LayerKind, ...]:
     for layer, found in nature.layers.items():
         kinds.setdefault((type(layer).__name__, found), []).append(names.get(layer, "?"))
     return tuple(
-        LayerKind(tuple(layers), module, found.attends, found.sweeps, found.packs, found.causal)
+        LayerKind(
+            tuple(layers),
+            module,
+            found.attends,
+            found.sweeps,
+            found.packs,
+            found.causal,
+            found.carrying.state if found.carrying is not None else "",
+            found.packs_swept,
+        )
         for (module, found), layers in kinds.items()
     )
 

@@ -87,9 +87,11 @@ def training_loss(
     sweeper = _sweeper(model, engine)
     nature = nature_of(model)
     nature.require_head()
-    if nature.packs is not None and position_ids is not None and _trains_later_documents(targets, position_ids):
+    sweeps = sweeper is not None and engine == "sweep" and sweeper.sweeps_now
+    packs = nature.packs_swept if sweeps else nature.packs
+    if packs is not None and position_ids is not None and _trains_later_documents(targets, position_ids):
         raise ModelError(
-            f"{nature.packs}: packed documents would see each other; give each row one document, shorter ones padded"
+            f"{packs}: packed documents would see each other; give each row one document, shorter ones padded"
             " behind (labels -100)"
         )
     if attention_mask is not None and nature.causal is None and not bool((attention_mask.int().diff() > 0).any()):

@@ -66,6 +66,10 @@ class ActivationOffload(Protocol):
         """Begin with the input of one layer pass."""
         ...
 
+    def open_states(self, num_tiles: int) -> SavedInput:
+        """Begin with the states that a layer pass carries from tile to tile; they are got while its input is."""
+        ...
+
 
 # ------------------------------------------------------------------------------------------------ where the tensors are
 class DeviceActivations:
@@ -77,6 +81,9 @@ class DeviceActivations:
         self.place = "copied on their device" if copy else "on their device"
 
     def open(self, num_tiles: int) -> "_DeviceInput":
+        return _DeviceInput(self.aliases)
+
+    def open_states(self, num_tiles: int) -> "_DeviceInput":
         return _DeviceInput(self.aliases)
 
 
@@ -108,6 +115,29 @@ class _DeviceInput:
         self._tiles.clear()
 
 
+class HostStates:
+    """Keeps the states of a layer pass in host memory: a few MB a tile, copied when they are wanted."""
+
+    def __init__(self) -> None:
+        self._states: dict[int, tuple[Tensor, torch.device]] = {}
+
+    def put(self, index: int, tile: Tensor) -> None:
+        self._states[index] = tile.detach().cpu(), tile.device
+
+    def settle(self, index: int) -> None:
+        pass
+
+    def prefetch(self, index: int) -> None:
+        pass
+
+    def get(self, index: int) -> Tensor:
+        state, device = self._states[index]
+        return state.to(device)
+
+    def close(self) -> None:
+        self._states.clear()
+
+
 # ------------------------------------------------------------------------------------------------ a file
 @dataclass(frozen=True)
 class _Stretch:
@@ -136,6 +166,9 @@ class FileActivations:
         self._free: dict[int, list[_Stretch]] = defaultdict(list)
 
     def open(self, num_tiles: int) -> "_FileInput":
+        return _FileInput(self)
+
+    def open_states(self, num_tiles: int) -> "_FileInput":
         return _FileInput(self)
 
     @property

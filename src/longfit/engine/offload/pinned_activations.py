@@ -11,6 +11,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from longfit.engine.offload.activations import HostStates
 from longfit.engine.offload.pinned_memory import PinnedMemory
 
 NUM_BUFFERS = 4
@@ -32,6 +33,9 @@ class PinnedActivations:
 
     def open(self, num_tiles: int) -> "_PinnedInput":
         return _PinnedInput(self, num_tiles)
+
+    def open_states(self, num_tiles: int) -> HostStates:
+        return HostStates()
 
     def take(self, num_bytes: int) -> Tensor:
         """Take a pinned uint8 slab of exactly this size: one that was given back, or a new one."""

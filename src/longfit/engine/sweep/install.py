@@ -89,6 +89,11 @@ def enable_sweep(
             raise ModelError(f"{nature.causal}: longfit trains models in which a token sees only what comes before it")
         reasons = {layer: found.sweeps for layer, found in nature.layers.items()}
         sweeper.swept.update(layer for layer, reason in reasons.items() if reason is None)
+        for layer, found in nature.layers.items():
+            if found.carrying is not None:
+                sweeper.carrying[layer] = found.carrying
+            if found.returns_beside is not None:
+                sweeper.returns_beside[layer] = found.returns_beside
         sweeper.fused = {layer: find_fused(layer) for layer in sweeper.swept}
     except BaseException:
         state.restore()

@@ -14,12 +14,13 @@ checkpointing; keys and values are projected once more.
 Gradients of parameters are collected per tile, summed in float32 and *returned* by the function. So .grad is written
 once, hooks fire once, and DDP and gradient accumulation see what they see in any other model.
 
-Not here: layers that carry a state from token to token other than attention (Mamba, convolutions).
+A layer that carries a state besides (Mamba, gated delta nets, convolutions) takes it up at each tile and hands it on
+(``recurrent_state.py``).
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,7 @@ from longfit.engine.sweep.grad_donation import Receiver, donate, is_donated, rec
 from longfit.engine.sweep.grad_sums import GradSums
 from longfit.engine.sweep.layer_call import LayerCall
 from longfit.engine.sweep.recompute_state import Autocast, RandomState, preserve_random_state
+from longfit.engine.sweep.recurrent_state import CarriedStates, TileState, changed_in_place, document_stretches
 from longfit.engine.sweep.saved_attention import SavedAttention, SavedAttentionBudget
 from longfit.engine.sweep.saved_products import SavedProducts, SavedProductsBudget
 from longfit.engine.sweep.shared_sequence import (
@@ -71,9 +73,15 @@ class Sweep(Protocol):
         ...
 
 
-def run_layer(hidden: Tensor, call: LayerCall, sweep: Sweep) -> Tensor:
-    """Run a layer tile by tile and record it for backward: ``[B, T, D]`` -> ``[B, T, D]``."""
-    parameters = [p for p in call.layer.parameters() if p.requires_grad]
+def run_layer(hidden: Tensor, call: LayerCall, sweep: Sweep, *, parameters: Sequence[Tensor] | None = None) -> Tensor:
+    """Run a layer tile by tile and record it for backward: ``[B, T, D]`` -> ``[B, T, D]``.
+
+    Args:
+        hidden, call, sweep: the layer's input, its call and the sweep it is run by.
+        parameters: those that get gradients; by default all of the layer that train.
+    """
+    if parameters is None:
+        parameters = [p for p in call.layer.parameters() if p.requires_grad]
     out: Tensor = _SweptLayer.apply(hidden, call, sweep, *parameters)
     return out
 
@@ -82,7 +90,7 @@ def run_layer_without_grad(hidden: Tensor, call: LayerCall, sweep: Sweep) -> Ten
     """Run a layer tile by tile and keep nothing for a backward."""
     work = _Work.of(hidden, call, sweep)
     with torch.no_grad(), sweep.present(call.layer), weights_held(hidden.device):
-        return _forward(hidden, work, None, may_overwrite=False)[0]
+        return _forward(hidden, work, None, work.open_states(None), may_overwrite=False)[0]
 
 
 @dataclass(frozen=True)
@@ -93,10 +101,15 @@ class _Work:
     tile: int
     stretches: tuple[Stretch, ...]
     sequence: SharedSequence | None
+    continuing: dict[int, Tensor | None] = field(default_factory=lambda: {0: None})
 
     @classmethod
     def of(cls, hidden: Tensor, call: LayerCall, sweep: Sweep) -> "_Work":
         tile, sequence = sweep.tile_for(hidden), sweep.sequence
+        if not call.attends:
+            assert sequence is None, "nobody carries a state from process to process"
+            stretches, continuing = document_stretches(call.position_ids, hidden.shape[0], hidden.shape[1], tile)
+            return cls(call, tile, stretches, None, continuing)
         stretches = whole(hidden.shape[1]) if sequence is None else sequence.stretches(tile)
         return cls(call, tile, stretches, sequence)
 
@@ -104,6 +117,12 @@ class _Work:
     def num_tiles(self) -> int:
         """Tiles of all stretches."""
         return sum(num_tiles(stretch, self.tile) for stretch in self.stretches)
+
+    def open_states(self, offload: ActivationOffload | None) -> CarriedStates | None:
+        """Begin with the states that the layer carries, saved for a backward if there is a place; None for no state."""
+        if self.call.carrying is None:
+            return None
+        return CarriedStates(None if offload is None else offload.open_states(self.num_tiles), self.continuing)
 
     def forward_passes(self, saved: SavedAttention | None) -> list[ForwardPass]:
         """Begin a pass over each stretch."""
@@ -130,11 +149,12 @@ class _SweptLayer(Receiver, torch.autograd.Function):
         ctx.work, ctx.sweep = _Work.of(hidden, call, sweep), sweep
         tiles = ctx.work.num_tiles
         ctx.saved_input = sweep.offload.open(tiles)
+        ctx.states = ctx.work.open_states(sweep.offload)
         ctx.saved_attention, ctx.saved_products = sweep.saved_attention.open(tiles), sweep.saved_products.open()
         saved = _Saved(ctx.saved_input, ctx.saved_attention, ctx.saved_products, sweep.unread.of(call.layer))
         may_overwrite = ctx.receiver is not None and not sweep.offload.aliases and not _is_watched(call.layer)
         with sweep.present(call.layer), weights_held(hidden.device):
-            out, ctx.visible, ctx.random = _forward(hidden, ctx.work, saved, may_overwrite=may_overwrite)
+            out, ctx.visible, ctx.random = _forward(hidden, ctx.work, saved, ctx.states, may_overwrite=may_overwrite)
         if out is hidden:
             ctx.mark_dirty(hidden)
         return out
@@ -154,6 +174,8 @@ class _SweptLayer(Receiver, torch.autograd.Function):
         with present, weights_held(grad_out.device), preserve_random_state(grad_out.device), ctx.autocast.again():
             backward.run()
         saved_input.close()
+        if ctx.states is not None:
+            ctx.states.close()
         if backward.grad_hidden is not None:
             donate(ctx.receiver, backward.grad_hidden)
         totals = iter(backward.sums.totals())
@@ -185,6 +207,7 @@ class _Backward:
         self._donated = is_donated(ctx, grad_out)
         self._unread: UnreadProducts = ctx.sweep.unread
         self._products: SavedProducts = ctx.saved_products
+        self._states: CarriedStates | None = ctx.states
         self._passes = self._work.backward_passes(ctx.saved_attention, ctx.visible)
 
     def run(self) -> None:
@@ -202,24 +225,43 @@ class _Backward:
             self._saved_input.prefetch(tiles.number(earlier + 1))
             hidden = self._restore(tiles.number(earlier))
             with torch.no_grad():
-                _leave(self._work.call, hidden, tiles.keys_tile(earlier))
+                _leave(self._work.call, hidden, tiles.keys_tile(earlier), self._state(tiles, earlier))
         self._saved_input.prefetch(max(tiles.number(index - 1), 0))
         hidden = self._restore(tiles.number(index)).requires_grad_(self._needs_hidden)
-        tile = tiles.gradient_tile(index)
+        tile, state = tiles.gradient_tile(index), self._state(tiles, index)
         start, end = tile.span
         layer, number = self._work.call.layer, tiles.number(index)
-        with torch.enable_grad(), self._unread.left_out(layer) as run, self._products.known(layer, number):
-            out = self._work.call.run(hidden, tile)
-            run.look(out)
-        inputs = [hidden, *self._wanted] if self._needs_hidden else self._wanted
-        grads = torch.autograd.grad(out, inputs, self._grad_out[:, start:end], allow_unused=True)
+        with changed_in_place(state, end - start):
+            with torch.enable_grad(), self._unread.left_out(layer) as run, self._products.known(layer, number):
+                out = self._work.call.run(hidden, tile, state)
+                run.look(out)
+            grads = self._gradients(out, self._grad_out[:, start:end], hidden, number, state)
         del out
         if self._needs_hidden:
             if self.grad_hidden is None:
                 self.grad_hidden = _over(self._grad_out, hidden, self._donated)
+            assert grads[0] is not None, "a layer's output depends on its input"
             self.grad_hidden[:, start:end] = grads[0]
             grads = grads[1:]
         self.sums.add(grads)
+
+    def _gradients(
+        self, out: Tensor, grad_out: Tensor, hidden: Tensor, number: int, state: TileState | None
+    ) -> tuple[Tensor | None, ...]:
+        """Differentiate a tile by its hidden states, if wanted, and the parameters; a state keeps its own gradient."""
+        inputs = [hidden, *self._wanted] if self._needs_hidden else self._wanted
+        if self._states is None or state is None:
+            return torch.autograd.grad(out, inputs, grad_out, allow_unused=True)
+        ends = [(out, grad_out), *self._states.reached(state)]
+        incoming = list(state.incoming.values())
+        found = torch.autograd.grad([e[0] for e in ends], [*incoming, *inputs], [e[1] for e in ends], allow_unused=True)
+        self._states.receive(number, state, found[: len(incoming)])
+        return found[len(incoming) :]
+
+    def _state(self, tiles: BackwardPass, index: int) -> TileState | None:
+        """The state that a tile begins with, if the layer carries one."""
+        start, end = tiles.span(index)
+        return None if self._states is None else self._states.again(tiles.number(index), end - start)
 
     def _receive(self, transport: KeyTransport) -> None:
         """Take the gradients of own keys from the processes that have seen them on to the layer's input."""
@@ -259,6 +301,7 @@ def _forward(
     hidden: Tensor,
     work: _Work,
     saved: _Saved | None,
+    states: CarriedStates | None,
     *,
     may_overwrite: bool,
 ) -> tuple[Tensor, list[Visible], list[RandomState | None]]:
@@ -284,12 +327,15 @@ def _forward(
             if number in planned:
                 planned[number].restore(hidden.device)
             before = RandomState.now(hidden.device)
+            state = None if states is None else states.enter(number, end - start)
             if saved is None:
-                out = work.call.run(part, tile)
+                out = work.call.run(part, tile, state)
             else:
                 saved.input.put(number, part)
                 with saved.products.saving(work.call.layer, number, but=saved.unread):
-                    out = work.call.run(part, tile)
+                    out = work.call.run(part, tile, state)
+            if states is not None and state is not None:
+                states.leave(state)
             random.append(None if before.same(RandomState.now(hidden.device)) else before)
             if result is None:
                 same = out.dtype == hidden.dtype and out.shape == part.shape and hidden.is_contiguous()
@@ -298,8 +344,8 @@ def _forward(
             if saved is not None:
                 saved.input.settle(number)
             result[:, start:end] = out
-    visible = [tiles.visible for tiles in passes if tiles.visible is not None]
-    assert result is not None and len(visible) == len(passes), "a layer of no tokens"  # noqa: PT018
+    visible = [tiles.seen(attends=work.call.attends) for tiles in passes]
+    assert result is not None, "a layer of no tokens"
     return result, visible, random
 
 
@@ -314,10 +360,10 @@ def _see_halos(
     return transport
 
 
-def _leave(call: LayerCall, hidden: Tensor, tile: LeavingTile) -> TileLeft:
+def _leave(call: LayerCall, hidden: Tensor, tile: LeavingTile, state: TileState | None = None) -> TileLeft:
     """Run a layer up to a tile's keys and values."""
     try:
-        call.run(hidden, tile)
+        call.run(hidden, tile, state)
     except TileLeft as left:
         return left
     raise AssertionError("a layer went on after its keys and values were known")

@@ -16,8 +16,9 @@ from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import keeps_own_structure
 from longfit.compat.torch import holds_values
 from longfit.engine.offload.activations import ActivationOffload, DeviceActivations
-from longfit.engine.sweep.layer import run_layer_without_grad
-from longfit.engine.sweep.layer_call import LayerCall
+from longfit.engine.sweep.layer import run_layer, run_layer_without_grad
+from longfit.engine.sweep.layer_call import LayerCall, cut_tokens
+from longfit.engine.sweep.recurrent_state import Carrying, TileState
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
 from longfit.engine.sweep.saved_products import SavedProductsBudget
 from longfit.engine.sweep.shared_sequence import SharedSequence
@@ -45,12 +46,18 @@ class LayerNature:
         packs: None, or why packed documents see each other in it.
         causal: None, or that tokens see later ones.
         attends: what it asks of the attention interface, in words; "" where it does not use that.
+        carrying: how a state is carried from tile to tile while it is swept; None for a layer that carries none.
+        packs_swept: ``packs`` while it is swept.
+        returns_beside: how many None it returns in a tuple behind the hidden states; None for those alone.
     """
 
     sweeps: str | None = None
     packs: str | None = None
     causal: str | None = None
     attends: str = ""
+    carrying: Carrying | None = None
+    packs_swept: str | None = None
+    returns_beside: int | None = None
 
     def and_also(self, other: "LayerNature") -> "LayerNature":
         """Both natures at once: the layer was run more than once, or a reason is known from elsewhere."""
@@ -59,6 +66,9 @@ class LayerNature:
             self.packs or other.packs,
             self.causal or other.causal,
             self.attends or other.attends,
+            self.carrying or other.carrying,
+            self.packs_swept or other.packs_swept,
+            self.returns_beside if self.returns_beside is not None else other.returns_beside,
         )
 
 
@@ -75,42 +85,156 @@ def layer_nature(call: LayerCall, hidden: Tensor) -> LayerNature:
 
     out = run(hidden)
     counter = PlainAttention()
-    reason = _why_not_swept(call, hidden, out, counter)
-    if not has_values(call.layer):
-        return LayerNature(reason, attends=counter.asked)
-    whole = out[0] if isinstance(out, tuple) else out
+    reason = _why_not_called(call, hidden, counter)
+    whole, beside = (out, 0) if not isinstance(out, tuple) else (out[0], len(out) - 1)
     if not isinstance(whole, Tensor) or whole.shape[:2] != hidden.shape[:2]:
-        return LayerNature(reason, f"{name} does not return the hidden states", None, counter.asked)
+        wrong = f"{name} does not return the hidden states"
+        return LayerNature(reason or wrong, wrong, None, counter.asked, packs_swept=wrong)
+    if reason is None and isinstance(out, tuple) and any(part is not None for part in out[1:]):
+        reason = "it does not return the hidden states alone"
+    carrying: Carrying | None = None
+    if reason is None:
+        carrying, reason = _why_not_swept(call, hidden, whole, counter)
+    returns = beside if isinstance(out, tuple) else None
+    if not has_values(call.layer):
+        return LayerNature(reason, attends=counter.asked, carrying=carrying, returns_beside=returns)
     first, last = (run(_other(hidden, tokens)) for tokens in (slice(0, CUT), slice(NUM_TOKENS - 1, NUM_TOKENS)))
     first, last = (x[0] if isinstance(x, tuple) else x for x in (first, last))
     packs = None if same(whole, first) else f"{name} carries something from token to token across documents"
     causal = None if same(whole, last, slice(0, NUM_TOKENS - 1)) else f"{name} lets tokens see later ones"
-    return LayerNature(reason, packs, causal, counter.asked)
+    packs_swept = packs
+    if packs is not None and carrying is not None and packs_while_swept(replace(call, carrying=carrying), hidden):
+        packs_swept = None
+    return LayerNature(reason, packs, causal, counter.asked, carrying, packs_swept, returns)
 
 
-def _why_not_swept(call: LayerCall, hidden: Tensor, out: Any, counter: "PlainAttention") -> str | None:
-    name = type(call.layer).__name__
+def _why_not_called(call: LayerCall, hidden: Tensor, counter: "PlainAttention") -> str | None:
+    """Call a layer as a sweep does, and count how often it attends."""
     if not takes_keywords(call):
-        return f"{name} does not pass keyword arguments on"
+        return f"{type(call.layer).__name__} does not pass keyword arguments on"
     try:
         call.function(call.layer, hidden, *call.args, **_apart(call.keywords), sweep=counter)
     except TypeError as error:
         if "'sweep'" not in str(error):
             raise
         return f"its attention does not take keyword arguments ({error})"
-    if counter.num_calls != 1:
+    if counter.num_calls > 1:
         return f"it attends {counter.num_calls} times through the attention interface, not once"
-    if not isinstance(out, Tensor) or out.shape[:2] != hidden.shape[:2]:  # a model takes [0] of a tuple, even of one
-        return "it does not return the hidden states alone"
+    return None
+
+
+def _why_not_swept(
+    call: LayerCall, hidden: Tensor, whole: Tensor, counter: "PlainAttention"
+) -> tuple[Carrying | None, str | None]:
+    """Run a layer in tiles, with a state where it needs one; how it carries that, or why it cannot be swept."""
+    attends = counter.num_calls == 1
+    reason = None
+    if attends:
+        if not has_values(call.layer):
+            return None, None
+        reason = _why_not_tiled(call, hidden, whole)
+        if reason is None:
+            return None, None
+    carrying = _carrying(call, hidden, attends=attends)
+    if carrying is None:
+        return None, reason or "it attends 0 times through the attention interface, not once"
     if not has_values(call.layer):
+        return carrying, None
+    call = _one_document(replace(call, carrying=carrying))
+    wrong = _why_not_tiled(call, hidden, whole) or _why_not_differentiated(call, hidden)
+    return (carrying, None) if wrong is None else (None, wrong)
+
+
+def _one_document(call: LayerCall) -> LayerCall:
+    """The call with positions that begin no second document: the layer whole does not heed them, its tiles would."""
+    positions = call.position_ids
+    if positions is None or positions.shape[-1] != NUM_TOKENS:
+        return call
+    one = torch.arange(NUM_TOKENS, device=positions.device).expand_as(positions)
+    return replace(call, keywords=call.keywords | {"position_ids": one})
+
+
+def _carrying(call: LayerCall, hidden: Tensor, *, attends: bool) -> Carrying | None:
+    """Find how a layer carries a state; None if it can use no cache that is differentiated, or attends by itself."""
+    argument, state, mask = call.cache_argument, TileState({}, NUM_TOKENS), call.keywords.get("attention_mask")
+    if argument is None or (not attends and isinstance(mask, Tensor) and mask.dim() > 2):
         return None
     try:
+        keywords = _apart(call.keywords) | {argument: state}
+        call.function(call.layer, hidden, *call.args, **keywords, sweep=PlainAttention())
+    except _CANNOT:
+        return None
+    if state.has_keys and not attends:  # by another attention than that of the interface
+        return None
+    return Carrying(argument, attends, in_words(state))
+
+
+_CANNOT = (ModelError, AttributeError, TypeError, RuntimeError, ValueError, IndexError, KeyError)
+"""What a layer raises that cannot use a cache of the sweep's, or a tile of tokens."""
+
+
+def _why_not_tiled(call: LayerCall, hidden: Tensor, whole: Tensor) -> str | None:
+    name = type(call.layer).__name__
+    try:
         tiled = run_layer_without_grad(hidden, replace(call, keywords=_apart(call.keywords)), _ProbeSweep())
-    except (ModelError, RuntimeError, ValueError, IndexError) as error:
-        return f"{name} does not run on a tile of tokens ({str(error).splitlines()[0]})"
-    if not same(tiled, out, slice(None)):
-        return f"{name} carries a state from token to token besides attention"
+    except _CANNOT as error:
+        return f"{name} does not run on a tile of tokens ({(str(error).splitlines() or [type(error).__name__])[0]})"
+    if not same(tiled, whole, slice(None)):
+        beside = " besides attention" if call.attends else ""
+        how = "" if call.carrying is None else ", which its cache does not carry from tile to tile"
+        return f"{name} carries a state from token to token{beside}{how}"
     return None
+
+
+def _why_not_differentiated(call: LayerCall, hidden: Tensor) -> str | None:
+    """Compare the gradient of a layer in tiles, through the states it carries, with that of the layer whole."""
+    found = []
+    for tiled in (False, True):
+        with torch.enable_grad():
+            given = hidden.detach().clone().requires_grad_()
+            keywords = _apart(call.keywords)
+            if tiled:
+                out: Any = run_layer(given, replace(call, keywords=keywords), _ProbeSweep(), parameters=())
+            else:
+                out = call.function(call.layer, given, *call.args, **keywords)
+            out = out[0] if isinstance(out, tuple) else out
+            try:
+                found.append(torch.autograd.grad(out, given, _other(torch.zeros_like(out) + 1, slice(None)))[0])
+            except RuntimeError as error:
+                return f"{type(call.layer).__name__} is not differentiated in tiles ({str(error).splitlines()[0]})"
+    if same(found[0], found[1], slice(None)):
+        return None
+    return f"{type(call.layer).__name__} carries a state from token to token through which no gradient flows"
+
+
+def packs_while_swept(call: LayerCall, hidden: Tensor) -> bool:
+    """Whether the second of two documents is, in tiles, what it is alone, whatever the first one is."""
+    if call.attends:
+        return False
+    both, other = (run_layer_without_grad(x, call, _ProbeSweep()) for x in (hidden, _other(hidden, slice(0, CUT))))
+    args, keywords = cut_tokens((call.args, call.keywords), start=CUT, end=NUM_TOKENS, num_tokens=NUM_TOKENS)
+    alone = call.function(call.layer, hidden[:, CUT:], *args, **keywords)
+    alone = alone[0] if isinstance(alone, tuple) else alone
+    return same(both, other) and same(both[:, CUT:], alone, slice(None))
+
+
+def run_as_swept(nature: LayerNature, call: LayerCall, hidden: Tensor) -> Any:
+    """Run a layer as a sweep will; plainly if it will not be swept."""
+    if nature.sweeps is not None:
+        return call.function(call.layer, hidden, *call.args, **call.keywords)
+    out = run_layer_without_grad(hidden, replace(call, carrying=nature.carrying), _ProbeSweep())
+    return out if nature.returns_beside is None else (out, *[None] * nature.returns_beside)
+
+
+def in_words(state: TileState) -> str:
+    """What a layer carries."""
+    words = []
+    for (kind, _, _), tensor in state.outgoing.items():
+        if kind == "conv":
+            words.append(f"the last {tensor.shape[-1]} inputs of a convolution")
+        else:
+            words.append(f"a state of {tensor[0].numel():,} numbers")
+    return " and ".join(words) or "nothing"
 
 
 def takes_keywords(call: LayerCall) -> bool:

@@ -36,6 +36,7 @@ from longfit.engine.sweep.layer_probe import (
     has_values,
     kind_of,
     layer_nature,
+    run_as_swept,
     same,
     takes_keywords,
 )
@@ -53,6 +54,7 @@ class ModelNature:
     Attributes:
         layers: those that are run through the gradient-checkpointing function, in order.
         packs: None, or why packed documents see each other somewhere in the model.
+        packs_swept: the same while its layers are swept.
         causal: None, or where tokens see later ones.
         head: None, or that the logits are not those of the output matrix as longfit reads it.
         ends_in_norm: whether the decoder's last hidden states are what its last norm returned.
@@ -63,6 +65,7 @@ class ModelNature:
     causal: str | None = None
     head: str | None = None
     ends_in_norm: bool = False
+    packs_swept: str | None = None
 
     def require_head(self) -> None:
         """Raise ModelError unless longfit knows how logits are made."""
@@ -95,18 +98,38 @@ def probe_model(base: Any, inner: Any, device: torch.device, *, present: Present
         one = run()
         first, last = run(other=slice(0, CUT)), run(other=slice(NUM_TOKENS - 1, NUM_TOKENS))
         head = _why_not_head(base, one) if has_values(inner) else None
-    natures = probe.result()
-    packs = None if takes else f"{type(inner).__name__} takes no position_ids, by which documents are told apart"
-    packs = packs or _first(names, {layer: nature.packs for layer, nature in natures.items()})
-    entered = probe.first_inputs
-    if packs is None and len(entered) == 3 and not same(entered[0], entered[1]):
-        packs = f"{type(inner).__name__} mixes tokens before its first layer"
-    if packs is None and not same(one.hidden, first.hidden):
-        packs = f"{type(inner).__name__} lets packed documents see each other outside of its layers"
+        natures = probe.result()
+        packs = _packs(inner, names, {layer: nature.packs for layer, nature in natures.items()}, probe, one, first)
+        packs_swept = packs
+        if any(nature.packs is not None and nature.packs_swept is None for nature in natures.values()):
+            probe.swept = True
+            one_swept, first_swept = run(), run(other=slice(0, CUT))
+            reasons = {layer: nature.packs_swept for layer, nature in natures.items()}
+            packs_swept = _packs(inner, names, reasons, probe, one_swept, first_swept)
     causal = _first(names, {layer: nature.causal for layer, nature in natures.items()})
     if causal is None and not same(one.hidden, last.hidden, slice(0, NUM_TOKENS - 1)):
         causal = f"{type(inner).__name__} lets tokens see later ones"
-    return ModelNature(natures, packs, causal, head, one.ends_in_norm)
+    return ModelNature(natures, packs, causal, head, one.ends_in_norm, packs_swept)
+
+
+def _packs(
+    inner: Any,
+    names: dict[nn.Module, str],
+    reasons: dict[nn.Module, str | None],
+    probe: "_Probe",
+    one: "_Result",
+    first: "_Result",
+) -> str | None:
+    """Why packed documents see each other, in a layer or outside: in a second run the first document was another."""
+    name = type(inner).__name__
+    if "position_ids" not in inspect.signature(inner.forward).parameters:
+        return f"{name} takes no position_ids, by which documents are told apart"
+    found, entered = _first(names, reasons), probe.first_inputs
+    if found is None and len(entered) >= 2 and not same(entered[0], entered[1]):
+        return f"{name} mixes tokens before its first layer"
+    if found is None and not same(one.hidden, first.hidden):
+        return f"{name} lets packed documents see each other outside of its layers"
+    return found
 
 
 @dataclass
@@ -120,6 +143,7 @@ class _Probe:
     kinds: dict[Any, LayerNature] = field(default_factory=dict)
     mappings: dict[nn.Module, dict[str, int]] = field(default_factory=dict)
     changed: set[int] = field(default_factory=set)
+    swept: bool = False
 
     def checkpoint_function(self, function: Any, *args: Any) -> Any:
         if not isinstance(function, partial) or not function.args or not isinstance(function.args[0], nn.Module):
@@ -128,6 +152,8 @@ class _Probe:
         if len(self.first_inputs) < self.num_runs:
             self.first_inputs.append(hidden.detach().clone())
         with torch.no_grad(), self.present(call.layer):
+            if self.swept and call.layer in self.natures:
+                return run_as_swept(self.natures[call.layer], call, hidden)
             if self.num_runs == 1:
                 self._try(call, hidden)
             return self._watched(call, hidden)

@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +19,8 @@ from longfit.engine.offload.activations import ActivationOffload
 from longfit.engine.offload.weights import WeightStream
 from longfit.engine.sweep.fused_modules import Fused, fused_forwards, fused_rotary
 from longfit.engine.sweep.layer import run_layer, run_layer_without_grad
-from longfit.engine.sweep.layer_call import layer_call
+from longfit.engine.sweep.layer_call import LayerCall, layer_call
+from longfit.engine.sweep.recurrent_state import Carrying
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
 from longfit.engine.sweep.saved_products import SavedProductsBudget
 from longfit.engine.sweep.shared_sequence import SharedSequence
@@ -80,6 +81,8 @@ class Sweeper:
     saved_products: SavedProductsBudget
     unread: UnreadProducts = field(default_factory=UnreadProducts)
     swept: set[nn.Module] = field(default_factory=set)
+    carrying: dict[nn.Module, Carrying] = field(default_factory=dict)
+    returns_beside: dict[nn.Module, int] = field(default_factory=dict)
     fused: dict[nn.Module, tuple[Fused, ...]] = field(default_factory=dict)
     weights: WeightStream | None = None
     report: SweepReport | None = None
@@ -127,6 +130,12 @@ class Sweeper:
         finally:
             self.mode = before
 
+    @property
+    def sweeps_now(self) -> bool:
+        """Whether a call of the model now sweeps its layers: they call for it in training mode, with gradients on."""
+        trains = self.mode == "sweep" and torch.is_grad_enabled()
+        return (trains or self.mode == "evaluate") and all(layer.training for layer in self.swept)
+
     def tile_for(self, hidden: Tensor) -> int:
         """Tokens per row and tile: the user's, or the chosen number shared by the rows of the batch."""
         return self.tile if self.forced else max(1, min(self.tile, max(self.tile // hidden.shape[0], 64)))
@@ -138,17 +147,25 @@ class Sweeper:
         if not isinstance(function, partial) or not function.args or function.args[0] not in self.swept:
             return checkpoint(function, *args, use_reentrant=False)
         call, hidden = layer_call(function, args)
-        if call.carries_gradient:
-            warnings.warn(
-                f"{type(call.layer).__name__} is given a tensor besides the hidden states that needs a gradient, which"
-                " the sweep does not follow; it is checkpointed in the ordinary way",
-                stacklevel=2,
-            )
+        call = replace(call, carrying=self.carrying.get(call.layer))
+        reason = _why_not_tiled(call)
+        if reason is not None:
+            warnings.warn(f"{type(call.layer).__name__} {reason}; it is checkpointed in the ordinary way", stacklevel=2)
             return checkpoint(function, *args, use_reentrant=False)
         trains = hidden.requires_grad or any(p.requires_grad for p in call.layer.parameters())
-        if torch.is_grad_enabled() and self.mode != "evaluate" and trains:
-            return run_layer(hidden, call, self)
-        return run_layer_without_grad(hidden, call, self)
+        run = run_layer if torch.is_grad_enabled() and self.mode != "evaluate" and trains else run_layer_without_grad
+        beside = self.returns_beside.get(call.layer)
+        out = run(hidden, call, self)
+        return out if beside is None else (out, *[None] * beside)
+
+
+def _why_not_tiled(call: LayerCall) -> str | None:
+    """What keeps a layer that is swept otherwise from being swept in this call."""
+    if call.carries_gradient:
+        return "is given a tensor besides the hidden states that needs a gradient, which the sweep does not follow"
+    if call.carrying is not None and call.tells_borders:
+        return "is told the borders of documents by their lengths, and carries a state; give position_ids alone"
+    return None
 
 
 def sweeper_of(model: nn.Module) -> Sweeper | None:

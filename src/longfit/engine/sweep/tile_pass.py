@@ -53,6 +53,11 @@ class Visible:
         lows = (key if key < halo else halo + (key - halo) // tile * tile for key in first)
         return cls(tile, schedule.num_tokens, tuple(lows), halo)
 
+    @classmethod
+    def of_no_attention(cls, num_tokens: int, tile: int) -> "Visible":
+        """A layer that does not attend: a tile needs no keys but what would be its own."""
+        return cls(tile, num_tokens, tuple(range(0, num_tokens, tile)))
+
     @property
     def capacity(self) -> int:
         """Tokens of the widest range that a tile sees, its own included."""
@@ -131,6 +136,13 @@ class _Pass:
         """First token of a tile, and the one after its last, among the tokens of this process."""
         start = self.stretch.start + index * self.tile_size
         return start, min(start + self.tile_size, self.stretch.start + self.stretch.num_tokens)
+
+    def seen(self, *, attends: bool) -> Visible:
+        """Which keys each tile has needed, when all tiles are through."""
+        if not attends:
+            return Visible.of_no_attention(self.stretch.num_tokens, self.tile_size)
+        assert self.visible is not None, "a layer that has not attended"
+        return self.visible
 
     def see(self, schedule: Schedule, key: Tensor, value: Tensor) -> None:
         """Begin with a halo: its keys and values ``[B, K, n, D]``, and what the tokens see, numbered from its first."""
