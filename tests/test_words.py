@@ -2,7 +2,7 @@
 
 import pytest
 
-from longfit.words import format_bytes, sparkline
+from longfit.words import format_bytes, sparkline, visible
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,11 @@ def test_a_curve_is_a_line_of_bars(values: list[float], drawn: str) -> None:
 def test_a_long_curve_is_averaged_in_groups() -> None:
     assert sparkline([4.0, 2.0, 1.0, 1.0, 0.0], width=3) == "█▃▁"  # means 3, 1, 0
     assert len(sparkline([float(step) for step in range(1000)])) <= 24
+
+
+NASTY = "a\x1b]0;owned\x07\x1b[31m\rb\u202ec\x9b2J\ud800:bug:[red]"
+
+
+def test_what_a_terminal_would_obey_is_written_out() -> None:
+    assert visible(NASTY) == r"a\x1b]0;owned\x07\x1b[31m\rb\u202ec\x9b2J\ud800:bug:[red]"
+    assert visible("tab\tand line\nend, é, 字, ▁") == "tab\tand line\nend, é, 字, ▁"

@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,26 +153,3 @@ def test_settings_are_explained_by_key_name_or_section(capsys: pytest.CaptureFix
     assert "allowed: all, last, marked" in capsys.readouterr().out
     assert main(["explain", "train_onn"]) == 2
     assert "did you mean data.train_on?" in capsys.readouterr().err
-
-
-def test_short_help_and_a_dry_run(workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("train", "data", "eval", "chat", "explain"):
-        assert main([verb, "-h"]) == 0
-        assert "Usage" in capsys.readouterr().out
-    words = ["train", str(workplace / "model"), str(workplace / "texts"), "--context", "96", "--steps", "3"]
-    words += ["--quant", "none", "--dtype", "float32", "--run-dir", str(tmp_path / "run"), "--dry-run"]
-    assert main(words) == 0
-    assert "dry run: 3 steps on" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_next_command_of_data_can_be_pasted(
-    workplace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = tmp_path / "a text.txt"
-    text.write_text("a road, and a road. " * 20)
-    words = [str(text), "--model", str(workplace / "model"), "--context", "64", 'data.exclude=["*.log"]']
-    assert main(["data", *words]) == 0
-    pasted = shlex.split(capsys.readouterr().out.splitlines()[-1])
-    assert pasted[:2] == ["longfit", "train"]
-    assert main([*pasted[1:], "train.steps=1", "model.quant=none", "--dry-run"]) == 0

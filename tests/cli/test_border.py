@@ -13,42 +13,9 @@ import pytest
 import longfit
 from longfit.cli import app as app_module
 from longfit.cli.app import main
-from longfit.cli.output import (
-    print_error,
-    print_lines,
-    print_note,
-    print_piece,
-    print_spans,
-    print_table,
-    show_progress,
-)
 from longfit.notice import notify
-from longfit.training.metrics import Event
-from longfit.words import visible
 
 SOURCES = str(Path(longfit.__file__).parent.parent)
-NASTY = "a\x1b]0;owned\x07\x1b[31m\rb\u202ec\x9b2J\ud800:bug:[red]"
-
-
-def test_what_a_terminal_would_obey_is_written_out() -> None:
-    assert visible(NASTY) == r"a\x1b]0;owned\x07\x1b[31m\rb\u202ec\x9b2J\ud800:bug:[red]"
-    assert visible("tab\tand line\nend, é, 字, ▁") == "tab\tand line\nend, é, 字, ▁"
-
-
-def test_no_way_of_printing_lets_a_control_character_through(capfd: pytest.CaptureFixture[str]) -> None:
-    print_error(NASTY)
-    print_note(NASTY)
-    print_lines(NASTY)
-    print_piece(NASTY)
-    print_spans([(NASTY, True), (NASTY, False)])
-    print_table([NASTY], [[NASTY]])
-    notify(NASTY)
-    with show_progress() as on_event:
-        on_event(Event("phase", NASTY))
-        on_event(Event("warning", NASTY))
-    said = "".join(capfd.readouterr())
-    assert said.count(visible(NASTY)) == 10  # pytest has set logging up, so that the notice goes there
-    assert visible(said) == said
 
 
 def test_a_failure_is_json_where_results_are(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

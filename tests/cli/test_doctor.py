@@ -54,3 +54,14 @@ def test_a_model_is_understood_instead_of_the_machine(tmp_path: Path, capsys: py
     assert "chat       keys and values in storage with room" in text
     assert main(["doctor", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reads"] == "roomy"
+
+
+def test_doctor_tells_what_runs_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["packages"]["torch"]
+    kernels = {(row["op"], row["device"]): row for row in facts["kernels"]}
+    assert kernels["linear_4bit", "cpu"]["backend"] in ("cpu", "reference")
+    assert facts["memory"]["available_bytes"] > 0
+    assert main(["doctor"]) == 0
+    assert "linear_4bit" in capsys.readouterr().out

@@ -1,14 +1,13 @@
 """Tile attention against the dense mask: every backend, forward and gradients."""
 
 import warnings
-from itertools import pairwise
 
 import pytest
 import torch
 from tests.attention.dense_attention import dense_mask, random_tensors
 
 from longfit.attention import backends
-from longfit.attention.backends import BACKENDS, choose_backend, reference, tile_backward, tile_forward, torch_cpu
+from longfit.attention.backends import BACKENDS, choose_backend, reference, tile_backward, tile_forward
 from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.errors import BackendError
@@ -167,19 +166,6 @@ def test_nothing_before_a_token_depends_on_it(kind: str, backend: str) -> None:
         assert (out[:, :, t] != clean[:, :, t]).all()
 
 
-def test_pieces_cover_every_query_once_and_stay_small() -> None:
-    for settings in SCHEDULES.values():
-        for tokens, start in ((130, 0), (700, 33), (1, 5)):
-            schedule = build_schedule(4, document_starts(1, start + tokens), **settings)
-            for first_key in schedule.tile(start, tokens)[:, 0]:
-                pieces = list(torch_cpu.pieces(first_key, start))
-                assert [pieces[0].low, *(piece.high for piece in pieces)][-1] == start + tokens
-                assert all(a.high == b.low for a, b in pairwise(pieces))
-                for piece in pieces:
-                    masked = [part for part in piece.parts if part.visible == "mask"]
-                    assert not masked or piece.high - piece.low <= torch_cpu.MASK_BLOCK
-
-
 def test_the_table_is_the_dispatchers_and_use_backend_forces_it() -> None:
     assert tuple(row.name for row in BACKENDS) == TABLE["attention"]
     (q, k, v), _ = random_tensors(4, 2, 8)
@@ -219,25 +205,6 @@ def test_choosing_a_backend() -> None:
         choose_backend(q, k, v, name="flash9")
     with pytest.raises(BackendError, match="no soft cap"):
         tile_forward(QueryTile(q, k, v, build_schedule(4, document_starts(2, 8)), 0, 1.0, 1.0), backend="aten")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda q, k, v, s: (q[:, :3], k, v, s, 0), "multiple of key/value heads"),
-        (lambda q, k, v, s: (q, k[:, :, :4], v[:, :, :4], s, 0), "cover the last query"),
-        (lambda q, k, v, s: (q, k, v, s, 1), "cover the last query"),
-        (lambda q, k, v, s: (q, k.float(), v, s, 0), "one dtype"),
-        (lambda q, k, v, s: (q[0], k, v, s, 0), r"must be \[B, H, t, D\]"),
-        (lambda q, k, v, s: (q[:1], k[:1], v[:1], s, 0), "schedule of 2 rows"),
-        (lambda q, k, v, s: (q[:, :2], k, v, s, 0), "4 heads does not fit"),
-    ],
-)
-def test_shapes_that_do_not_fit(change, message: str) -> None:
-    (q, k, v), _ = random_tensors(4, 2, 8)
-    q, k, v, schedule, start = change(q, k, v, build_schedule(4, document_starts(2, 8)))
-    with pytest.raises(ValueError, match=message):
-        QueryTile(q, k, v, schedule, start, 1.0)
 
 
 def test_gradient_sums_must_be_wide() -> None:
