@@ -126,3 +126,86 @@ def is_ours(value: ast.expr) -> bool:
 
 def imported_names(node: ast.ImportFrom) -> list[str]:
     return [f"{node.module}.{alias.name}" for alias in node.names]
+
+
+# ------------------------------------------------------------------------------------------------ tests
+TESTS = ROOT / "tests"
+ELSEWHERE = {
+    "__main__": ("cli/test_border.py", "starts the command line as python -m longfit"),
+    "attention/backends/cpp": ("kernels/cpu/test_attention.py", "hands a tile to the kernels, which are tried there"),
+    "compat/torch_distributed": ("parallel/test_shard.py", "needs processes"),
+    "config/description": ("cli/test_advice.py", "longfit explain prints it"),
+    "errors": ("cli/test_border.py", "which error ends a command how"),
+    "evaluation/demo_report": ("test_demo.py", "the demo's page"),
+    "evaluation/drift": ("exporting/test_merge.py", "how far a merged model is from the trained one"),
+    "files/checksums": ("model/test_save.py", "seals what is saved"),
+    "files/expansion": ("data/test_containers.py", "bounds what an archive unpacks to"),
+    "kernels/reference": ("kernels/test_dispatch.py", "numerics behind the signatures of the table"),
+    "layers/experts_forward": ("layers/test_experts.py", "what transformers' experts interface calls"),
+    "model/adapter_weights": ("exporting/test_merge.py", "reads what a merge adds"),
+    "numerics/labels": ("data/test_packing.py", "one constant"),
+    "parallel/processes": ("parallel/test_launch.py", "needs processes"),
+    "training/rehearsal": ("cli/test_train.py", "longfit train --dry-run"),
+}
+"""Modules whose tests lie in another room or at the end of a longer way, and why."""
+BEHAVIOUR = {
+    "attention/backends/test_sinks": "every backend",
+    "cli/test_advice": "all messages against all settings and options",
+    "cli/test_border": "all verbs",
+    "data/test_cases": "all kinds of data, through the whole room",
+    "engine/loss/test_cross_entropy_kernel": "the tiled loss with and without its kernel",
+    "engine/sweep/test_memory": "bytes a token of the whole engine",
+    "evaluation/test_lm_evaluation_harness": "another tool on our folders",
+    "kernels/cpu/test_neon": "all kernels under an emulator",
+    "kernels/test_lazy": "what importing starts",
+    "kernels/triton/test_compiled": "all kernels, compiled for cards",
+    "model/test_conv1d": "GPT-2's layers from loading to merging",
+    "optim/test_crashes": "processes that die",
+    "parallel/test_combinations": "all ways of sharing at once",
+    "parallel/test_replicas": "processes with the same weights",
+    "training/test_chat_run": "a run on chats, to its end",
+    "training/test_new_tokens": "a run that trains new rows, to its end",
+    "training/test_paged_run": "a run with paged state, to its end",
+}
+"""Test files that mirror no module: what they try has no one home."""
+
+
+def path_name(path: Path, root: Path) -> str:
+    return path.relative_to(root).with_suffix("").as_posix()
+
+
+def test_every_module_has_tests_where_they_are_looked_for() -> None:
+    """In the file of its name, or in one of its room that imports it, or in those of modules that are made of it."""
+    modules = {path_name(path, PACKAGE): imported(path) for path in FILES if path.name != "__init__.py"}
+    tests = {path_name(path, TESTS): imported(path) for path in TESTS.rglob("*.py")}
+    found = {name for name in modules if name_of_test(name) in tests or is_used(name, tests)}
+    while more := {name for name in modules.keys() - found if is_used(name, {user: modules[user] for user in found})}:
+        found |= more
+    assert modules.keys() - found == ELSEWHERE.keys()
+    assert [place for place, _ in ELSEWHERE.values() if not (TESTS / place).is_file()] == []
+
+
+def test_every_test_file_has_the_name_of_what_it_tries() -> None:
+    modules = {path_name(path, PACKAGE).removesuffix("/__init__") for path in FILES}
+    rooms = {name for name in FLOORS if (PACKAGE / name).is_dir()}
+    strangers = set()
+    for path in TESTS.rglob("test_*.py"):
+        name = path_name(path, TESTS)
+        folder, _, file = name.rpartition("/")
+        source = file.removeprefix("test_")
+        package = folder.rpartition("/")[2] == source  # backends/test_backends.py is of backends/__init__.py
+        if name.split("/")[0] in rooms and f"{folder}/{source}" not in modules and not (package and folder in modules):
+            strangers.add(name)
+    assert strangers == BEHAVIOUR.keys()
+
+
+def name_of_test(module: str) -> str:
+    folder, slash, name = module.rpartition("/")
+    return f"{folder}{slash}test_{name}"
+
+
+def is_used(module: str, users: dict[str, set[str]]) -> bool:
+    """Whether one of the users, of the module's own room, imports it."""
+    dotted = "longfit." + module.replace("/", ".")
+    own = [names for user, names in users.items() if user.split("/")[0] == module.split("/")[0]]
+    return any(name == dotted or name.startswith(f"{dotted}.") for names in own for name in names)

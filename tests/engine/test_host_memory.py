@@ -1,5 +1,6 @@
 """Memory of its own for what outlives a tile: any shape, dtype and order of axes, and gone when nobody holds it."""
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from longfit.engine import host_memory
+from longfit.engine.host_memory import give_back
 
 MANY = (3, host_memory.SMALLEST_BYTES // 4, 2)
 
@@ -90,3 +92,20 @@ def test_resident_memory_grows_with_what_is_touched_and_the_peak_is_no_smaller()
     assert 32 << 20 <= after - before < 64 << 20
     assert host_memory._peak_bytes() >= after - (1 << 20)  # the kernel counts by the page, and lags by a few
     assert held.sum() == held.numel()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps holes")
+def test_holes_are_given_back() -> None:
+    # Blocks below glibc's smallest threshold for mappings lie in the heap; each second one stays and keeps it there.
+    blocks = [torch.zeros(100 << 10, dtype=torch.uint8) for _ in range(640)]
+    del blocks[::2]
+    before = resident_bytes()
+    give_back(torch.device("meta"))
+    assert resident_bytes() == pytest.approx(before, abs=1 << 20)
+    give_back(torch.device("cpu"))
+    assert before - resident_bytes() > 25 << 20  # of 32 MB, less the pages that holes share with blocks
+    assert all(int(block.sum()) == 0 for block in blocks)
