@@ -61,11 +61,11 @@ FAMILIES = {
 """Gate and up in one, both ways round, with biases; a gate of its own; dense layers first; experts without a gate."""
 
 
-def mixture(family: str, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A model with random weights; routers that do not send all tokens one way."""
+def mixture(family: str, *, dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
+    """A model with random weights; routers that do not send all tokens one way. Further fields of the config win."""
     torch.manual_seed(0)
     model_class, config_class, options = FAMILIES[family]
-    model = model_class(config_class(**SHAPE | options)).to(dtype)
+    model = model_class(config_class(**SHAPE | options | changes)).to(dtype)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.1)

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tests.exporting.conftest import MakeRun
 from tests.model_folders import byte_tokenizer, llama, save_model
+from tests.stored_folders import save_stored
 
 from longfit.errors import ExportError, LongfitError, ModelError
 from longfit.exporting import merge_plan
@@ -245,6 +246,22 @@ def test_a_bitsandbytes_checkpoint_has_no_originals(make_run: MakeRun, tmp_path:
     merged = load_file(tmp_path / "merged" / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert torch.equal(merged, layer.get_base_layer().dequantize(torch.float32).addmm_(B, A, alpha=32 / 4))
+
+
+@pytest.mark.parametrize("onto", ["4bit", "16bit"])
+def test_a_base_in_a_foreign_format_is_merged_dequantised(make_run: MakeRun, tmp_path: Path, onto: str) -> None:
+    save_stored(tmp_path / "bases", llama(dtype=torch.float32, intermediate_size=160), "fp8")
+    for name in ("stored", "dense"):
+        byte_tokenizer().save_pretrained(tmp_path / "bases" / name)
+    run = make_run(**{"model.name": str(tmp_path / "bases" / "stored")})
+    merge(run, tmp_path / "merged", onto=onto, measure=False)
+    assert "quantization_config" not in read_config(tmp_path / "merged")
+    if onto == "4bit":
+        assert_equal_up_to_rounding(plain_logits(tmp_path / "merged", tmp_path), trained_logits(run))
+        return
+    merge(run, tmp_path / "other", base=str(tmp_path / "bases" / "dense"), onto=onto, measure=False)
+    merged, other = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "other"))
+    assert all(torch.equal(merged[name], other[name]) for name in other)
 
 
 def test_a_model_of_many_files_is_read_and_written(run: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_tied_weights_stay_dense_and_tied(tmp_path: Path) -> None:
         (lambda p: p / "missing.gguf", "no such file"),
         (lambda p: text_file(p / "fake.gguf"), "magic bytes"),
         (lambda p: image_model_folder(p / "vit"), "not a causal language model"),
-        (lambda p: gptq_folder(p / "gptq"), "quantised with 'gptq'"),
+        (lambda p: hqq_folder(p / "hqq"), "quantised with 'hqq'"),
     ],
 )
 def test_what_cannot_be_loaded_is_said(tmp_path: Path, make, message: str) -> None:
@@ -95,11 +95,11 @@ def image_model_folder(path: Path) -> Path:
     return path
 
 
-def gptq_folder(path: Path) -> Path:
+def hqq_folder(path: Path) -> Path:
     model = llama()
     model.save_pretrained(path)
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "hqq"}}))
     return path
 
 

@@ -6,6 +6,7 @@ import torch
 from longfit.numerics.microscaling import (
     E2M1,
     dequantize_mxfp4,
+    dequantize_mxfp4_experts,
     dequantize_nvfp4,
     e2m1_codes,
     quantize_mxfp4,
@@ -84,3 +85,13 @@ def test_scales_of_another_tensor_are_refused():
     codes, scales = quantize_mxfp4(torch.randn(64))
     with pytest.raises(ValueError, match="need \\[3\\]"):
         dequantize_mxfp4(torch.cat([codes, codes[:1]]), scales, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 3), (3, 64, 2)])
+def test_experts_of_a_checkpoint_are_those_of_transformers(shape):
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+    scales = torch.randint(100, 140, shape, dtype=torch.uint8)
+    theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    assert torch.equal(dequantize_mxfp4_experts(blocks, scales), theirs)

@@ -1,6 +1,7 @@
 """The weights of a base, one tensor at a time, under the names that the model has for them.
 
     FolderWeights       safetensors in a folder or a hub snapshot; bitsandbytes' 4-bit tensors are de-quantised
+    StoredWeights       safetensors quantised by another tool (``model/stored_weights.py``)
     GgufWeights         a .gguf file
     GrownWeights        another base with rows for new tokens, which the adapter then fills
     QuantizedWeights    another base as it was while the adapter trained: quantised and de-quantised again
@@ -25,9 +26,11 @@ from longfit.files.reading import reading
 from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit
 from longfit.model import gguf
 from longfit.model.hf_quantizer import QUANTIZABLE, skipped_linears
+from longfit.model.load import foreign_format, quantization_block, read_config
 from longfit.model.pack_experts import packable_experts, skipped_experts
+from longfit.model.stored_weights import StoredWeights
 from longfit.model.vocabulary import grown
-from longfit.model.weight_files import read_headers
+from longfit.model.weight_files import model_folder, read_headers
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes
 from longfit.numerics.vectorwise import dequantize_vectors, quantize_vectors
 
@@ -50,23 +53,16 @@ def open_base(name: str, config: Any) -> BaseWeights:
     with reading(name, "the base", ModelError, do="fetch it again"):
         if gguf.is_gguf(Path(name)):
             return GgufWeights(Path(name), config)
-        return FolderWeights(model_folder(name))
+        folder = model_folder(name, error=ExportError, do="say where with --base PATH")
+        block = _quantization_block(folder)
+        stored = None if block is None else foreign_format(name, block)
+        return FolderWeights(folder) if stored is None else StoredWeights(folder, stored)
 
 
-def model_folder(name: str) -> Path:
-    """The folder of a model: itself, or the snapshot of a hub id.
-
-    Raises: ExportError: it is not there and cannot be fetched.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise ExportError(f"{name}: its weights are neither here nor reachable; say where with --base PATH") from error
+def _quantization_block(folder: Path) -> dict[str, Any] | None:
+    """How a folder's weights are quantised; None where they are dense, or where there is no configuration."""
+    path = folder / "config.json"
+    return quantization_block(read_config(folder)) if path.is_file() else None
 
 
 class FolderWeights:
@@ -181,6 +177,7 @@ class QuantizedWeights:
 
     Attributes:
         quantized: names of the weights that pass through few bits; stacked experts do so one by one.
+        dtype: that they were cast to before.
         int8: those of them through 8.
         transposed: those of them that are stored the other way round (`Conv1D`).
     """
@@ -190,6 +187,7 @@ class QuantizedWeights:
         inner: BaseWeights,
         quantized: set[str],
         *,
+        dtype: torch.dtype,
         quant: str,
         double_quant: bool,
         block_size: int,
@@ -197,7 +195,7 @@ class QuantizedWeights:
         transposed: frozenset[str] = frozenset(),
     ) -> None:
         self.inner, self.quantized, self.int8 = inner, quantized, quantized if quant == "int8" else int8
-        self.transposed = transposed
+        self.dtype, self.transposed = dtype, transposed
         self._settings: dict[str, Any] = {"quant_type": quant, "double_quant": double_quant, "block_size": block_size}
 
     def names(self) -> list[str]:
@@ -210,6 +208,7 @@ class QuantizedWeights:
         weight = self.inner.read(name)
         if name not in self.quantized:
             return weight
+        weight = weight.to(self.dtype)
         if name in self.transposed:
             return self._rounded(name, weight.t().contiguous()).t()
         if weight.dim() == 3:

@@ -134,6 +134,7 @@ class MergePlan:
         return QuantizedWeights(
             self.base,
             set(self.quantized),
+            dtype=trained.compute_dtype,
             quant=trained.quant,
             double_quant=trained.double_quant,
             block_size=trained.block_size,

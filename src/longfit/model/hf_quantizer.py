@@ -52,6 +52,7 @@ BITSANDBYTES_KEYS = {
     ]
     for quant_type in ("nf4", "fp4")
 } | {"int8": ["weight", "SCB", "weight_format"]}
+COMPARED = 1 << 22  # weights at once, in fp32
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -92,6 +93,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         self.int8_modules, self.threshold = int8_modules, threshold
         self.experts = experts
         self.own_rows: OwnRows | None = None
+        self.added_error: AddedError | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LongfitQuantizationConfig:
         """All settings again, and the same devices: process groups cannot be copied."""
@@ -119,7 +121,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
 
     def settings(self) -> dict[str, Any]:
         """The arguments that make the same configuration."""
-        return {key: value for key, value in self.__dict__.items() if key != "own_rows"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("own_rows", "added_error")}
 
     def to_dict(self) -> dict[str, Any]:
         """The block written into ``config.json``: bitsandbytes' own where its files can hold the data type."""
@@ -144,6 +146,26 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         }
 
 
+class AddedError:
+    """What quantising weights changes of them, summed while they are loaded."""
+
+    def __init__(self) -> None:
+        self._squares = self._errors = 0.0
+
+    def add(self, stored: QuantizedLinear, weight: Tensor) -> None:
+        """Compare a weight with what is stored of it."""
+        dense = stored.dequantize(weight.dtype)
+        for start in range(0, len(weight), step := max(1, COMPARED // max(1, weight.shape[1]))):
+            rows = slice(start, start + step)
+            before = weight[rows].float()
+            self._squares += float(before.square().sum(dtype=torch.float64))
+            self._errors += float((dense[rows].float() - before).square().sum(dtype=torch.float64))
+
+    def relative(self) -> float | None:
+        """Root mean square of the error over that of the weights; None before anything was compared."""
+        return (self._errors / self._squares) ** 0.5 if self._squares else None
+
+
 class QuantizeWeight(ConversionOps):
     """One dense weight in, its packed rows and constants out."""
 
@@ -160,12 +182,17 @@ class QuantizeWeight(ConversionOps):
                 raise ModelError(f"{name} holds NaN or infinity; the file is damaged or the model is broken")
             layer, _ = get_module_from_name(model, name)
             own = self.hf_quantizer.own_rows
+            added = self.hf_quantizer.quantization_config.added_error
             if packed_experts(layer) is not None:
                 converted |= pack_experts.store(layer, name, weight)
+                if added is not None:
+                    pack_experts.compare(layer, name, weight, converted, added.add)
                 continue
             if layer.stands_for_conv1d:
                 weight = weight.t().contiguous()
             rows, constants = layer.stored(weight) if own is None else own.stored(layer, weight)
+            if added is not None and own is None:
+                added.add(layer.sharing(rows, constants), weight)
             del weight
             converted |= adopted(layer, name, rows, constants)
         return converted

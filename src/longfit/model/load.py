@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 from longfit.compat.torch_distributed import local_part
@@ -28,10 +36,12 @@ from longfit.layers.experts import constants_of
 from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model import gguf
 from longfit.model.accounting import accounted
-from longfit.model.hf_quantizer import LongfitQuantizationConfig
+from longfit.model.hf_quantizer import AddedError, LongfitQuantizationConfig
 from longfit.model.pack_experts import packed_parameters
+from longfit.model.stored_formats import StoredFormat, stored_format
+from longfit.model.stored_weights import StoredWeights
 from longfit.model.vocabulary import add_rows, require_rows
-from longfit.model.weight_files import read_headers, require_fitting, require_sane_counts
+from longfit.model.weight_files import model_folder, read_headers, require_fitting, require_sane_counts
 
 if TYPE_CHECKING:
     from longfit.model.own_rows import OwnRows
@@ -39,6 +49,7 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NEITHER = "neither a model folder, nor a .gguf file, nor a reachable hub id"
 QUANT_TYPES = ("nf4", "fp4", "int4", "int8")
+_STORED = "_longfit_stored"
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,9 @@ class LoadReport:
         half_bytes: of the whole model if every weight were 16-bit.
         bits_per_param: of those layers.
         quantized_share: of all weights, how many are stored in few bits.
+        stored: in which format the source had its weights in few bits, and how many of them; "" for a dense source.
+        added_error: root mean square of what quantising these again changed, over that of the weights; None if it was
+            not measured.
     """
 
     source: str
@@ -64,6 +78,8 @@ class LoadReport:
     half_bytes: int = 0
     bits_per_param: float = 0.0
     quantized_share: float = 0.0
+    stored: str = ""
+    added_error: float | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -76,11 +92,21 @@ class LoadReport:
         lines = [f"{sizes}; {len(self.quantized)} layers in {self.bits_per_param:.2f} bits a parameter"]
         if not self.quantized:
             lines = [f"{sizes}; no layer is quantised"]
+        if self.stored:
+            lines.append(self._stored_line())
         for reason in dict.fromkeys(self.dense.values()):
             names = [name for name, why in self.dense.items() if why == reason]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             lines.append(f"not quantised: {', '.join(names[:3])}{more}: {reason}")
         return "\n".join(lines)
+
+    def _stored_line(self) -> str:
+        if not self.quantized:
+            return f"de-quantised: {self.stored}"
+        error = (
+            "not measured" if self.added_error is None else f"{self.added_error:.2%} of the weights' root mean square"
+        )
+        return f"de-quantised and quantised again: {self.stored}; error that this adds: {error}"
 
 
 def load(
@@ -100,7 +126,9 @@ def load(
     """Load a model and its tokenizer.
 
     Args:
-        name: hub id, folder in Hugging Face format (a bitsandbytes checkpoint too), or ``.gguf`` file.
+        name: hub id, folder in Hugging Face format, or ``.gguf`` file. Of what is quantised already, bitsandbytes'
+            bytes are kept; FP8, MXFP4, GPTQ, AWQ and compressed-tensors are de-quantised weight by weight and quantised
+            to ``quant``.
         quant: ``"nf4"``, ``"fp4"``, ``"int4"``, ``"int8"`` (one constant a row), or ``"none"`` for dense weights.
         double_quant: quantise the block constants again.
         block_size: weights per block constant; of 4-bit types.
@@ -173,22 +201,23 @@ def _load_gguf(path: Path, arguments: dict[str, Any]) -> tuple[Any, Any]:
 def _load_safetensors(name: str, arguments: dict[str, Any], *, resize_embeddings: bool) -> tuple[Any, Any]:
     """Load a folder or a hub id; the headers of a folder's weights are checked before anything is built."""
     config = read_config(name)
-    block = getattr(config, "quantization_config", None)
-    if block is not None:
-        arguments["quantization_config"] = None
-        config.quantization_config = prequantized(name, block).settings()
     if (Path(name) / "adapter_config.json").is_file():
         raise ModelError(EMBEDDED_ADAPTER.format(name=name))
-    headers = read_headers(Path(name)) if Path(name).is_dir() else {}
-    if headers:
-        require_fitting(headers, config, prequantized=block is not None)
-    load = partial(
-        AutoModelForCausalLM.from_pretrained, name, config=config, use_safetensors=True, trust_remote_code=False
-    )
-    try:
-        model = accounted(name, load, **arguments)
-    except OSError as error:
-        raise ModelError(f"{name}: {first_line(error)}") from error
+    block = quantization_block(config)
+    stored = None if block is None else foreign_format(name, block)
+    if stored is not None:
+        model = _load_stored(name, config, stored, arguments)
+    else:
+        if block is not None:
+            arguments["quantization_config"] = None
+            config.quantization_config = prequantized(block).settings()
+        headers = read_headers(Path(name)) if Path(name).is_dir() else {}
+        if headers:
+            require_fitting(headers, config, prequantized=block is not None)
+        load = partial(
+            AutoModelForCausalLM.from_pretrained, name, config=config, use_safetensors=True, trust_remote_code=False
+        )
+        model = _accounted(name, load, arguments)
     if getattr(model, "_hf_peft_config_loaded", False):  # of a hub id, whose files are only known now
         raise ModelError(EMBEDDED_ADAPTER.format(name=name))
     tokenizer = read_tokenizer(name)
@@ -196,6 +225,37 @@ def _load_safetensors(name: str, arguments: dict[str, Any], *, resize_embeddings
         add_rows(model, tokenizer, name)
     require_rows(model, tokenizer, name)
     return model, tokenizer
+
+
+def _accounted(name: str, load: Any, arguments: dict[str, Any]) -> Any:
+    try:
+        return accounted(name, load, **arguments)
+    except OSError as error:
+        raise ModelError(f"{name}: {first_line(error)}") from error
+
+
+def _load_stored(name: str, config: PretrainedConfig, stored: StoredFormat, arguments: dict[str, Any]) -> Any:
+    """Load a folder or hub id whose weights are quantised in a foreign format, as if they were dense."""
+    weights = StoredWeights(model_folder(name), stored)
+    forget_quantization(config)
+    require_fitting(weights.headers(), config, prequantized=False)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        weights.without_unread_biases([key for key, _ in model_class(config).named_parameters()])
+    ours = arguments.get("quantization_config")
+    added = None if ours is None else AddedError()
+    if ours is not None:
+        ours.added_error = added
+    promises = weights.promises(arguments["dtype"])
+    model = _accounted(
+        name, partial(model_class.from_pretrained, None, config=config, state_dict=promises), dict(arguments)
+    )
+    model.config.name_or_path = name
+    if (weights.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(str(weights.folder))
+    words = f"{weights.num_quantized:,} weights of {stored.words}"
+    vars(model)[_STORED] = (f"{words} ({stored.note})" if stored.note else words, added)
+    return model
 
 
 def read_tokenizer(name: str | os.PathLike[str]) -> Any:
@@ -252,22 +312,39 @@ def read_config(name: str | os.PathLike[str]) -> PretrainedConfig:
     return config
 
 
-def prequantized(name: str | os.PathLike[str], block: Any) -> LongfitQuantizationConfig:
-    """The configuration for reading a checkpoint that is quantised already.
+def quantization_block(config: PretrainedConfig) -> dict[str, Any] | None:
+    """What a configuration says of how its checkpoint is quantised; None for a dense one."""
+    for each in (config, config.get_text_config()):
+        block = getattr(each, "quantization_config", None)
+        if block is not None:
+            return dict(block) if isinstance(block, dict) else dict(block.to_dict())
+    return None
 
-    Raises: ModelError: quantised by something other than bitsandbytes or longfit.
+
+def forget_quantization(config: PretrainedConfig) -> None:
+    """Let a configuration describe the dense model."""
+    for each in (config, config.get_text_config()):
+        if getattr(each, "quantization_config", None) is not None:
+            del each.quantization_config
+
+
+def foreign_format(name: str | os.PathLike[str], block: Mapping[str, Any]) -> StoredFormat | None:
+    """The format of a checkpoint that is quantised already; None for one whose bytes longfit keeps as they are.
+
+    Raises: ModelError: a format that longfit does not know in full.
     """
-    block = block if isinstance(block, dict) else block.to_dict()
     method = block.get("quant_method")
     in_bits = ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit")
-    if method == "bitsandbytes" and any(block.get(key) for key in in_bits):
-        return LongfitQuantizationConfig.from_bitsandbytes(block)
-    if method == "longfit":
-        return LongfitQuantizationConfig(**block)
-    raise ModelError(
-        f"{name}: quantised with {method!r}; longfit reads dense checkpoints and bitsandbytes ones: "
-        "use the original model"
-    )
+    if method == "longfit" or (method == "bitsandbytes" and any(block.get(key) for key in in_bits)):
+        return None
+    return stored_format(str(name), block)
+
+
+def prequantized(block: Mapping[str, Any]) -> LongfitQuantizationConfig:
+    """The configuration for reading a checkpoint whose bytes are kept as they are."""
+    if block.get("quant_method") == "bitsandbytes":
+        return LongfitQuantizationConfig.from_bitsandbytes(dict(block))
+    return LongfitQuantizationConfig(**block)
 
 
 def load_report(model: Any) -> LoadReport:
@@ -285,6 +362,7 @@ def load_report(model: Any) -> LoadReport:
     everything = {tensor.data_ptr(): tensor for tensor in own if tensor.data_ptr() not in stored}
     dense_bytes = sum(tensor.nbytes for tensor in everything.values())
     dense_params = sum(tensor.numel() for tensor in everything.values())
+    stored, added = vars(model).get(_STORED, ("", None))
     return LoadReport(
         source=str(getattr(model.config, "name_or_path", "")),
         quantized=(*layers, *experts),
@@ -294,6 +372,8 @@ def load_report(model: Any) -> LoadReport:
         half_bytes=2 * (quantized_params + dense_params),
         bits_per_param=8 * quantized_bytes / quantized_params if quantized_params else 16.0,
         quantized_share=quantized_params / max(1, quantized_params + dense_params),
+        stored=stored,
+        added_error=None if added is None else added.relative(),
     )
 
 

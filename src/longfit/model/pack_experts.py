@@ -10,7 +10,7 @@ another program could take for dense ones, so they have a name of their own:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightRenaming
@@ -103,6 +103,26 @@ def store(module: nn.Module, full_name: str, weight: Tensor) -> dict[str, Tensor
     assert packed is not None, "only packed experts are stored"
     rows, constants = packed.stored(name, weight)
     return {full_name: nn.Parameter(rows, requires_grad=False), f"{path}.packed.{constants_of(name)}": constants}
+
+
+def compare(
+    module: nn.Module,
+    full_name: str,
+    weight: Tensor,
+    stored: Mapping[str, Tensor],
+    add: Callable[[QuantizedLinear, Tensor], None],
+) -> None:
+    """Call ``add`` with each expert as it is stored and as it was.
+
+    Args:
+        stored: what `store` has made of the parameter.
+    """
+    path, _, name = full_name.rpartition(".")
+    packed = packed_experts(module)
+    assert packed is not None, "only packed experts are stored"
+    rows, constants = stored[full_name], stored[f"{path}.packed.{constants_of(name)}"]
+    for number, expert in enumerate(weight):
+        add(packed.formats[name].sharing(rows.detach()[number], constants[number]), expert)
 
 
 def packed_parameters(model: nn.Module) -> Iterator[tuple[str, PackedExperts, str, Tensor]]:

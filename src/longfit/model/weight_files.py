@@ -19,7 +19,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from longfit.errors import ModelError
+from longfit.errors import LongfitError, ModelError
 from longfit.files.reading import read_object, require_regular
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -76,6 +76,25 @@ def require_sane_counts(name: str, config: Mapping[str, Any]) -> None:
             raise ModelError(
                 f"{name}: {key} = {value:,} in config.json: at most {largest:,} are allowed; fetch config.json again"
             )
+
+
+def model_folder(name: str, *, error: type[LongfitError] = ModelError, do: str = "give a folder that has them") -> Path:
+    """The folder of a model: itself, or the snapshot of a hub id.
+
+    Args:
+        error: to raise.
+        do: what to advise.
+    Raises: ``error``: it is not there and cannot be fetched.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, HFValidationError, LocalEntryNotFoundError, HfHubHTTPError) as cause:
+        raise error(f"{name}: its weights are neither here nor reachable; {do}") from cause
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader]:

@@ -51,6 +51,21 @@ def dequantize_mxfp4(codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Te
     return _scaled(codes, scales.float(), BLOCK_SIZES["mxfp4"], dtype)
 
 
+def dequantize_mxfp4_experts(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Take stacked experts out of a checkpoint in MXFP4 (gpt-oss).
+
+    Args:
+        blocks: uint8 ``[E, O, G, 16]``, two codes an octet, the low half first.
+        scales: uint8 ``[E, O, G]``, the exponent of each block of 32 inputs, and 127.
+    Returns: fp32 ``[E, I, O]``, as transformers keeps those experts.
+    """
+    levels = torch.tensor(E2M1, dtype=torch.float32, device=blocks.device)
+    levels = torch.cat([levels, -levels])
+    codes = torch.stack([blocks & 0xF, blocks >> 4], dim=-1).flatten(-2)  # [E, O, G, 32]
+    weight = torch.ldexp(levels[codes.int()], (scales.int() - 127).unsqueeze(-1))
+    return weight.flatten(-2).transpose(1, 2).contiguous()
+
+
 def quantize_nvfp4(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Round values to E2M1 with an E4M3 scale for each 16 of them and an fp32 scale for all.
 
