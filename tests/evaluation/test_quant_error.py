@@ -126,3 +126,15 @@ def test_errors() -> None:
     mlp.up_proj = Linear4bit.from_linear(mlp.up_proj)
     with pytest.raises(ModelError, match="load it with quant='none'"):
         quant_error(model)
+
+
+def test_a_low_rank_part_repairs_the_error_and_is_not_counted() -> None:
+    weight = torch.randn(96, 128)
+    plain, repaired = data_types(names=["nf4"], low_rank=8)[0:2]
+    rounded, nbytes = round_to(weight, plain)
+    left = torch.linalg.svdvals(weight - rounded)[8:].square().sum().sqrt()
+    found, same = round_to(weight, repaired)
+    assert same == nbytes
+    assert str(repaired) == "NF4, blocks of 64, and rank 8 of the error"
+    assert 0.999 * left <= (weight - found).norm() <= 1.01 * left  # subspace iteration misses at most 1 %
+    assert round_to(weight, data_types(names=["mxfp4"], low_rank=8)[1])[0].shape == weight.shape

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longfit.numerics.low_rank import loftq, pissa, principal
+from longfit.numerics.low_rank import leading, loftq, pissa, principal
 from longfit.numerics.quant_state import dequantize_4bit, quantize_4bit
 
 
@@ -54,3 +54,14 @@ def test_what_makes_no_sense_is_refused():
         principal(torch.randn(3, 5), 4)
     with pytest.raises(ValueError, match="at least 1"):
         loftq(torch.randn(3, 5), nf4, rank=1, iterations=0)
+
+
+def test_subspace_iteration_comes_near_to_the_nearest():
+    matrix = torch.randn(160, 200)  # flat singular values, the hardest case
+    A, B = leading(matrix, 8)
+    least = torch.linalg.svdvals(matrix)[8:].square().sum().sqrt()
+    assert 0.9999 * least <= (matrix - B @ A).norm() <= 1.005 * least  # the first eight hold 9 %: it misses a little
+    assert all(map(torch.equal, (A, B), leading(matrix, 8)))
+    exact = torch.randn(160, 3) @ torch.randn(3, 200)
+    torch.testing.assert_close(leading(exact, 3)[1] @ leading(exact, 3)[0], exact, rtol=1e-4, atol=1e-4)
+    assert all(map(torch.equal, leading(matrix[:16], 8), principal(matrix[:16], 8)))  # no smaller basis to be had

@@ -55,6 +55,12 @@ def evaluate(
         typer.Option(help="Of int8,int8_rows,int4,fp4,mxfp4,nvfp4,nf4,quantile.", rich_help_panel=DATA_TYPES),
     ] = None,
     block_sizes: Annotated[str, typer.Option(help="As 32,64,128.", rich_help_panel=DATA_TYPES)] = "64",
+    low_rank: Annotated[
+        int,
+        typer.Option(
+            min=0, help="As 16: also with this rank of the error repaired (LoftQ).", rich_help_panel=DATA_TYPES
+        ),
+    ] = 0,
     budget: Annotated[
         str | None,
         typer.Option(help="As 90MB: which layers deserve 8 bits in a base of NF4.", rich_help_panel=DATA_TYPES),
@@ -85,7 +91,7 @@ def evaluate(
     else:
         blocks = [read_tokens("--block-sizes", part) for part in block_sizes.split(",")]
         names = types.split(",") if types else None
-        measures.quant_error(asked, names=names, block_sizes=blocks, convention=convention)
+        measures.quant_error(asked, names=names, block_sizes=blocks, low_rank=low_rank, convention=convention)
 
 
 def _read_depths(text: str) -> list[float]:

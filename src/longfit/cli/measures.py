@@ -218,12 +218,14 @@ def passkey(asked: Asked, *, lengths: list[int] | None, depths: list[float], tri
     print_table(("length", "depth", "found", "95 % interval", "loss of the key"), rows)
 
 
-def quant_error(asked: Asked, *, names: list[str] | None, block_sizes: list[int], convention: str) -> None:
+def quant_error(
+    asked: Asked, *, names: list[str] | None, block_sizes: list[int], low_rank: int, convention: str
+) -> None:
     """What each data type costs a model."""
     from longfit.evaluation.quant_error import NAMES, data_types
     from longfit.evaluation.quant_error import quant_error as measure
 
-    chosen = data_types(names=names or NAMES, block_sizes=block_sizes)
+    chosen = data_types(names=names or NAMES, block_sizes=block_sizes, low_rank=low_rank)
     model, tokenizer, config = _open_dense(asked)
     token_ids = _held_out(asked, tokenizer, config, longest=asked.tokens.get("--max-tokens"))
     with show_count("data types") as on_progress:

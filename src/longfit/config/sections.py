@@ -151,6 +151,16 @@ class AdapterSection(Section):
     """Give tokens that the tokenizer has and the embedding lacks a row each, and train those rows alone."""
     init: str | None = None
     """Start from the adapter of this run, or of this folder, with new data and a new schedule; unset: anew."""
+    start: Literal["standard", "loftq"] = "standard"
+    """Where adapters of a quantised base begin: at nothing, or at the low-rank part of what rounding lost (LoftQ)."""
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> "AdapterSection":
+        if self.start != "standard" and self.init is not None:
+            raise _contradiction("start and init exclude each other: the older adapter is the start; drop one")
+        if self.start != "standard" and self.experts:
+            raise _contradiction("start loftq repairs linear layers, not experts; drop experts or start")
+        return self
 
     @model_validator(mode="after")
     def _rows_train_once(self) -> "AdapterSection":

@@ -12,7 +12,7 @@ always mean a smaller perplexity: that is why both stand in a row.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from longfit.numerics.absmax import check_block_size, dequantize_int8, quantize_
 from longfit.numerics.blockwise import dequantize_blockwise, quantize_blockwise
 from longfit.numerics.codebooks import QUANT_TYPES, codebook
 from longfit.numerics.double_quant import dequantize_absmax, quantize_absmax
+from longfit.numerics.low_rank import leading
 from longfit.numerics.microscaling import dequantize_mxfp4, dequantize_nvfp4, quantize_mxfp4, quantize_nvfp4
 from longfit.numerics.quantile import quantile_codebook, quantile_edges
 from longfit.numerics.vectorwise import dequantize_vectors, quantize_vectors
@@ -47,12 +48,15 @@ class DataType:
             ``"int8_rows"`` what ``quant: int8`` stores.
         block_size: weights per absmax; not of ``OWN_SCALES``.
         double_quant: block constants in 8 bits; not of ``OWN_SCALES``.
+        low_rank: rank of the adapter that begins with the low-rank part of the error (LoftQ); its bytes, which any
+            adapter of this rank has, are not counted.
     Raises: ConfigError: unknown name, a block size below 1, or double quantisation of a type with scales of its own.
     """
 
     name: str
     block_size: int = 64
     double_quant: bool = False
+    low_rank: int = 0
 
     def __post_init__(self) -> None:
         if self.name not in NAMES:
@@ -65,18 +69,27 @@ class DataType:
             raise ConfigError(str(error)) from None
 
     def __str__(self) -> str:
+        repaired = f", and rank {self.low_rank} of the error" if self.low_rank else ""
         if self.name in OWN_SCALES:
-            return {"int8_rows": "INT8, one constant a row"}.get(self.name, self.name.upper())
-        return f"{self.name.upper()}, blocks of {self.block_size}" + (", double quantisation" * self.double_quant)
+            return {"int8_rows": "INT8, one constant a row"}.get(self.name, self.name.upper()) + repaired
+        double = ", double quantisation" * self.double_quant
+        return f"{self.name.upper()}, blocks of {self.block_size}{double}{repaired}"
 
 
-def data_types(*, names: Sequence[str] = NAMES, block_sizes: Sequence[int] = (64,)) -> tuple[DataType, ...]:
-    """Every name and block size, without and with double quantisation; types with scales of their own once."""
+def data_types(
+    *, names: Sequence[str] = NAMES, block_sizes: Sequence[int] = (64,), low_rank: int = 0
+) -> tuple[DataType, ...]:
+    """Every name and block size, without and with double quantisation; types with scales of their own once.
+
+    Args:
+        low_rank: R above 0 adds each of them with the part of rank R of its error.
+    """
     found = (
-        DataType(name) if name in OWN_SCALES else DataType(name, block_size, double_quant)
+        DataType(name, low_rank=rank) if name in OWN_SCALES else DataType(name, block_size, double_quant, rank)
         for name in names
         for block_size in block_sizes
         for double_quant in (False, True)
+        for rank in dict.fromkeys((0, low_rank))
     )
     return tuple(dict.fromkeys(found))
 
@@ -247,10 +260,15 @@ def round_to(weight: Tensor, data_type: DataType) -> tuple[Tensor, int]:
     """Quantise and de-quantise.
 
     Args:
-        weight: any shape, any float dtype.
+        weight: any shape, a matrix where ``data_type.low_rank`` is above 0, any float dtype.
         data_type: what to store it as.
     Returns: the weight as it would be computed with, in its own dtype and shape; the bytes it would be stored in.
     """
+    if data_type.low_rank:
+        rounded, nbytes = round_to(weight, replace(data_type, low_rank=0))
+        exact, rows = weight.float(), rounded.float()
+        A, B = leading(exact - rows, min(data_type.low_rank, *weight.shape))
+        return rows.addmm_(B, A).to(weight.dtype), nbytes
     if data_type.name in OWN_SCALES:
         return _round_with_own_scales(weight, data_type.name)
     block_size, own_levels = data_type.block_size, 0

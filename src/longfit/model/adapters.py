@@ -28,6 +28,7 @@ from longfit.layers.experts import packed_experts
 from longfit.layers.qlora import QLoRALinear
 from longfit.layers.qlora_experts import ParamWrapper
 from longfit.layers.quantized_linear import QuantizedLinear
+from longfit.model.adapter_start import StartReport, begin, require_no_experts
 from longfit.model.adapter_targets import excluded, expert_targets, linear_targets, untargeted
 from longfit.model.vocabulary import added_rows, tables
 
@@ -42,6 +43,7 @@ class AdapterReport:
         trainable_params, total_params: counts.
         new_tokens: rows of the embedding that were added and train.
         untargeted: linear layers that cannot have an adapter, by name, and why.
+        start: what adapters began with; None if at nothing, as LoRA does.
     """
 
     adapted: tuple[str, ...]
@@ -50,6 +52,7 @@ class AdapterReport:
     total_params: int
     new_tokens: int = 0
     untargeted: dict[str, str] = field(default_factory=dict)
+    start: StartReport | None = None
 
     def __str__(self) -> str:
         """Say it in a line, and in another for each reason why layers have no adapter."""
@@ -57,6 +60,8 @@ class AdapterReport:
         whole = f", {len(self.trained_whole)} modules whole" if self.trained_whole else ""
         rows = f", rows of {self.new_tokens:,} new tokens" if self.new_tokens else ""
         lines = [f"{share}: adapters on {len(self.adapted)} layers{whole}{rows}"]
+        if self.start is not None:
+            lines.append(str(self.start))
         for reason in dict.fromkeys(self.untargeted.values()):
             names = [name for name, why in self.untargeted.items() if why == reason]
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -79,7 +84,8 @@ def add_adapters(
 ) -> PeftModel:
     """Put an adapter on the target layers and freeze everything else.
 
-    The layers are replaced inside ``model``, which therefore trains as well as the returned ``PeftModel`` does.
+    The layers are replaced inside ``model``, which therefore trains as well as the returned ``PeftModel`` does. A base
+    loaded with ``start="loftq"`` gives its adapters their first values.
 
     Args:
         rank: R; columns of A and rows of B.
@@ -103,6 +109,8 @@ def add_adapters(
     if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
         raise ModelError("add_adapters: this model has adapters already; load it again or merge them first")
     target_modules = linear_targets(model, targets)
+    if experts:
+        require_no_experts(model)
     target_parameters = expert_targets(model, dropout=dropout) if experts else None
     trained_whole = whole_modules(model, train_embeddings=train_embeddings, train_norms=train_norms)
     new_rows = _new_rows(model, train_embeddings=train_embeddings) if train_new_tokens else None
@@ -120,7 +128,9 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     register_layers(config, model)
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    adapted.__dict__["start"] = begin(adapted)
+    return adapted
 
 
 def _new_rows(model: Any, *, train_embeddings: bool) -> dict[str, list[int]]:
@@ -171,6 +181,7 @@ def adapter_report(model: nn.Module) -> AdapterReport:
         total_params=sum(own_params(module) for _, module in modules),
         new_tokens=max((len(next(iter(m.token_indices.values()), ())) for m in token_layers), default=0),
         untargeted=untargeted(base_model(model)),
+        start=model.__dict__.get("start"),
     )
 
 

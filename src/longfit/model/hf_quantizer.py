@@ -32,6 +32,7 @@ from longfit.layers.linear8bit import Linear8bit, join_rows
 from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model import pack_experts
 from longfit.model.accounting import is_finite
+from longfit.model.adapter_start import keep_first_values
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
 from longfit.numerics.row_format import RowFormat, to_rows
 
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from longfit.model.own_rows import OwnRows
 
 QUANT_METHOD = "longfit"
+NOT_SETTINGS = ("own_rows", "added_error", "start_rank")
+"""What a configuration carries for one loading only."""
 QUANTIZABLE = (nn.Linear, Conv1D)
 """Kinds of layers that are exchanged for quantised ones; no subclasses of them, which may multiply otherwise."""
 BITSANDBYTES_KEYS = {
@@ -94,6 +97,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
         self.experts = experts
         self.own_rows: OwnRows | None = None
         self.added_error: AddedError | None = None
+        self.start_rank: int | None = None  # of adapters that begin with what rounding loses
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LongfitQuantizationConfig:
         """All settings again, and the same devices: process groups cannot be copied."""
@@ -121,7 +125,7 @@ class LongfitQuantizationConfig(QuantizationConfigMixin):
 
     def settings(self) -> dict[str, Any]:
         """The arguments that make the same configuration."""
-        return {key: value for key, value in self.__dict__.items() if key not in ("own_rows", "added_error")}
+        return {key: value for key, value in self.__dict__.items() if key not in NOT_SETTINGS}
 
     def to_dict(self) -> dict[str, Any]:
         """The block written into ``config.json``: bitsandbytes' own where its files can hold the data type."""
@@ -193,6 +197,8 @@ class QuantizeWeight(ConversionOps):
             rows, constants = layer.stored(weight) if own is None else own.stored(layer, weight)
             if added is not None and own is None:
                 added.add(layer.sharing(rows, constants), weight)
+            if (rank := self.hf_quantizer.start_rank) is not None:
+                keep_first_values(layer, weight, rows, constants, rank=rank)
             del weight
             converted |= adopted(layer, name, rows, constants)
         return converted
@@ -276,6 +282,7 @@ class LongfitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.skipped: dict[str, str] = {}
         self.own_rows: OwnRows | None = quantization_config.own_rows
+        self.start_rank = quantization_config.start_rank
         self._renamings: list[Any] = []
 
     @property

@@ -36,6 +36,7 @@ from longfit.layers.experts import constants_of
 from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model import gguf
 from longfit.model.accounting import accounted
+from longfit.model.adapter_start import require_start
 from longfit.model.hf_quantizer import AddedError, LongfitQuantizationConfig
 from longfit.model.pack_experts import packed_parameters
 from longfit.model.stored_formats import StoredFormat, stored_format
@@ -122,6 +123,8 @@ def load(
     skip_modules: list[str] | None = None,
     own_rows: OwnRows | None = None,
     resize_embeddings: bool = False,
+    start: str = "standard",
+    start_rank: int = 16,
 ) -> tuple[Any, Any]:
     """Load a model and its tokenizer.
 
@@ -141,6 +144,8 @@ def load(
         skip_modules: names of linear layers to leave dense.
         own_rows: of this device, where several share the quantised weights (``OwnRows``); the others are not kept.
         resize_embeddings: give tokens that the embedding lacks a row, the mean of the others; else they are an error.
+        start: ``"loftq"``: ``add_adapters`` begins with the low-rank part of what rounding lost; the base is the same.
+        start_rank: of those adapters.
     Returns: the model in eval mode and its tokenizer; ``longfit.reports(model).load`` tells what was done.
     Raises: ModelError: nothing at ``name``, not a causal language model, or an unknown ``quant``.
     """
@@ -148,6 +153,9 @@ def load(
         raise ModelError(f"quant={quant!r}: must be one of {', '.join(QUANT_TYPES)} or none")
     if int8_threshold is not None and quant != "int8":
         raise ModelError(f"int8_threshold={int8_threshold:g} only acts with quant='int8'; drop it, or choose int8")
+    require_start(start, quant=quant)
+    if start != "standard" and own_rows is not None:
+        raise ModelError(f"start={start!r} with shared weights: each device would need the whole; use shard 1")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or auto_dtype(device)[0]
     path = Path(name)
@@ -162,6 +170,7 @@ def load(
             threshold=int8_threshold,
         )
         arguments["quantization_config"].own_rows = own_rows
+        arguments["quantization_config"].start_rank = None if start == "standard" else start_rank
     with reading(name, "the model", ModelError, do=CANNOT_LOAD):
         if gguf.is_gguf(path):
             loaded = _load_gguf(path, arguments)  # its tokens and its embedding are in one file
@@ -178,6 +187,7 @@ def _settled(loaded: tuple[Any, Any], own_rows: OwnRows | None) -> tuple[Any, An
     return loaded
 
 
+NOTHING_LOST = "what rounding lost is not in it; give the 16-bit model, or drop the start"
 CANNOT_LOAD = "fetch it again, or give another model (--debug shows where it failed)"
 
 
@@ -209,6 +219,8 @@ def _load_safetensors(name: str, arguments: dict[str, Any], *, resize_embeddings
         model = _load_stored(name, config, stored, arguments)
     else:
         if block is not None:
+            if (asked := arguments.get("quantization_config")) is not None and asked.start_rank is not None:
+                raise ModelError(f"{name}: quantised already: {NOTHING_LOST}")
             arguments["quantization_config"] = None
             config.quantization_config = prequantized(block).settings()
         headers = read_headers(Path(name)) if Path(name).is_dir() else {}

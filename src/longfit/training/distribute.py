@@ -107,6 +107,10 @@ def require_shardable(config: RunConfig) -> None:
             config.adapter.train_new_tokens,
             "rows of a sharded table do not train alone; false",
         ),
+        "adapter.start": (
+            config.adapter.start != "standard",
+            "what rounding lost is found on whole weights; standard",
+        ),
         "model.dtype": (
             config.model.dtype == "float16",
             "losses are not scaled there; use bfloat16 or float32",

@@ -34,7 +34,7 @@ from longfit.files.writing import writing
 from longfit.kernels.cpu import processor
 from longfit.kernels.cpu.threads import usable_cores
 from longfit.model import gguf
-from longfit.model.adapters import add_adapters
+from longfit.model.adapters import adapter_report, add_adapters
 from longfit.model.context import ContextReport, extend_context
 from longfit.model.liger_kernels import fuse
 from longfit.model.load import auto_dtype, load, read_config, read_tokenizer
@@ -206,7 +206,15 @@ def remember_chat(model: Any, tokenizer: Any, windows: PackedDataset) -> None:
         generation.eos_token_id = [*known, *sorted(ends - set(known))]
 
 
-def load_base(config: RunConfig, device: torch.device, *, own_rows: OwnRows | None = None) -> tuple[Any, Any]:
+def load_base(
+    config: RunConfig, device: torch.device, *, own_rows: OwnRows | None = None, begins: bool = False
+) -> tuple[Any, Any]:
+    """The base of a run and its tokenizer.
+
+    Args:
+        own_rows: as `load` takes it.
+        begins: whether adapters will begin on it as ``adapter.start`` says.
+    """
     section = config.model
     if config.adapter.train_new_tokens and config.engine.stream != "none":
         raise ConfigError("adapter.train_new_tokens: the embedding must stay in its place; drop engine.stream")
@@ -221,6 +229,8 @@ def load_base(config: RunConfig, device: torch.device, *, own_rows: OwnRows | No
         dtype=None if section.dtype == "auto" else getattr(torch, section.dtype),
         device=device,
         own_rows=own_rows,
+        start=config.adapter.start if begins else "standard",
+        start_rank=config.adapter.rank,
     )
 
 
@@ -276,6 +286,8 @@ def make_trainable(model: Any, config: RunConfig, *, on_event: OnEvent) -> Any:
         train_norms=adapter.train_norms,
         train_new_tokens=new_tokens,
     )
+    if (begun := adapter_report(model).start) is not None:
+        on_event(Event("phase", str(begun), {"lost": begun.lost, "left": begun.left}))
     fused = fuse(model, kernels=config.engine.fused)
     if model.device.type == "cuda":
         on_event(Event("phase", str(fused), {"modules": fused.modules}))

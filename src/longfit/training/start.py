@@ -22,6 +22,7 @@ from longfit.engine.sweep.attention_choice import take_exact_attention
 from longfit.errors import ConfigError, ModelError, RunError
 from longfit.files.reading import reading
 from longfit.model import weight_files
+from longfit.model.adapter_start import require_start
 from longfit.model.family import Family, understand
 from longfit.model.load import load_report
 from longfit.model.own_rows import OwnRows
@@ -117,7 +118,7 @@ def _start(
     config, documents, held_out = _read(config, here)
     origin = _origin(config, here, documents, held_out)
     config, plan = _settle(config, here, origin)
-    config, base = _load(config, here)
+    config, base = _load(config, here, begins=origin.sound[0] is None)
     config, packed = _pack(config, here, base, documents, held_out)
     trained = _make_trained(config, here, base, origin.identity)
     if accelerator.is_main_process:
@@ -163,6 +164,7 @@ def _read(config: RunConfig, here: _Here) -> tuple[RunConfig, Documents, Documen
     require_validation(keep_best=train.keep_best, patience=train.patience, has_validation=held_out is not None)
     if config.adapter.init is not None and not here.resume:
         find_initial_adapter(config.adapter.init)
+    require_start(config.adapter.start, quant=config.model.quant)
     require_trackers(config.output.track)
     if held_out is None:
         here.say("no validation text: learning by heart would not show; data.validation_fraction=0.05 holds some out")
@@ -234,13 +236,17 @@ class _Base:
     own_rows: OwnRows | None
 
 
-def _load(config: RunConfig, here: _Here) -> tuple[RunConfig, _Base]:
-    """Load and quantise the base model and extend its context."""
+def _load(config: RunConfig, here: _Here, *, begins: bool) -> tuple[RunConfig, _Base]:
+    """Load and quantise the base model and extend its context.
+
+    Args:
+        begins: whether no checkpoint holds the adapters yet.
+    """
     device = here.accelerator.device
     here.say(f"loading {config.model.name}")
     mesh = mesh_of(here.layout, device) if here.layout.shard > 1 else None
     own_rows = OwnRows(mesh) if mesh is not None and config.model.quant != "none" else None
-    model, tokenizer = load_base(config, device, own_rows=own_rows)
+    model, tokenizer = load_base(config, device, own_rows=own_rows, begins=begins)
     for line in str(load_report(model)).splitlines():
         here.say(line)
     native = native_context(model.config)
