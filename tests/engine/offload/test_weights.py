@@ -3,6 +3,7 @@
 import copy
 import gc
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import longfit
 from longfit.attention.hf_attention import attention_key
 from longfit.engine.loss.training_loss import training_loss
 from longfit.engine.offload.activations import FileActivations
-from longfit.engine.offload.weights import WeightStream, _FileStore
+from longfit.engine.offload.weights import WeightStream
 from longfit.engine.sweep.evaluation import swept_evaluation
 from longfit.engine.sweep.install import change_sweep, disable_sweep, enable_sweep, stream_weights
 from longfit.engine.sweep.sweeper import sweeper_of
@@ -40,23 +41,32 @@ def gradients(model, ids):
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def poison_slots(model):
-    """Whatever a slot still holds when a unit leaves it must not matter."""
-    slots = sweeper_of(model).weights._slots
-    release = slots.release
+def frozen(module):
+    """Weights that do not train, and the constants of 4-bit ones: what is streamed."""
+    buffers = [b for b in module.buffers() if b.dtype == torch.uint8 and b.numel()]
+    return [p for p in module.parameters() if not p.requires_grad] + buffers
 
-    def and_poison(unit):
-        release(unit)
-        slot = slots._holds.index(unit)
-        slots._buffers[slot].fill_(0xFF)
-        slots._holds[slot] = None
 
-    slots.release = and_poison
+def watch(stream, monkeypatch):
+    """Check at each use of a module that it has its own weights; return the modules that were used."""
+    used, use = [], stream.use
+
+    @contextmanager
+    def checked(module, **options):
+        before = [tensor.clone() for tensor in frozen(module)]  # in the store
+        with use(module, **options):
+            assert all(map(torch.equal, frozen(module), before))
+            yield
+            assert all(map(torch.equal, frozen(module), before))
+        used.append(module)
+
+    monkeypatch.setattr(stream, "use", checked)
+    return used
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("place", ["file", "slots", "file and slots"])
-def test_gradients_and_stored_weights_stay_the_same(place, tied, tmp_path):
+def test_gradients_and_stored_weights_stay_the_same(place, tied, tmp_path, monkeypatch):
     """Slots on the CPU have the logic of slots on an accelerator, without streams."""
     model, ids = quantised(tied), torch.randint(3, VOCABULARY, (2, 30))
     enable_sweep(model, tile=7)
@@ -66,8 +76,7 @@ def test_gradients_and_stored_weights_stay_the_same(place, tied, tmp_path):
     slots_on = torch.device("cpu") if "slots" in place else None
     sweeper = sweeper_of(model)
     sweeper.weights = WeightStream(model.get_base_model(), sweeper.swept, folder=folder, slots_on=slots_on)
-    if slots_on is not None:
-        poison_slots(model)
+    watch(sweeper.weights, monkeypatch)
     for _ in range(2):
         got = gradients(model, ids)
         assert torch.equal(got[0], expected[0])
@@ -75,8 +84,7 @@ def test_gradients_and_stored_weights_stay_the_same(place, tied, tmp_path):
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert list(tmp_path.iterdir()) == []  # the file has no name
-    frozen = {id(p): p.nbytes for p in model.parameters() if not p.requires_grad}
-    assert sweeper.weights.report.num_bytes >= sum(frozen.values())
+    assert sweeper.weights.report.num_bytes >= sum(p.nbytes for p in model.parameters() if not p.requires_grad)
 
 
 def test_trained_embeddings_stay_where_they_are(tmp_path):
@@ -111,17 +119,15 @@ def test_a_mapped_layer_is_let_go_after_its_use(tmp_path):
     model, ids = quantised(), torch.randint(3, VOCABULARY, (1, 20))
     enable_sweep(model, tile=7)
     stream_weights(model, folder=tmp_path)
-    stream = sweeper_of(model).weights
-    assert isinstance(stream._store, _FileStore)
     training_loss(model, ids).backward()
-    first = next(unit for unit in stream._units if model.get_base_model().model.layers[0] in unit.modules)
-    start = first.waiting[0].data_ptr()
-    end = start + first.num_bytes
+    first = frozen(model.get_base_model().model.layers[0])
+    start = min(tensor.data_ptr() for tensor in first)
+    end = max(tensor.data_ptr() + tensor.nbytes for tensor in first)
     mapped = resident_bytes(start, end)
-    for value in first.waiting:
-        value.sum()
-    # one mapping holds all units, so only the difference is this one's
-    assert resident_bytes(start, end) - mapped >= first.num_bytes - 4096
+    for tensor in first:
+        tensor.view(torch.uint8).sum()
+    # one mapping holds all layers, so only the difference is this one's; its ends may share pages with others
+    assert resident_bytes(start, end) - mapped >= end - start - 2 * 4096
 
 
 def test_a_sweep_that_is_changed_goes_on_streaming(tmp_path):
@@ -142,7 +148,7 @@ def test_a_sweep_that_is_changed_goes_on_streaming(tmp_path):
         change_sweep(quantised(), tile=3)
 
 
-def test_a_swept_evaluation_streams_too():
+def test_a_swept_evaluation_streams_too(monkeypatch):
     """Validation of a run whose weights wait in host memory: every layer is brought in, the head and embedding too."""
     model, ids = quantised(), torch.randint(3, VOCABULARY, (1, 20))
     enable_sweep(model, tile=7)
@@ -150,13 +156,11 @@ def test_a_swept_evaluation_streams_too():
         expected = training_loss(model, ids)
     sweeper = sweeper_of(model)
     sweeper.weights = WeightStream(model.get_base_model(), sweeper.swept, folder=None, slots_on=torch.device("cpu"))
-    poison_slots(model)
-    brought = []
-    bring = sweeper.weights._slots.bring
-    sweeper.weights._slots.bring = lambda unit: brought.append(unit) or bring(unit)
+    used = watch(sweeper.weights, monkeypatch)
     with swept_evaluation(model):
         assert torch.equal(training_loss(model, ids), expected)
-    assert set(brought) == set(sweeper.weights._units)
+    base = model.get_base_model()
+    assert set(used) == {base.get_input_embeddings(), *base.model.layers, base.get_output_embeddings()}
 
 
 def test_streaming_again_moves_the_weights_and_leaves_nothing_of_the_first_stream(tmp_path):
@@ -173,22 +177,22 @@ def test_streaming_again_moves_the_weights_and_leaves_nothing_of_the_first_strea
     assert all(torch.equal(got[1][name], gradient) for name, gradient in expected[1].items())
 
 
-def test_streaming_outlives_a_sweep_that_is_enabled_again_and_ends_with_it(tmp_path):
+def test_streaming_outlives_a_sweep_that_is_enabled_again_and_ends_with_it(monkeypatch):
     model, ids = quantised(), torch.randint(3, VOCABULARY, (1, 20))
     enable_sweep(model, tile=7)
     expected = gradients(model, ids)
     sweeper = sweeper_of(model)
     sweeper.weights = WeightStream(model.get_base_model(), sweeper.swept, folder=None, slots_on=torch.device("cpu"))
-    poison_slots(model)
+    watch(sweeper.weights, monkeypatch)
     enable_sweep(model, tile=7)
     assert sweeper_of(model).weights is sweeper.weights
     got = gradients(model, ids)
     assert all(torch.equal(got[1][name], gradient) for name, gradient in expected[1].items())
+    base = model.get_base_model()
+    stored = [x.data for module in (base.get_input_embeddings(), *base.model.layers) for x in frozen(module)]
     disable_sweep(model)
-    assert not model.get_input_embeddings()._forward_hooks
-    for unit in sweeper.weights._units:  # whoever reads the store now reads what is no weight
-        for value in unit.waiting:
-            value.view(torch.uint8).fill_(0xFF)
+    for tensor in stored:  # whoever reads the store now reads what is no weight
+        tensor.view(torch.uint8).fill_(0xFF)
     assert torch.isfinite(training_loss(model, ids))
 
 
