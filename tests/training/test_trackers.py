@@ -1,6 +1,7 @@
 """Trackers get every line, and cannot stop or slow a run: failing, hanging, missing ones are said at its end."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ def init(project, name):
     if os.environ.get("FAKE") == "hangs":
         time.sleep(600)
     print("mode", os.environ.get("WANDB_MODE"), "niceness", os.nice(0), flush=True)
+    print("session", os.getsid(0), "group", os.getpgid(0) == os.getpid(), flush=True)
 def log(numbers, step):
     print(json.dumps([step, numbers]), flush=True)
 def finish():
@@ -38,6 +40,8 @@ def fake_wandb(tmp_path: Path, monkeypatch) -> None:
     (folder / "wandb.py").write_text(FAKE)
     monkeypatch.setenv("PYTHONPATH", str(folder))
     monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr(trackers, "LAST_WAIT_SECONDS", 60.0)
+    monkeypatch.setattr(trackers, "LAST_WAIT_SHARE", 1e9)  # a run of two seconds would not wait for one to start
     yield
     sys.modules.pop("wandb", None)
 
@@ -47,8 +51,10 @@ def test_a_tracker_gets_every_line_of_the_metrics(fake_wandb, make_config: MakeC
     result = train(make_config(output__track=["wandb"], train__steps=3), on_event=events.append)
     said = (result.run_dir / "trackers" / "wandb.log").read_text().splitlines()
     assert said[0] == "mode offline niceness 19"
+    # Not a session of its own, in which its priority would count among its own processes only.
+    assert said[1] == f"session {os.getsid(0)} group True"
     assert said[-1] == "finished"
-    told = [json.loads(line) for line in said[1:-1]]
+    told = [json.loads(line) for line in said[2:-1]]
     written = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert told == [[record["step"], numbers_of(record)] for record in written]
     assert not [event for event in events if event.kind == "warning" and "wandb" in event.text]
@@ -71,6 +77,20 @@ def test_a_tracker_that_hangs_is_left_to_itself(fake_wandb, tmp_path: Path, monk
     assert "is still busy and goes on by itself" in started.finish(wait=0.2)[0]
     started._processes["wandb"].kill()
     started._processes["wandb"].wait()
+
+
+def test_the_last_wait_is_a_hundredth_of_the_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("FAKE", "hangs")
+    started = Trackers(["wandb"], tmp_path, from_step=0)
+    started._began = time.monotonic() - 20
+    asked: list[float] = []
+    monkeypatch.setattr(started._processes["wandb"], "wait", lambda timeout: asked.append(timeout) or 0)
+    assert started.finish() == []
+    assert 0.15 < asked[0] < 0.3
+    started._began = time.monotonic() - 100_000
+    started.finish()
+    assert 9 < asked[1] <= 10
+    started._processes["wandb"].kill()
 
 
 def test_one_that_cannot_be_started_is_said(tmp_path: Path, monkeypatch) -> None:

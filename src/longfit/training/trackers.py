@@ -2,8 +2,8 @@
 
 A run only starts them and, at its end, closes their input. It never waits for one while it trains, hands them nothing
 and holds nothing for them, and they run at the lowest priority: a tracker that is down, slow or full can therefore
-neither stop a run nor slow it, and what it missed is still in the file. Nothing leaves the machine unless the user's
-environment says so (WANDB_MODE=online).
+neither stop a run nor slow it, and what it missed is still in the file. At its end a run waits for them for a hundredth
+of the time that it took. Nothing leaves the machine unless the user's environment says so (WANDB_MODE=online).
 
 This file imports only the standard library, because it is also the program that such a process runs.
 """
@@ -22,7 +22,8 @@ from threading import Thread
 from typing import Any
 
 POLL_SECONDS = 1.0
-LAST_WAIT_SECONDS = 10.0  # for a tracker to finish once the run has ended
+LAST_WAIT_SECONDS = 10.0  # for a tracker to finish once the run has ended,
+LAST_WAIT_SHARE = 0.01  # and no more than this part of the run's own time
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 Sink = Callable[[int, dict[str, float]], None]
@@ -33,7 +34,7 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], run_dir: Path, *, from_step: int) -> None:
         """Start one process a tracker; lines up to ``from_step`` have been told before."""
-        self.run_dir = run_dir
+        self.run_dir, self._began = run_dir, time.monotonic()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._problems: list[str] = []
         for name in names:
@@ -49,14 +50,20 @@ class Trackers:
         arguments = [sys.executable, "-P", str(Path(__file__)), name, str(self.run_dir), str(from_step)]
         with log.open("ab") as file:
             self._processes[name] = subprocess.Popen(
-                arguments, stdin=subprocess.PIPE, stdout=file, stderr=file, start_new_session=True
+                arguments,
+                stdin=subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                # Ctrl-C is not for it; but a session of its own would have a share of the processors, as Linux shares
+                # them out between sessions first, whatever the priorities in them.
+                process_group=0,
             )
 
     def _log(self, name: str) -> Path:
         return self.run_dir / "trackers" / f"{name}.log"
 
-    def finish(self, *, wait: float = LAST_WAIT_SECONDS) -> list[str]:
-        """Tell them that the run has ended, and wait a little.
+    def finish(self, *, wait: float | None = None) -> list[str]:
+        """Tell them that the run has ended, and wait a little (``wait`` seconds).
 
         Returns: what went wrong, a line a tracker.
         """
@@ -65,6 +72,8 @@ class Trackers:
             assert process.stdin is not None
             with contextlib.suppress(OSError):
                 process.stdin.close()
+        if wait is None:
+            wait = min(LAST_WAIT_SECONDS, LAST_WAIT_SHARE * (time.monotonic() - self._began))
         deadline = time.monotonic() + wait
         for name, process in self._processes.items():
             log = self._log(name)
