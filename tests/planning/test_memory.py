@@ -16,9 +16,10 @@ from longfit.numerics.row_format import RowFormat
 from longfit.optim.checks import default_page_bytes
 from longfit.optim.page_layout import PageLayout, format_of
 from longfit.planning import constant_bytes, per_token_bytes
+from longfit.planning.layer_kinds import Matrix
 from longfit.planning.memory import PHASES, MemoryPlan, memory_plan
 from longfit.planning.settings import PlanSettings
-from longfit.planning.shapes import Matrix, ModelShape
+from longfit.planning.shapes import ModelShape
 
 WEIGHTS = (
     *("4-bit layers", "linear layers", "embedding and output matrix", "norms and the rest", "adapters"),

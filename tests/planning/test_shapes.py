@@ -24,7 +24,8 @@ def test_parameters_and_windows_are_those_of_the_model(name: str) -> None:
     assert shape.num_params == sum(p.numel() for p in model.parameters())
     text = made.get_text_config()
     if getattr(text, "layer_types", None):
-        expected = [text.sliding_window if kind == "sliding_attention" else None for kind in text.layer_types]
+        keys = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+        expected = [getattr(text, keys[kind]) if kind in keys else None for kind in text.layer_types]
     else:
         expected = [getattr(text, "sliding_window", None)] * text.num_hidden_layers
     assert list(shape.windows) == expected
@@ -123,3 +124,20 @@ def test_a_damaged_gguf_header_is_refused(tmp_path: Path) -> None:
         read_shape(gguf(tmp_path / "mixtral.gguf", experts=8))
     with pytest.raises(ModelError, match="architecture 'mamba'"):
         gguf_config(gguf(tmp_path / "mamba.gguf", architecture="mamba"))
+
+
+def test_a_multimodal_llama_4_is_its_decoder() -> None:
+    text = config("Llama-4-Scout")
+    assert read_shape({"model_type": "llama4", "text_config": text, "vision_config": {}}) == read_shape(text)
+    with pytest.raises(ModelError, match="without 'text_config'"):
+        read_shape({"model_type": "llama4"})
+
+
+def test_layers_of_a_mixture_are_of_two_kinds() -> None:
+    sparse, dense = ModelShape.of(config("Qwen3-30B-A3B") | {"mlp_only_layers": [0, 47]}).layer_kinds
+    assert (sparse.count, dense.count) == (46, 2)
+    assert dense.experts is None
+    assert sparse.experts is not None
+    assert sparse.experts.rows == 8
+    sparse, dense = ModelShape.of(config("Llama-4-Scout") | {"interleave_moe_layer_step": 2}).layer_kinds
+    assert (sparse.count, dense.inner) == (24, 16_384)

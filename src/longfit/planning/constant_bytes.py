@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from longfit.engine.working_memory import GRADIENT_ROWS
 from longfit.kernels.dense_weight_bytes import HELD_BYTES, TILE_BYTES
 from longfit.optim.state_sizes import PAGE_BYTES, SMALLEST_8BIT_NUMEL
+from longfit.planning.layer_kinds import LayerKind, Matrix, last_parts
 from longfit.planning.settings import PlanSettings, UnplannedError
-from longfit.planning.shapes import Matrix, ModelShape, last_parts
+from longfit.planning.shapes import ModelShape
 
 ABSMAX_BLOCK_SIZE = 256
 MOMENT_BLOCK_SIZE = 256  # BLOCK_SIZE of numerics/adamw.py, which imports torch
@@ -42,7 +43,7 @@ class WeightBytes:
     """Bytes of a loaded model.
 
     Attributes:
-        layers: 4-bit (or dense) linear layers, with their biases.
+        layers: 4-bit (or dense) linear layers and experts, with their biases; routers.
         vocabulary: embedding and output matrix.
         rest: norms, and what of a vision tower is not linear.
         largest_unit: the largest thing that comes and goes at once when weights are streamed.
@@ -63,14 +64,21 @@ def weights(shape: ModelShape, settings: PlanSettings) -> WeightBytes:
         packed = settings.quant != "none" and matrix.in_features % 2 == 0
         return (packed_bytes(matrix, settings) if packed else matrix.numel * element) + bias
 
-    one_layer = sum(stored(matrix) * matrix.count for matrix in shape.layer_matrices)
+    def layer(kind: LayerKind) -> int:
+        found = sum(stored(matrix) * matrix.count for matrix in kind.matrices) + element * kind.dense_params
+        if (experts := kind.experts) is None:
+            return found
+        if not experts.packed:
+            return found + element * (experts.numel + experts.biases)
+        return found + experts.count * sum(stored(m) for m in experts.matrices) + element * experts.biases
+
     tower = sum(stored(matrix) * matrix.count for matrix in shape.tower)
     vocabulary = shape.vocab_params * element
     return WeightBytes(
-        layers=shape.num_layers * one_layer + tower,
+        layers=sum(kind.count * layer(kind) for kind in shape.layer_kinds) + tower,
         vocabulary=vocabulary,
         rest=(shape.norm_params + shape.tower_params) * element,
-        largest_unit=max(one_layer, shape.vocab_size * shape.hidden_size * element),
+        largest_unit=max(*map(layer, shape.layer_kinds), shape.vocab_size * shape.hidden_size * element),
     )
 
 
@@ -116,7 +124,7 @@ def require_known_targets(shape: ModelShape, settings: PlanSettings) -> None:
     """Raise UnplannedError for an adapter on the output matrix, or on what is no linear layer of the model."""
     if isinstance(settings.targets, str):
         return
-    known = dict.fromkeys(name for matrix in shape.layer_matrices for name in matrix.names)
+    known = dict.fromkeys(name for kind in shape.layer_kinds for matrix in kind.matrices for name in matrix.names)
     unknown = sorted(last_parts(settings.targets) - known.keys())
     if unknown:
         raise UnplannedError(
@@ -132,10 +140,20 @@ def trained(shape: ModelShape, settings: PlanSettings) -> Trained:
     require_known_targets(shape, settings)
     adapters = tuple(
         size * settings.rank
-        for matrix in shape.layer_matrices
+        for kind in shape.layer_kinds
+        for matrix in kind.matrices
         for size in (matrix.in_features, matrix.out_features)
-        for _ in range(matrix.adapted(settings.targets) * shape.num_layers)
+        for _ in range(matrix.adapted(settings.targets) * kind.count)
     )
+    if settings.experts:
+        adapters += tuple(
+            kind.experts.count * size * settings.rank
+            for kind in shape.layer_kinds
+            if kind.experts is not None
+            for matrix in kind.experts.matrices
+            for size in (matrix.in_features, matrix.out_features)
+            for _ in range(kind.count)
+        )
     norms: tuple[int, ...] = ()
     if settings.train_norms:
         per_head = (shape.head_dim,) * (2 if shape.family.qk_norm else 0)
@@ -213,9 +231,11 @@ def matmul_bytes(shape: ModelShape, settings: PlanSettings) -> int:
     if settings.quant == "none":
         return 0
     if settings.quant == "int8":
-        return settings.element_bytes * max(matrix.numel for matrix in shape.layer_matrices)
+        return settings.element_bytes * max(matrix.numel for matrix in shape.all_matrices)
     if settings.device == "cpu":
         return TILE_BYTES
-    e, largest = settings.element_bytes, max(matrix.numel for matrix in shape.layer_matrices)
-    layer = e * sum(matrix.numel * matrix.count for matrix in shape.layer_matrices)
+    e, largest = settings.element_bytes, max(matrix.numel for matrix in shape.all_matrices)
+    layer = e * max(
+        kind.linear_params + (0 if kind.experts is None else kind.experts.numel) for kind in shape.layer_kinds
+    )
     return layer if layer <= HELD_BYTES else HELD_BYTES + e * largest

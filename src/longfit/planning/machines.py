@@ -135,10 +135,12 @@ def step_flops(shape: ModelShape, settings: PlanSettings) -> tuple[float, float]
     twice in forward and five times in backward for each pair of a query and a key that it sees; forward runs twice.
     """
     tokens = settings.context * settings.batch_size * settings.gradient_accumulation
-    matrices = sum((matrix.numel + settings.rank * (matrix.in_features + matrix.out_features)) * matrix.count
-                   for matrix in shape.layer_matrices)  # fmt: skip
+    matrices = sum(kind.count * m.count * (m.numel + settings.rank * (m.in_features + m.out_features))
+                   for kind in shape.layer_kinds for m in kind.matrices)  # fmt: skip
+    experts = ((kind.count, kind.experts) for kind in shape.layer_kinds if kind.experts is not None)
+    matrices += sum(count * each.rows * (each.numel // each.count) for count, each in experts)
     head = 2 * shape.vocab_size * shape.hidden_size
-    linear = 6.0 * shape.num_layers * matrices * tokens + 2.0 * head * tokens
+    linear = 6.0 * matrices * tokens + 2.0 * head * tokens
     pairs = sum(_seen_pairs(settings, window) for window in shape.windows)
     windows = settings.batch_size * settings.gradient_accumulation
     return linear, 2.0 * 9 * pairs * shape.query_width * windows

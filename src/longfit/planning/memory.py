@@ -118,7 +118,9 @@ def _in(phases: tuple[str, ...], num_bytes: int) -> dict[str, int]:
 def _weights(shape: ModelShape, settings: PlanSettings, device: str) -> list[Component]:
     base = constant_bytes.weights(shape, settings)
     always = ("load", *TRAINING)
-    largest = max(matrix.numel for matrix in (*shape.layer_matrices, *shape.tower))
+    whole = [kind.experts for kind in shape.layer_kinds if kind.experts is not None]
+    stacked = [experts.count * matrix.numel for experts in whole for matrix in experts.matrices]  # arrive as one
+    largest = max(*(matrix.numel for matrix in (*shape.all_matrices, *shape.tower)), *stacked)
     vocabulary = shape.vocab_size * shape.hidden_size
     arriving = settings.element_bytes * max(vocabulary, largest) + 4 * largest  # a tensor read, and quantised
     layers = {"none": "linear layers", "int8": "8-bit layers"}.get(settings.quant, "4-bit layers")
@@ -174,7 +176,11 @@ def _learning(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.T
 
 
 def _num_adapted(shape: ModelShape, settings: PlanSettings) -> int:
-    return shape.num_layers * sum(matrix.adapted(settings.targets) for matrix in shape.layer_matrices)
+    linears = sum(
+        kind.count * matrix.adapted(settings.targets) for kind in shape.layer_kinds for matrix in kind.matrices
+    )
+    experts = sum(2 * kind.count for kind in shape.layer_kinds if kind.experts is not None and settings.experts)
+    return linears + experts
 
 
 def _replicas(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.Trained, device: str) -> list[Component]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from longfit.attention.limits import KEY_BLOCK
 from longfit.engine.working_memory import CPU_LOGITS, CPU_SAVED_ATTENTION_BYTES, DEVICE_LOGITS
+from longfit.planning.layer_kinds import LayerKind
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
@@ -62,15 +63,20 @@ class TileBytes:
 
 
 def tile_bytes(shape: ModelShape, settings: PlanSettings, *, tokens: int) -> TileBytes:
-    """Count the activations of a tile of ``tokens`` tokens, all rows of the batch together."""
-    e, hidden, inner = settings.element_bytes, shape.hidden_size, shape.intermediate_size
+    """Count the activations of a tile of ``tokens`` tokens, all rows of the batch together, in the layers with most."""
+    kinds = [_kind_bytes(shape, kind, settings, tokens=tokens) for kind in shape.layer_kinds]
+    return TileBytes(*(max(getattr(kind, name) for kind in kinds) for name in ("forward", "mlp", "attention")))
+
+
+def _kind_bytes(shape: ModelShape, kind: LayerKind, settings: PlanSettings, *, tokens: int) -> TileBytes:
+    e, hidden, inner = settings.element_bytes, shape.hidden_size, kind.inner
     queries, keys, family = shape.query_width, shape.kv_width, shape.family
     fused_norms = settings.fuses and not family.wide_norms  # engine/sweep/fused_modules.py
     copies = e < 4 and not fused_norms
     norm_input = 4 * hidden if copies else 0  # the float32 copy that a norm keeps; of float32 there is none
     trained_norm = 0 if fused_norms or not settings.train_norms else (4 if family.wide_norms else e) * hidden
     per_head = (4 if copies else 0) * (queries + keys) if family.qk_norm else 0
-    adapters = sum(matrix.adapted(settings.targets) for matrix in shape.layer_matrices)
+    adapters = sum(matrix.adapted(settings.targets) for matrix in kind.matrices)
 
     # act, up (with gate, if one matrix makes both) and their product; residual, its norm, the last tile's output
     forward = (4 if family.fused else 3) * e * inner + 3 * e * hidden
@@ -78,7 +84,7 @@ def tile_bytes(shape: ModelShape, settings: PlanSettings, *, tokens: int) -> Til
         *(family.norms * (norm_input + trained_norm), 2 * e * hidden),  # norms: what they keep, what two of them make
         *((1 if settings.aliases else 2) * e * hidden, 2 * e * queries),  # input (a copy), output; queries, attention
         4 * shape.num_heads,  # log-sum-exp
-        *(per_head, adapters * e * settings.rank, _dropped_bytes(shape, settings)),
+        *(per_head, adapters * e * settings.rank, _dropped_bytes(kind, settings)),
     )
     saved = sum(held)
     # gate, up, act, product; the gradients of the product and of up. Fused: gate, up; gradients of all three
@@ -88,11 +94,14 @@ def tile_bytes(shape: ModelShape, settings: PlanSettings, *, tokens: int) -> Til
         mlp = saved + max(product - norm_input, after_norm)
     else:
         mlp = saved + product
+    if kind.experts is not None:  # a shared product beside them keeps its own
+        forward = 3 * e * hidden + int(e * (kind.experts.forward_numbers() + inner))
+        mlp = saved + int(e * (kind.experts.backward_numbers() + 4 * inner))
     attention = norm_input + 5 * e * hidden + (4 * e + 4) * queries + per_head
     return TileBytes(tokens * forward, tokens * mlp, tokens * attention)
 
 
-def _dropped_bytes(shape: ModelShape, settings: PlanSettings) -> int:
+def _dropped_bytes(kind: LayerKind, settings: PlanSettings) -> int:
     """Bytes a token of what dropout keeps for each adapter: its input, and what was dropped (a byte, or a factor).
 
     Those of the last matrix, down, are gone when most is alive.
@@ -100,7 +109,7 @@ def _dropped_bytes(shape: ModelShape, settings: PlanSettings) -> int:
     if not settings.dropout:
         return 0
     kept = settings.element_bytes + (1 if settings.device == "cuda" else settings.element_bytes)
-    return kept * sum(matrix.in_features * matrix.adapted(settings.targets) for matrix in shape.layer_matrices[:-1])
+    return kept * sum(matrix.in_features * matrix.adapted(settings.targets) for matrix in kind.matrices[:-1])
 
 
 def attention_kernel_bytes(shape: ModelShape, settings: PlanSettings) -> int:
@@ -147,9 +156,11 @@ def saved_products_bytes(shape: ModelShape, settings: PlanSettings) -> tuple[int
     """
     tokens = settings.context * settings.batch_size
     unread = 1 if shape.family.norms == 2 else 0  # the last of a layer (``unread_product.py``)
-    saved = shape.layer_matrices[: len(shape.layer_matrices) - unread]
-    width = sum(matrix.out_features * matrix.count for matrix in saved if matrix.adapted(settings.targets))
-    layer = tokens * settings.element_bytes * width
+    widths = []
+    for kind in shape.layer_kinds:
+        saved = kind.matrices[: len(kind.matrices) - (0 if kind.experts is not None else unread)]
+        widths.append(sum(matrix.out_features * matrix.count for matrix in saved if matrix.adapted(settings.targets)))
+    layer = tokens * settings.element_bytes * max(widths)
     total = min(settings.saved_products, shape.num_layers * layer)
     return total, max(0, total - (shape.num_layers - 1) * layer)
 

@@ -46,6 +46,7 @@ class PlanSettings:
         keep_best: whether the adapter of the best evaluation is kept.
         targets: "all-linear", or the names of the layers that get an adapter.
         dropout: on the input of the adapters.
+        experts: whether stacked experts get adapters too.
         fused_kernels: on a CPU, whether norms, gated products and the loss are kernels that keep no float32 copies.
         processes: devices of the run; the plan is of one of them.
         sequence: devices that share a window.
@@ -80,6 +81,7 @@ class PlanSettings:
     keep_best: bool = True
     targets: str | tuple[str, ...] = "all-linear"
     dropout: float = 0.0
+    experts: bool = False
     fused_kernels: bool = False
     processes: int = 1
     sequence: int = 1

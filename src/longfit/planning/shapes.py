@@ -8,7 +8,7 @@ A family is known or it is refused: a plan for an unknown layer would be a guess
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from longfit.errors import ModelError
 from longfit.files.reading import read_object, reading
 from longfit.model.weight_files import require_sane_counts
 from longfit.planning.gguf_config import gguf_config
+from longfit.planning.layer_kinds import MIXTURES, LayerKind, Matrix, gated_product, mixture_kinds
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Family:
         wide_norms: norms multiply their weight in float32 (Gemma), not in the dtype of the model.
         qk_norm: queries and keys are normalised per head.
         qkv_bias: their projections have biases.
+        o_bias: the output projection has one.
         fused: one matrix makes q, k, v, and one gate and up.
         rotary_per_kind: windowed and full layers have rotary tables of their own.
         defaults: keys and values that a configuration may leave out.
@@ -36,6 +38,7 @@ class Family:
     wide_norms: bool = False
     qk_norm: bool = False
     qkv_bias: bool = False
+    o_bias: bool = False
     fused: bool = False
     rotary_per_kind: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -65,8 +68,30 @@ FAMILIES = {
             "max_position_embeddings": 131_072,
         },
     ),
+    "mixtral": Family(defaults={"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "qwen3_moe": Family(
+        qk_norm=True,
+        defaults={
+            **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1},
+            **{"sliding_window": 4096},
+        },
+    ),
+    "gpt_oss": Family(
+        qkv_bias=True,
+        o_bias=True,
+        defaults={"num_local_experts": 128, "num_experts_per_tok": 4, "head_dim": 64, "sliding_window": 128},
+    ),
+    "llama4_text": Family(
+        defaults={
+            **{"num_local_experts": 16, "num_experts_per_tok": 1, "head_dim": 128, "interleave_moe_layer_step": 1},
+            **{"intermediate_size_mlp": 16_384, "attention_chunk_size": 8192, "no_rope_layer_interval": 4},
+        },
+    ),
 }
 """By transformers' ``model_type``. A plain Llama covers SmolLM2, Yi, TinyLlama and many others."""
+
+WRAPPERS = {"gemma3": "gemma3_text", "llama4": "llama4_text"}
+"""Multimodal configurations, and the family of their decoder. Of Llama-4 only the decoder is loaded."""
 
 HUB_TIMEOUT_S = 10
 
@@ -84,37 +109,6 @@ ENCODERS = (
 )
 
 
-def last_parts(targets: tuple[str, ...]) -> set[str]:
-    """Names of layers without the path before them, as adapters are told where to go."""
-    return {target.rsplit(".", 1)[-1] for target in targets}
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Some linear layers of one shape: how many, ``out`` x ``in``, with a bias or not.
-
-    Attributes:
-        names: what they are called, the last part of their path; each as often as the others.
-    """
-
-    out_features: int
-    in_features: int
-    bias: bool = False
-    count: int = 1
-    names: tuple[str, ...] = ()
-
-    @property
-    def numel(self) -> int:
-        """Weights of one of them."""
-        return self.out_features * self.in_features
-
-    def adapted(self, targets: str | tuple[str, ...]) -> int:
-        """How many get an adapter: all, or those of the names in ``targets``."""
-        if isinstance(targets, str):
-            return self.count
-        return self.count // len(self.names) * len(set(self.names) & last_parts(targets))
-
-
 @dataclass(frozen=True)
 class ModelShape:
     """A decoder as numbers.
@@ -128,6 +122,7 @@ class ModelShape:
         native_context: tokens the model was made for.
         tower: linear layers of a vision tower that is loaded beside the decoder (Gemma-3).
         tower_params: its other parameters.
+        kinds: of layers, where they are not all alike.
     """
 
     family: Family
@@ -144,6 +139,18 @@ class ModelShape:
     native_context: int
     tower: tuple[Matrix, ...] = ()
     tower_params: int = 0
+    kinds: tuple[LayerKind, ...] = ()
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """What the layers are made of; counts add up to the number of layers."""
+        return self.kinds or (LayerKind(self.num_layers, self.layer_matrices, self.intermediate_size),)
+
+    @property
+    def all_matrices(self) -> tuple[Matrix, ...]:
+        """Every kind of linear layer and of expert's weight in the decoder."""
+        experts = (kind.experts.matrices for kind in self.layer_kinds if kind.experts is not None)
+        return (*(m for kind in self.layer_kinds for m in kind.matrices), *(m for pair in experts for m in pair))
 
     @property
     def num_layers(self) -> int:
@@ -166,8 +173,18 @@ class ModelShape:
         return len(set(self.windows)) if self.family.rotary_per_kind else 1
 
     @property
+    def attention_matrices(self) -> tuple[Matrix, ...]:
+        """The linear layers of one layer's attention, where they are not fused."""
+        hidden, queries, keys, bias = self.hidden_size, self.query_width, self.kv_width, self.family.qkv_bias
+        return (
+            Matrix(queries, hidden, bias, names=("q_proj",)),
+            Matrix(keys, hidden, bias, count=2, names=("k_proj", "v_proj")),
+            Matrix(hidden, queries, self.family.o_bias, names=("o_proj",)),
+        )
+
+    @property
     def layer_matrices(self) -> tuple[Matrix, ...]:
-        """The linear layers of one decoder layer."""
+        """The linear layers of one decoder layer, where all are alike."""
         hidden, inner, queries, keys = self.hidden_size, self.intermediate_size, self.query_width, self.kv_width
         if self.family.fused:
             return (
@@ -176,14 +193,7 @@ class ModelShape:
                 Matrix(2 * inner, hidden, names=("gate_up_proj",)),
                 Matrix(hidden, inner, names=("down_proj",)),
             )
-        bias = self.family.qkv_bias
-        return (
-            Matrix(queries, hidden, bias, names=("q_proj",)),
-            Matrix(keys, hidden, bias, count=2, names=("k_proj", "v_proj")),
-            Matrix(hidden, queries, names=("o_proj",)),
-            Matrix(inner, hidden, count=2, names=("gate_proj", "up_proj")),
-            Matrix(hidden, inner, names=("down_proj",)),
-        )
+        return (*self.attention_matrices, *gated_product(hidden, inner))
 
     @property
     def norm_params(self) -> int:
@@ -199,14 +209,14 @@ class ModelShape:
     @property
     def linear_params(self) -> int:
         """Weights of the decoder layers' matrices."""
-        return self.num_layers * sum(matrix.numel * matrix.count for matrix in self.layer_matrices)
+        return sum(kind.count * kind.linear_params for kind in self.layer_kinds)
 
     @property
     def num_params(self) -> int:
         """All parameters."""
-        biases = sum(m.out_features * m.count for m in self.layer_matrices if m.bias) * self.num_layers
+        layers = sum(kind.count * kind.num_params for kind in self.layer_kinds)
         tower = sum((m.numel + m.out_features * m.bias) * m.count for m in self.tower) + self.tower_params
-        return self.linear_params + biases + self.norm_params + self.vocab_params + tower
+        return layers + self.norm_params + self.vocab_params + tower
 
     @classmethod
     def of(cls, config: Mapping[str, Any], *, name: str = "config") -> "ModelShape":
@@ -215,7 +225,7 @@ class ModelShape:
         Args:
             config: its keys; a multimodal one is read through its ``text_config``.
             name: of the model, for errors.
-        Raises: ModelError: an encoder, a mixture of experts, an unknown family, or missing or absurd values.
+        Raises: ModelError: an encoder, an unknown family, or missing or absurd values.
         """
         require_sane_counts(name, config)
         tower, tower_params = _vision_tower(config)
@@ -237,7 +247,7 @@ class ModelShape:
         if "head_dim" not in values and hidden % heads:
             raise ModelError(f"{name}: hidden_size={hidden} on {heads} heads: must be a multiple, or give head_dim")
         num_layers = size("num_hidden_layers")
-        return cls(
+        shape = cls(
             family=FAMILIES[model_type],
             model_type=model_type,
             hidden_size=hidden,
@@ -253,6 +263,10 @@ class ModelShape:
             tower=tower,
             tower_params=tower_params,
         )
+        if model_type not in MIXTURES:
+            return shape
+        kinds = mixture_kinds(model_type, values, shape.attention_matrices, hidden=hidden, num_layers=num_layers)
+        return replace(shape, kinds=kinds)
 
 
 def _text_keys(config: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], str]:
@@ -260,16 +274,17 @@ def _text_keys(config: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any],
     model_type = config.get("model_type")
     if model_type is None:
         raise ModelError(f"{name}: the configuration has no 'model_type'; give the config.json of a transformers model")
-    if model_type == "gemma3":
+    if model_type in WRAPPERS:
         text = config.get("text_config")
         if not isinstance(text, Mapping):
-            raise ModelError(f"{name}: a gemma3 configuration without 'text_config'; a plan needs it")
-        return text, "gemma3_text"
+            raise ModelError(f"{name}: a {model_type} configuration without 'text_config'; a plan needs it")
+        return text, WRAPPERS[model_type]
     if model_type in ENCODERS or config.get("is_encoder_decoder"):
         raise ModelError(f"{name}: a {model_type} model is not a causal language model; longfit trains decoders only")
-    if config.get("num_local_experts") or config.get("num_experts"):
+    if model_type not in MIXTURES and (config.get("num_local_experts") or config.get("num_experts")):
         raise ModelError(
-            f"{name}: {model_type} is a mixture of experts, whose memory is not planned; train without one"
+            f"{name}: {model_type} is a mixture of experts of a kind that is not planned (planned are "
+            f"{', '.join(MIXTURES)}); training does not need a plan"
         )
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -283,6 +298,14 @@ def _windows(values: Mapping[str, Any], model_type: str, num_layers: int) -> tup
     """The sliding window of each layer, as the family's configuration class decides it."""
     window = values.get("sliding_window")
     types = values.get("layer_types")
+    if model_type == "llama4_text":
+        chunk, step = values.get("attention_chunk_size"), int(values["no_rope_layer_interval"])
+        if isinstance(types, list):
+            return tuple(chunk if kind == "chunked_attention" else None for kind in types[:num_layers])
+        given = values.get("no_rope_layers") or [(layer + 1) % step != 0 for layer in range(num_layers)]
+        return tuple(chunk if rope else None for rope in given)
+    if model_type == "gpt_oss" and not isinstance(types, list):
+        return tuple(window if (layer + 1) % 2 else None for layer in range(num_layers))
     if isinstance(types, list):
         return tuple(window if kind == "sliding_attention" else None for kind in types[:num_layers])
     if model_type == "gemma2":
@@ -294,7 +317,9 @@ def _windows(values: Mapping[str, Any], model_type: str, num_layers: int) -> tup
         full = int(values.get("max_window_layers", 28))
         used = bool(values.get("use_sliding_window"))
         return tuple(window if used and layer >= full else None for layer in range(num_layers))
-    if model_type in ("mistral", "phi3"):
+    if model_type == "qwen3_moe":
+        return (window if values.get("use_sliding_window") else None,) * num_layers
+    if model_type in ("mistral", "phi3", "mixtral"):
         return (window,) * num_layers
     return (None,) * num_layers
 

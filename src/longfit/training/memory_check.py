@@ -54,6 +54,7 @@ def plan_settings(config: RunConfig, *, device: torch.device, native_context: in
         "dtype": processor.auto_dtype(device.type)[0] if flat["dtype"] == "auto" else flat["dtype"],
         "file": flat["file"] is not None,
         "evaluates": bool(flat["validation"] or flat["validation_fraction"]),
+        "experts": flat["experts"],
         "targets": flat["targets"] if isinstance(flat["targets"], str) else tuple(flat["targets"]),
         "fused_kernels": fused_kernels_here(),
         "processes": processes,
