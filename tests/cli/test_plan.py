@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,44 @@ def test_devices_get_a_row_for_every_way_to_share(capsys: pytest.CaptureFixture[
     assert rows[0]["accelerator"] > rows[2]["accelerator"]
     assert rows[0]["sent a step"] < rows[2]["sent a step"] < rows[3]["sent a step"]
     assert rows[3]["paste"] == "--devices 2 --shard 2 --sequence 2"
+
+
+LARGE = {
+    "33B": {
+        "hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60, "num_attention_heads": 52,
+        "num_key_value_heads": 52, "vocab_size": 32000, "max_position_embeddings": 2048,
+    },
+    "70B": {
+        "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["exact", "shifted"])
+@pytest.mark.parametrize("size", LARGE)
+def test_readmes_rows_of_two_cards_are_what_the_command_prints(
+    size: str, attention: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    told_rows = re.findall(
+        rf"\| {size}, (\d+) GiB each \| (.+) \| ([\d,]+), {attention} \| (.+) \| .+ \| (.+) \|", readme
+    )
+    assert told_rows
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LARGE[size]}))
+    for card, ways, context, held, sent in told_rows:
+        limits = ("--vram", f"{card}GiB", "--ram", "128GiB")
+        rows = json.loads(
+            told(
+                [str(tmp_path), "--devices", "2", *limits, "--max-context", "--attention", attention, "--json"], capsys
+            )
+        )
+        wanted = (int("shard 2" in ways) + 1, int("sequence 2" in ways) + 1)
+        (row,) = (row for row in rows if (row["shard"], row["sequence"]) == wanted)
+        assert f"{row['with layer inputs in host memory']:,}" == context
+        for said, key in ((held, "accelerator"), (sent, "sent a step")):
+            size_gib = row[key] / 2**30
+            assert said == (f"{size_gib:.0f} GiB" if size_gib >= 100 else f"{size_gib:.1f} GiB")
 
 
 @pytest.mark.parametrize("ram", ["8GiB", "16GiB", "24GiB", "64GiB"])

@@ -111,6 +111,20 @@ KILLS = int(os.environ.get("LONGFIT_TEST_KILLS", "1"))
 """Kills of a random process at a random step; 30 on request."""
 
 
+HELD = """
+import os, time
+if "RANK" in os.environ:
+    import longfit.training.loop as loop
+    original = loop._step
+    def step(run, *arguments):
+        while run.state.step >= {step}:
+            time.sleep(0.05)
+        return original(run, *arguments)
+    loop._step = step
+"""
+"""A run that is not over before it is killed, however late the test gets its turn on a busy machine."""
+
+
 def go_on(rank: int, config: RunConfig, resume: bool) -> bool:
     return train(config, resume=resume).finished
 
@@ -127,8 +141,9 @@ def test_a_killed_process_ends_the_run_with_one_message_and_the_run_goes_on_as_i
 ) -> None:
     chance = random.Random(number)
     settings: dict[str, object] = {"train__steps": 30, "train__save_every": 3, "parallel__shard": 1 + number % 2}
-    broken = start(make_config(**settings))
-    wait_for_step(tmp_path / "run", chance.randint(4, 10), broken)
+    step = chance.randint(4, 10)
+    broken = start(make_config(**settings), also=HELD.format(step=step + 3))
+    wait_for_step(tmp_path / "run", step, broken)
     began = time.monotonic()
     os.kill(chance.choice(workers_of(broken)), signal.SIGKILL)
     told = broken.communicate(timeout=60)[1]

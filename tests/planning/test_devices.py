@@ -47,7 +47,10 @@ def test_two_devices_that_share_a_window_wait_with_half_of_the_layer_inputs(shap
     halo = component(shared, "keys of other devices and their gradients", "forward")
     assert halo == 2 * 8192 * 2 * shape.kv_width * 2  # arrived and in the window, at most a group
     exact = memory_plan(shape, settings.changed({"sequence": 2, "attention": "exact", "group_size": None}))
-    assert component(exact, "keys of other devices and their gradients", "forward") == 4 * halo
+    tokens = 65_536 // 2 + 65_536 // 4  # those of the other device, and the own first stretch before the second
+    keys = tokens * 2 * shape.kv_width
+    assert component(exact, "keys of other devices and their gradients", "forward") == 2 * 2 * keys
+    assert component(exact, "keys of other devices and their gradients", "backward") == (2 + 4) * keys
 
 
 def test_bytes_sent_are_those_of_the_formulas(shape: ModelShape) -> None:

@@ -175,12 +175,8 @@ class HaloTransport:
         segment = self.segments[self.own[stretch]]
         return min((p.low for p in self.pieces if p.source == self.own[stretch]), default=segment.end) - segment.start
 
-    def gather(self, keys: Sequence[KeyValue]) -> list[KeyValue]:
-        """Exchange keys and values of the sent tokens for those of the halos; what nobody needs is zero."""
-        halos = [
-            (_zeros(key, self.halo(number)), _zeros(value, self.halo(number)))
-            for number, (key, value) in enumerate(keys)
-        ]
+    def gather(self, keys: Sequence[KeyValue], halos: Sequence[KeyValue]) -> None:
+        """Exchange keys and values of the sent tokens for those of the halos; what nobody needs stays as it is."""
 
         def read(parcel: Parcel) -> list[Tensor]:
             return self._sent(keys, parcel.longest)
@@ -191,7 +187,6 @@ class HaloTransport:
                     place.copy_(parcel.part(piece, part))
 
         self.traffic.keys += self._exchange(keys, read, write, backward=False)
-        return halos
 
     def scatter(self, gradients: Sequence[KeyValue]) -> list[KeyValue]:
         """Exchange gradients of the halos for the sums of those of the sent tokens."""

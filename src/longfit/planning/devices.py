@@ -53,13 +53,20 @@ def seen_of_others(shape: ModelShape, settings: PlanSettings) -> int:
 
 
 def halo(shape: ModelShape, settings: PlanSettings, device: str) -> list[Component]:
-    """Keys and values of other devices: as they arrived, and beside the own; in backward their gradients too."""
-    numbers = seen_of_others(shape, settings) * settings.batch_size * 2 * shape.kv_width
-    if not numbers:
+    """Keys and values of other devices, and in backward their gradients, summed in float32.
+
+    Those that all own tokens see are held once, where attention reads them, and a second time only while they arrive.
+    Those over which a window moves are held beside it, and their gradients again on their way back.
+    """
+    tokens = seen_of_others(shape, settings)
+    if not tokens:
         return []
-    twice = 2 * settings.element_bytes * numbers
-    differentiated = twice + (4 + settings.element_bytes) * numbers  # summed in float32, and on their way back
-    phases = {"forward": twice, "evaluation": twice, "backward": differentiated, "last layer": differentiated}
+    whole = settings.effective_group_size is None and None in shape.windows
+    if whole:  # the window of a device's second stretch holds its first one too
+        tokens += settings.context // (2 * settings.sequence)
+    numbers, element = tokens * settings.batch_size * 2 * shape.kv_width, settings.element_bytes
+    forward, backward = 2 * element * numbers, (element + 4 if whole else 3 * element + 4) * numbers
+    phases = {"forward": forward, "evaluation": forward, "backward": backward, "last layer": backward}
     return [Component("keys of other devices and their gradients", device, phases)]
 
 

@@ -41,9 +41,9 @@ from longfit.engine.sweep.shared_sequence import (
     SharedSequence,
     Stretch,
     TileLeft,
-    gather_halos,
     late_tiles,
     num_tiles,
+    project_sent,
     whole,
 )
 from longfit.engine.sweep.tile_pass import BackwardPass, ForwardPass, LeavingTile, Visible
@@ -214,11 +214,14 @@ class _Backward:
         transport = None
         if self._work.sequence is not None:
             transport = _see_halos(self._work, self._passes, self._leave_without_grad)
+        gradients = []
         for tiles in reversed(self._passes):
             for index in reversed(range(tiles.num_tiles)):
                 self._differentiate(tiles, index)
+            if transport is not None:
+                gradients.append(tiles.halo_gradients())
         if transport is not None:
-            self._receive(transport)
+            self._receive(transport, gradients[::-1])
 
     def _differentiate(self, tiles: BackwardPass, index: int) -> None:
         for earlier in tiles.needed(index):
@@ -263,9 +266,9 @@ class _Backward:
         start, end = tiles.span(index)
         return None if self._states is None else self._states.again(tiles.number(index), end - start)
 
-    def _receive(self, transport: KeyTransport) -> None:
-        """Take the gradients of own keys from the processes that have seen them on to the layer's input."""
-        received = transport.scatter([tiles.halo_gradients() for tiles in self._passes])
+    def _receive(self, transport: KeyTransport, gradients: list[tuple[Tensor, Tensor]]) -> None:
+        """Send the gradients of halos; take those of own keys on to the layer's input, from all who have seen them."""
+        received = transport.scatter(gradients)
         for number, index, *grad in late_tiles(transport, self._work.stretches, self._work.tile, received):
             tiles = self._passes[number]
             hidden = self._restore(tiles.number(index)).requires_grad_(self._needs_hidden)
@@ -344,6 +347,7 @@ def _forward(
             if saved is not None:
                 saved.input.settle(number)
             result[:, start:end] = out
+        tiles.release()
     visible = [tiles.seen(attends=work.call.attends) for tiles in passes]
     assert result is not None, "a layer of no tokens"
     return result, visible, random
@@ -354,9 +358,12 @@ def _see_halos(
 ) -> KeyTransport:
     """Let each stretch see the keys before it that other stretches have."""
     assert work.sequence is not None
-    transport, halos = gather_halos(work.sequence, work.tile, leave)
-    for number, (tiles, halo) in enumerate(zip(passes, halos, strict=True)):
-        tiles.see(transport.schedule(number), *halo)
+    transport, sent = project_sent(work.sequence, work.tile, leave)
+    halos = [
+        tiles.see(transport.schedule(number), transport.halo(number), like)
+        for number, (tiles, like) in enumerate(zip(passes, sent, strict=True))
+    ]
+    transport.gather(sent, halos)
     return transport
 
 

@@ -59,7 +59,7 @@ class KeyTransport(Protocol):
         """The first token of a stretch (counted in it) that any other stretch sees; its length if none does."""
         ...
 
-    def gather(self, keys: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    def gather(self, keys: Sequence[tuple[Tensor, Tensor]], halos: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Exchange keys and values of the sent tokens, ``[B, K, n, D]`` a stretch, for those of the halos."""
         ...
 
@@ -98,10 +98,10 @@ def num_tiles(stretch: Stretch, tile: int) -> int:
     return -(-stretch.num_tokens // tile)
 
 
-def gather_halos(
+def project_sent(
     sequence: SharedSequence, tile: int, keys_of: Callable[[int, int], TileLeft]
 ) -> tuple[KeyTransport, list[tuple[Tensor, Tensor]]]:
-    """Project the keys that others need, and exchange them for the halos of the own stretches.
+    """Project the keys and values that others need, ``[B, K, n, D]`` a stretch; returns how they travel too.
 
     Args:
         sequence: what this process has.
@@ -124,7 +124,7 @@ def gather_halos(
                 torch.cat([left.value for left in known], 2)[:, :, skipped:],
             )
         )
-    return transport, transport.gather(sent)
+    return transport, sent
 
 
 def late_tiles(

@@ -120,7 +120,8 @@ class _Pass:
         self._position_ids = position_ids  # of the whole sequence: a tile is given its own
         self._schedule: Schedule | None = None
         self._stored: KeyValueWindow | None = None
-        self._halo: tuple[Tensor, Tensor] | None = None
+        self._like: tuple[Tensor, Tensor] | None = None  # no keys and values, where others have a part of the sequence
+        self._halo: tuple[Tensor, Tensor] | None = None  # beside the window, where that moves over it
         self._halo_missing = 0  # tokens of the halo that are not in the window yet: those before this number
 
     @property
@@ -144,10 +145,32 @@ class _Pass:
         assert self.visible is not None, "a layer that has not attended"
         return self.visible
 
-    def see(self, schedule: Schedule, key: Tensor, value: Tensor) -> None:
-        """Begin with a halo: its keys and values ``[B, K, n, D]``, and what the tokens see, numbered from its first."""
-        self._schedule, self._halo, self._halo_missing = schedule, (key, value), key.shape[2]
-        self.visible = self.visible or Visible.of(schedule, self.tile_size, halo=key.shape[2])
+    def see(self, schedule: Schedule, halo: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Begin with a halo; returns where its keys and values belong, ``[B, K, halo, D]``, zero so far.
+
+        Where every tile sees all of the halo, that is the window itself, so that it is held once.
+
+        Args:
+            schedule: what the tokens see, numbered from the first of the halo.
+            halo: tokens.
+            like: keys and values of some tokens.
+        """
+        self._schedule, self._like = schedule, (like[0][:, :, :0].clone(), like[1][:, :, :0].clone())
+        self.visible = self.visible or Visible.of(schedule, self.tile_size, halo=halo)
+        if halo and self.visible.capacity == self.visible.num_tokens:
+            self._stored = KeyValueWindow(*like, capacity=self.visible.num_tokens)
+            self._stored.move(0, halo)
+            places = self._stored.tokens(0, halo)
+            for place in places:
+                place.zero_()
+            return places
+        key, value = (x.new_zeros(*x.shape[:2], halo, x.shape[3]) for x in like)
+        self._halo, self._halo_missing = (key, value), halo
+        return key, value
+
+    def release(self) -> None:
+        """Hold no keys any more: all tiles have been gone over."""
+        self._stored = self._halo = None
 
     def leaving_tile(self, index: int) -> "LeavingTile":
         """Turn to a tile whose keys and values the caller wants."""
@@ -155,7 +178,7 @@ class _Pass:
 
     def schedule(self, query: Tensor, spec: AttentionSpec) -> Schedule:
         """What every token sees, made at the first call unless a halo has brought it."""
-        if self._halo is not None and not _spec_says_all(spec):
+        if self._like is not None and not _spec_says_all(spec):
             raise ModelError("a padding mask and a window shared by processes do not go together: pad with labels -100")
         if self._schedule is None:
             whole = spec.with_positions(None if spec.position_ids is None else self._position_ids)
@@ -292,13 +315,15 @@ class BackwardPass(_Pass):
         return self._sums.tokens(seen.low, seen.end)
 
     def halo_gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients of the halo's keys and values, when all tiles are differentiated: ``[B, K, n, D]``."""
-        assert self._halo is not None
-        key, value = (torch.zeros_like(x) for x in self._halo)
-        if self._sums is not None:  # else nothing before attention trains
-            seen_from = self._visible.lows[0]
-            for total, part in zip((key, value), self._sums.tokens(seen_from, self._visible.halo), strict=True):
+        """Gradients of the halo's keys and values, ``[B, K, n, D]``, once, when all tiles are differentiated."""
+        assert self._like is not None
+        self.release()
+        halo, seen_from = self._visible.halo, self._visible.lows[0]
+        key, value = (x.new_zeros(*x.shape[:2], halo, x.shape[3]) for x in self._like)
+        if self._sums is not None and seen_from < halo:  # without sums nothing before attention trains
+            for total, part in zip((key, value), self._sums.tokens(seen_from, halo), strict=True):
                 total[:, :, seen_from:] = part
+        self._sums = None
         return key, value
 
 
