@@ -9,6 +9,7 @@ end. Filling wants a small tmpfs and breaking an ext4 in a file, which only root
 """
 
 import argparse
+import os
 import random
 import shutil
 import subprocess
@@ -55,7 +56,7 @@ def _ext4(image: Path, folder: Path) -> Iterator[tuple[Path, Path, Callable[[], 
 
     def repair() -> None:
         subprocess.run(["umount", str(folder)], check=True)
-        subprocess.run(["e2fsck", "-fy", str(image)], stdout=subprocess.DEVNULL, check=False)  # 1: repaired
+        subprocess.run(["e2fsck", "-fy", str(image)], capture_output=True, check=False)  # 1: repaired
         mount()
 
     mount()
@@ -95,7 +96,7 @@ class Campaign:
         )
         self.counts["fills"] += (self.place / FILLER).exists()
         (self.place / FILLER).unlink(missing_ok=True)
-        self.stopped(reply, "disk is full")
+        self.stopped(reply, "disk is full", "the disk has")  # the second before the first step
 
     def break_disk(self, breaker: Path, repair: Callable[[], None]) -> None:
         """Start or go on, make the disk read-only at a random moment, repair it, and go on."""
@@ -105,14 +106,14 @@ class Campaign:
         repair()
         self.stopped(reply, "may not be written")
 
-    def stopped(self, reply: Reply, said: str) -> None:
+    def stopped(self, reply: Reply, *said: str) -> None:
         """A command met a disk that takes nothing; it must say so, and the next one must finish the run."""
         if reply.code != 2:  # it was done before
             self.ended(reply)
             return
         self.counts["refused, exit 2"] += 1
         text = " ".join(reply.err.split())
-        if said not in text:
+        if not any(words in text for words in said):
             self.faults.append(f"does not say {said!r}: {reply.err[-2000:]}")
         if (self.place / "run" / "config.yaml").exists():
             self.counts["said how to go on"] += "--resume" in text
@@ -170,6 +171,7 @@ def main() -> int:
             if asked.breaks:
                 with _ext4(Path(name) / "image", Path(name) / "ext4") as (disk, breaker, repair):
                     shutil.copytree(base, disk, dirs_exist_ok=True)
+                    os.sync()  # what was there before the error is there after it
                     broken = Campaign(server, disk, sound, seconds, draw)
                     while broken.counts["breaks"] < asked.breaks and not broken.faults:
                         broken.break_disk(breaker, repair)

@@ -111,6 +111,16 @@ def test_each_refusal_of_a_file_system_has_its_reason(tmp_path: Path, number: in
         raise OSError(number, os.strerror(number))
 
 
+def test_of_a_folder_that_cannot_be_copied_the_reason_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: str, target: str, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").touch()
+    with pytest.raises(RunError, match="b: cannot be written: the disk is full"), writing.writing(tmp_path / "b"):
+        shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=full)
+
+
 def test_a_path_that_is_too_long_is_named(tmp_path: Path) -> None:
     path = tmp_path / ("a" * 300)
     with pytest.raises(RunError, match="too long"), writing.writing(path):

@@ -287,11 +287,10 @@ class Measuring:
 
 
 def _export_lora(trained: Trained, out: Path, measuring: Measuring | None) -> ExportResult:
-    from transformers import AutoConfig
-
     from longfit.model.adapter_weights import AdapterWeights
+    from longfit.model.load import read_config
 
-    config = AutoConfig.from_pretrained(str(trained.adapter), trust_remote_code=False)
+    config = read_config(trained.adapter)
     family, adapter = family_of(config), AdapterWeights(trained.adapter)
     require_plain(adapter, str(trained.path))
     name = f"{trained.path.resolve().name}-lora.gguf"

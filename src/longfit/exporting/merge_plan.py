@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from longfit.compat.transformers import tied_weights
 from longfit.errors import ExportError
@@ -32,6 +32,7 @@ from longfit.exporting.model_folder import write_model_files
 from longfit.exporting.shards import MAX_SHARD_BYTES, Planned, write_shards
 from longfit.exporting.trained import Trained
 from longfit.model.adapter_weights import AdapterWeights, is_finite
+from longfit.model.load import read_config
 from longfit.model.vocabulary import added_rows, tables
 from longfit.training.metrics import Event, OnEvent, ignore
 from longfit.words import format_bytes
@@ -76,7 +77,7 @@ class MergePlan:
         Raises: ExportError: base and adapter do not belong together, or the base's files have other names than the
             model's tensors.
         """
-        config = AutoConfig.from_pretrained(str(trained.adapter), trust_remote_code=False)
+        config = read_config(trained.adapter)
         adapter = AdapterWeights(trained.adapter)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from longfit.errors import ExportError
 from longfit.exporting.trained import Trained
 from longfit.files import checksums
+from longfit.files.reading import reading
 from longfit.model.vocabulary import FIRST_NEW_ROW
 
 ADAPTER_FILES = (
@@ -51,8 +53,9 @@ def generation_config(trained: Trained, config: Any) -> GenerationConfig:
         found = GenerationConfig.from_model_config(config)
     else:
         try:
-            found = GenerationConfig.from_pretrained(trained.base)
-        except (OSError, ValueError):  # a GGUF file, or a base without one
+            with reading(trained.base, "the base's generation settings", ExportError):
+                found = GenerationConfig.from_pretrained(trained.base)
+        except ExportError:  # a GGUF file, a base without them, or with damaged ones: they are not what was trained
             found = GenerationConfig.from_model_config(config)
     ends = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]
     for ours in (*_ends_of(trained.adapter), trained.tokenizer().eos_token_id):
@@ -67,7 +70,10 @@ def _ends_of(adapter: Path) -> list[int]:
     """The tokens at which a run's answers end, where its adapter says."""
     if not (adapter / "generation_config.json").is_file():
         return []
-    ends = GenerationConfig.from_pretrained(str(adapter)).eos_token_id
+    with reading(
+        adapter / "generation_config.json", "the adapter's generation settings", ExportError, do="copy it again"
+    ):
+        ends = GenerationConfig.from_pretrained(str(adapter)).eos_token_id
     return ends if isinstance(ends, list) else [ends]
 
 

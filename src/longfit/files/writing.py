@@ -6,6 +6,7 @@ leaves the old file or the new one, and perhaps a hidden ``.NAME.unfinished``, w
 
 import errno
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ def writing(path: Path, *, error: type[LongfitError] = RunError, then: str = "")
 
 def why(problem: OSError) -> str:
     """Say what an error of the file system means, and what to do about it."""
+    if isinstance(problem, shutil.Error) and (number := re.search(r"\[Errno (\d+)\]", str(problem))):
+        return why(OSError(int(number[1]), os.strerror(int(number[1]))))  # of a folder: a list of what each file met
     if problem.errno in FULL:
         return "the disk is full (or a quota is reached): free some space"
     if problem.errno in READ_ONLY:

@@ -24,6 +24,7 @@ from longfit.attention.limits import quarter_of
 from longfit.compat.transformers import attention_of
 from longfit.engine.hf_model import base_model
 from longfit.errors import ContextError, ModelError
+from longfit.files.reading import reading
 from longfit.numerics import rope as formulas
 from longfit.numerics.shifted_attention import receptive_field
 
@@ -161,7 +162,8 @@ def adopt_positions(model: nn.Module, folder: str | os.PathLike[str]) -> bool:
     Raises: ModelError: the model has no rotary positions.
     """
     config = base_model(model).config.get_text_config()
-    saved = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
+    with reading(folder, "the configuration of the adapter", ModelError, do="copy it again"):
+        saved = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).get_text_config()
     keys = ("rope_parameters", "max_position_embeddings", "original_max_position_embeddings")
     wanted = {key: saved.to_dict().get(key) for key in keys}
     if all(config.to_dict().get(key) == value for key, value in wanted.items()):
