@@ -49,6 +49,7 @@ class Kind:
             which a word is missing; the arguments are the mutation, the damaged file and the sound one.
         named: what a message may name in the place of the file.
         cache: the folder, beside what is damaged, that the command has as its cache.
+        tells: its result says of each thing whether it is damaged.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Kind:
     snippets: bool = False
     named: tuple[str, ...] = ()
     cache: str | None = None
+    tells: bool = False
 
 
 def never(mutation: Mutation, damaged: Path, sound: Path) -> bool:
@@ -191,7 +193,7 @@ def kinds() -> tuple[Kind, ...]:
         ),
         Kind(
             "runs", "ended", tuple(f"run/{name}" for name in FILES_OF_RUN), ("runs", "."),
-            lambda reply, folder: reply.out, always, True, True,
+            lambda reply, folder: reply.out, always, True, True, tells=True,
         ),
         Kind(
             "pages", "paged", ("state.pages", "state.pages", "state.pages.commit"), (*resume, "optim.file=state.pages"),
@@ -331,8 +333,6 @@ def _cached(server: Server, folder: Path) -> None:
     rates = dict.fromkeys(("matmul_flops", "attention_flops", "copy_bytes", "disk_bytes"), 1e10)
     measured = {"cpu": {"device": "cpu", "name": "a processor", "dtype": "float32", **rates}}
     (folder / "cache" / "rates.json").write_text(json.dumps(measured))
-    entry = next((folder / "cache" / "tokens").iterdir())
-    entry.rename(folder / "cache" / "entry")
 
 
 def _must(server: Server, folder: Path, *words: str, end_at: int | None = None, cache: Path | None = None) -> None:

@@ -62,6 +62,7 @@ def write_text(path: Path, text: str) -> None:
     try:
         with unfinished.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
+            file.flush()  # from Python's buffer, which the descriptor knows nothing of
             flush(file.fileno())
         unfinished.replace(path)
     except OSError:

@@ -8,16 +8,14 @@ doubles with every character.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from re import _constants as codes  # type: ignore[attr-defined]
-from re import _parser as parser  # type: ignore[attr-defined]
 from typing import Any
 
+from longfit.compat.regular_expressions import BRANCH, REPETITIONS, Expression, parsed
 from longfit.errors import ModelError
 
 MOST_REPETITIONS = 4
 """In one expression: a name of a hundred characters is then matched in some millions of tries at worst."""
 LONGEST = 10_000
-REPETITIONS = (codes.MAX_REPEAT, codes.MIN_REPEAT, codes.POSSESSIVE_REPEAT)
 
 
 def require_quick_patterns(settings: Mapping[str, Any], folder: Path) -> None:
@@ -36,7 +34,7 @@ def _trouble(pattern: str) -> str | None:
     if len(pattern) > LONGEST:
         return f"of {len(pattern):,} characters"
     try:
-        found = _repetitions(parser.parse(pattern))
+        found = _repetitions(parsed(pattern))
     except (re.error, RecursionError, OverflowError) as error:
         return f"which is not one ({error})"
     if found is None:
@@ -56,7 +54,7 @@ def _repetitions(tree: Any) -> int | None:
             inner += below
         if code in REPETITIONS and arguments[1] > 1:
             # A choice in a repetition may fit in several ways too: only one character, or a fixed text, is quick.
-            if any(item[0] in (codes.BRANCH, *REPETITIONS) for item in _below(arguments[2])):
+            if any(item[0] in (BRANCH, *REPETITIONS) for item in _below(arguments[2])):
                 return None
             inner = 1
         count += inner
@@ -65,7 +63,7 @@ def _repetitions(tree: Any) -> int | None:
 
 def _parts(arguments: Any) -> list[Any]:
     """The expressions in what follows a code: groups, choices, what is repeated or looked ahead for."""
-    if isinstance(arguments, parser.SubPattern):
+    if isinstance(arguments, Expression):
         return [arguments]
     if isinstance(arguments, list | tuple):
         return [part for item in arguments for part in _parts(item)]

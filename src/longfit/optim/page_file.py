@@ -34,6 +34,7 @@ from torch import Tensor
 
 from longfit.errors import PagingError
 from longfit.files.lock import try_lock, unlock
+from longfit.files.reading import read_text, reading, require_regular
 
 _FORMAT = "longfit paged state 1"
 _HEADER_BYTES = 4096  # what of the header is read: its page may be of any size
@@ -63,6 +64,8 @@ class PageFile:
         self._newest: list[int | None] = []  # the slot written last; None: never written, all zeros
         self._checksums: list[int | None] = []  # of the committed slots
         self._reserved: set[tuple[int, int]] = set()
+        if self.path.exists():
+            require_regular(self.path, PagingError)
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -72,8 +75,10 @@ class PageFile:
             if os.fstat(self._file).st_size == 0:
                 self._write_header()
             else:
-                self._check_header()
-                self._read_commit()
+                do = "remove it and its .commit, and resume from a checkpoint"
+                with reading(self.path, "the optimiser state", PagingError, do=do):
+                    self._check_header()
+                    self._read_commit()
         except BaseException:
             os.close(self._file)
             raise
@@ -322,10 +327,12 @@ class PageFile:
 
 def _load_commit(path: Path) -> dict[str, Any]:
     try:
-        envelope = json.loads(path.read_text())
+        envelope = json.loads(
+            read_text(path, PagingError, what="the commit record", do="remove it and the file beside it")
+        )
         commit: dict[str, Any] = envelope["commit"]
         intact = zlib.crc32(json.dumps(commit).encode()) == envelope["checksum"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise PagingError(

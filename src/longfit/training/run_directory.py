@@ -41,7 +41,7 @@ from longfit.files import checksums
 from longfit.files.lock import NAME as LOCK
 from longfit.files.lock import FolderLock
 from longfit.files.reading import read_object, reading
-from longfit.files.writing import LEFTOVERS, sweep, write_text, writing
+from longfit.files.writing import LEFTOVERS, flush, sweep, write_text, writing
 from longfit.training.checkpoint import list_checkpoints
 from longfit.training.metrics import Event, OnEvent, read_metrics
 
@@ -244,15 +244,18 @@ def merge_for_resume(stored: RunConfig, asked: RunConfig) -> tuple[RunConfig, li
     return stored.replace(changed, origin="resume"), warnings
 
 
+def _absolute(path: Path) -> str:
+    """A path from the root, links followed, unless they lead in a circle or to a device, which is named as it was."""
+    return str(path.resolve()) if path.is_file() or path.is_dir() else os.path.abspath(path)
+
+
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Make the paths in a config independent of the current directory; hub ids and missing data stay as they are."""
     flat = config.flat()
     may_be_hub_ids = ("model.name", "data.path", "data.validation", "adapter.init", "train.samples_document")
     always_paths = ("optim.file", "engine.offload_folder", "engine.stream_folder")
     paths = {key: flat[key] for key in (*may_be_hub_ids, *always_paths) if flat[key] is not None}
-    changed = {
-        key: str(Path(path).resolve()) for key, path in paths.items() if key in always_paths or Path(path).exists()
-    }
+    changed = {key: _absolute(Path(path)) for key, path in paths.items() if key in always_paths or Path(path).exists()}
     template = config.data.chat_template
     if template is not None and template != "chatml" and "{" not in template and Path(template).is_file():
         text = read_template(template)  # the run keeps the template itself: a file may change
@@ -358,8 +361,11 @@ def create(
         "config.yaml": config.replace({"output.run_dir": None}).to_yaml(),
     }
     seen = run_dir / "documents.digests"
-    with writing(seen, then="nothing was trained yet"):
-        seen.write_bytes(_as_numbers(training.digests).tobytes())  # tofile loses the error of a full disk
+    # tofile loses the error of a full disk
+    with writing(seen, then="nothing was trained yet"), seen.open("wb") as file:
+        file.write(_as_numbers(training.digests).tobytes())
+        file.flush()
+        flush(file.fileno())
     files = {name: checksums.text_digest(text) for name, text in texts.items()}
     files[seen.name] = checksums.file_digest(seen)
     run = checksums.sealed({"format": IDENTITY_FORMAT, **asdict(identity), "files": files})
