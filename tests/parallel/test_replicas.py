@@ -14,7 +14,9 @@ from tests.training.conftest import MakeConfig
 
 from longfit.config import RunConfig
 from longfit.errors import ProcessesError
+from longfit.exporting.merge import merge
 from longfit.training.loop import train
+from longfit.training.prepare import open_run
 
 
 def run(rank: int, config: RunConfig) -> dict[str, Any]:
@@ -115,6 +117,22 @@ def test_a_sharded_run_goes_on_in_one_process_and_on_two(make_config: MakeConfig
     train(make_config(output__run_dir=str(tmp_path / "fewer"), parallel__shard=1, **settings), resume=True)
     for before, after in zip(numbers(tmp_path / "run"), numbers(tmp_path / "fewer"), strict=True):
         assert after == pytest.approx(before, rel=1e-5)
+
+
+def test_a_sharded_run_of_shared_windows_is_opened_and_merged_as_any_other(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The merged model was read back and compared before `merge` returns; logits of float32 runs as above."""
+    settings: dict[str, object] = {"model__quant": "nf4", "train__steps": 2}
+    train(make_config(**settings, output__run_dir=str(tmp_path / "one")))
+    shared = make_config(**settings, parallel__shard=2, parallel__sequence=2, output__run_dir=str(tmp_path / "two"))
+    run_in_processes(run, 2, shared, group=False)
+    ids = torch.arange(3, 23)[None]
+    with torch.no_grad():
+        alone, together = (open_run(tmp_path / name)[0](input_ids=ids).logits for name in ("one", "two"))
+    assert torch.allclose(alone, together, rtol=1e-5, atol=1e-5)
+    merge(tmp_path / "two", tmp_path / "merged", onto="4bit", measure=False)
+    assert (tmp_path / "merged" / "config.json").is_file()
 
 
 def numbers(folder: Path) -> list[float]:
