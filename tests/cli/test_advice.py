@@ -1,20 +1,17 @@
 """The command line says what it can do: every setting and option that a message advises is one that exists."""
 
-import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer.main
+from tests.cli.messages import messages, reachable, texts_of
 
-import longfit
 from longfit.cli.app import app, main
 from longfit.config import describe, load_config
 from longfit.config.sections import SECTIONS, known_keys
 
-PACKAGE = Path(longfit.__file__).parent
 VALUE = r"'?\{[^}]*\}'?|\[[^\]]*\]|\w[\w-]*(?::\w+)?(?:\.\w+)*"
 SETTING = re.compile(rf"\b({'|'.join(SECTIONS)})\.([a-z]\w*)(?:=({VALUE}))?")
 NEEDS = {
@@ -23,25 +20,6 @@ NEEDS = {
     "optim.file": ["optim.budget=1GiB"],
 }  # to act at all
 PLACEHOLDERS = re.compile(r"[A-Z]{2}|^$|\.\.\.|N$|\{\}")  # values that stand for the user's own: COLUMN, cuda:N
-
-
-def messages(root: Path = PACKAGE) -> Iterator[tuple[str, str]]:
-    """Every text in the sources that is no docstring, with its place."""
-    for path in [root] if root.is_file() else sorted(root.rglob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        docstrings = {
-            id(node.body[0].value)
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            and node.body
-            and isinstance(node.body[0], ast.Expr)
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.JoinedStr):  # what is filled in stands for itself: data.{name}
-                parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
-                yield f"{path.name}:{node.lineno}", "".join(map(str, parts))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
-                yield f"{path.name}:{node.lineno}", node.value
 
 
 def test_every_setting_that_a_message_advises_exists_and_takes_the_value() -> None:
@@ -62,28 +40,69 @@ def test_every_setting_that_a_message_advises_exists_and_takes_the_value() -> No
     assert found > 30
 
 
-def options_of(command: Any) -> set[str]:
-    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+GROUP: Any = typer.main.get_command(app)
+EVERYWHERE = {"--help", "--debug"}
+SECTIONS_OF = {
+    **dict.fromkeys(("train", "plan", "data", "demo"), tuple(SECTIONS)),
+    **dict.fromkeys(("eval", "chat"), ("model", "data")),
+    **dict.fromkeys(("merge", "export"), ("data", "model.device")),
+}
 
 
-def test_every_option_that_a_message_advises_exists() -> None:
-    group = typer.main.get_command(app)
-    known = {option for command in (group, *group.commands.values()) for option in options_of(command)}  # type: ignore[attr-defined]
-    known |= {
-        "--help",
-        "--lora",
-        "--nproc-per-node",
-        "--debug",
-        "--no-deps",
-        "--headless",
-        "--export-type",
-        "--convert-to",
-        "--arena",
-    }  # and those of other programs
-    for place, text in messages():
-        if " " in text and "var(--" not in text:  # a style sheet's variables look like options
-            for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", text):
-                assert option in known or option.startswith("--{"), f"{place}: {option} is no option"
+def takes(verb: str, key: str) -> bool:
+    return any(key == given or key.startswith(f"{given}.") for given in SECTIONS_OF.get(verb, ()))
+
+
+COMMAND = re.compile(rf"longfit ({'|'.join(GROUP.commands)})\b")
+OTHERS = re.compile(r"(?:libreoffice|inkscape|pip|torchrun|llama-cli) [^,;]*")  # commands of other programs
+TOLD = {
+    "the validation loss has not fallen {} since step {} ({}): train.patience",  # why a run ended, in its report
+    "As data.train_on, train_on or data. Default: all.",  # the help of explain
+}
+
+
+def options_of(verb: str) -> set[str]:
+    return EVERYWHERE | {
+        option for item in GROUP.commands[verb].params for option in (*item.opts, *item.secondary_opts)
+    }
+
+
+def unfit(text: str, verb: str) -> list[str]:
+    """What a text names that a verb does not take; behind ``longfit VERB`` it is that verb that must take it."""
+    found = []
+    for sentence in re.split(r"[,;\n`]", OTHERS.sub("", text)):
+        named = COMMAND.search(sentence)
+        other, rest = (named[1], sentence[named.end() :]) if named else (verb, "")
+        for part, taker in ((sentence[: named.start()] if named else sentence, verb), (rest, other)):
+            found += [
+                option for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", part) if option not in options_of(taker)
+            ]
+            keys = [f"{section}.{key}" for section, key, _ in SETTING.findall(part)]
+            found += [key for key in keys if key in known_keys() and not takes(taker, key)]
+    return found
+
+
+@pytest.mark.parametrize("verb", sorted(GROUP.commands))
+def test_every_verb_takes_what_the_messages_that_it_can_reach_advise(verb: str) -> None:
+    callback = GROUP.commands[verb].callback
+    reached = reachable(callback.__module__, callback.__name__)
+    texts = [(place, text) for symbol in reached for place, text in texts_of(symbol)]
+    assert len(texts) > 20  # the walk has come somewhere
+    for place, text in texts:
+        if " " in text and "var(--" not in text and text not in TOLD:  # a sentence, and no style sheet
+            bad = unfit(text, verb)
+            if place.startswith("config."):  # they tell of keys that were given, and stand where those were given
+                bad = [name for name in bad if name.startswith("--")]
+            assert not bad, f"{place}: longfit {verb} does not take {bad}: {text}"
+
+
+def test_the_walk_reaches_what_verbs_share_and_sees_what_is_wrong() -> None:
+    chat = reachable("longfit.cli.chat", "chat")
+    assert ("longfit.data.readers", "decode_text") in chat
+    assert ("longfit.training.warm_start", "warm_start") not in chat
+    assert unfit("x; add train.steps=3, or --rank 4", "chat") == ["train.steps", "--rank"]
+    assert unfit("x: longfit train M D --rank 4 train.steps=3", "chat") == []
+    assert unfit("x: longfit chat M --rank 4", "train") == ["--rank"]
 
 
 @pytest.mark.parametrize("verb", ["train", "data", "eval", "chat"])
@@ -97,15 +116,6 @@ def test_every_verb_that_reads_data_takes_its_settings(
     assert "unknown key data.bad_row; did you mean data.bad_rows?" in capsys.readouterr().err
     assert main([verb, target, *words, "data.bad_rows=never", *model]) == 2
     assert "must be 'stop' or 'skip'" in capsys.readouterr().err
-
-
-def test_what_every_verb_reaches_advises_what_every_verb_takes() -> None:
-    """Data and models are read by train, data, eval, chat, merge and export, which share these two sections only."""
-    for room in ("data", "model"):
-        for place, text in messages(PACKAGE / room):
-            for section, key, value in SETTING.findall(text):
-                if " " in text and value and f"{section}.{key}" in known_keys() and "longfit train" not in text:
-                    assert section in ("data", "model"), f"{place}: {section}.{key} is for train alone"
 
 
 @pytest.mark.parametrize("verb", ["train", "plan", "data", "eval", "chat", "merge", "export", "demo"])

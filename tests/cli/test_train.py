@@ -66,7 +66,7 @@ def test_a_run_from_the_command_line(
     assert f"longfit eval {tmp_path / 'run'} ppl" in out  # the last lines name what can be done next
 
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert "is not overwritten; add --resume" in refused(train_words, capsys)
+    assert "--resume continues it; or choose another --run-dir" in refused(train_words, capsys)
     changed = ["train", "--run-dir", str(tmp_path / "run"), "--resume", "train.seed=5"]
     assert "train.seed: the run has 0, now 5" in refused(changed, capsys)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}

@@ -24,7 +24,7 @@ NEEDED = {"MODEL": ("model.name", "base"), "DATA": ("data.path", "texts")}
         (["engine.offload_folder=/tmp"], "offload_folder only acts with offload file"),
         (
             ["engine.stream_folder=/tmp", "engine.stream=ram"],
-            "stream_folder only acts with stream file; add --stream file",
+            "stream_folder only acts with stream file; add engine.stream=file",
         ),
         (["engine.engine=plain", "engine.stream=file"], "stream only acts with engine sweep"),
         (["data.validation=x", "data.validation_fraction=0.1"], "exclude each other"),

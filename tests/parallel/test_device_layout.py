@@ -22,7 +22,10 @@ def test_one_device_is_a_layout_too() -> None:
     [
         ({"devices": 6, "sequence": 4}, "parallel.sequence=4 does not divide 6 devices; try 3 or 6"),
         ({"devices": 8, "shard": 16}, "parallel.shard=16 does not divide 8 devices; try 8"),
-        ({"devices": 4, "sequence": 2, "data": 4}, "is 8 devices, there are 4; try parallel.data=2, or --devices 8"),
+        (
+            {"devices": 4, "sequence": 2, "data": 4},
+            "is 8 devices, there are 4; try parallel.data=2, or parallel.devices=8",
+        ),
         ({"devices": 1, "asked": 2}, "longfit train --devices 2"),
     ],
 )

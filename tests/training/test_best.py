@@ -113,7 +113,7 @@ def test_keep_best_can_be_switched_off(overfitting) -> None:
 
 
 def test_patience_without_validation_is_refused_and_validation_offered(make_config: MakeConfig) -> None:
-    with pytest.raises(ConfigError, match=r"no validation text: add --validation FILE"):
+    with pytest.raises(ConfigError, match=r"no validation text: add data.validation=FILE"):
         train(make_config(train__patience=2))
     events = []
     train(make_config(train__steps=1), on_event=events.append)

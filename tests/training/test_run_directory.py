@@ -189,7 +189,7 @@ def test_a_start_that_was_cut_off_is_begun_again(run: RunConfig, run_dir: Path) 
         if path.name not in ("ledger.json", "data.json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (run_dir / ".config.yaml.unfinished").write_text("model:")
-    with pytest.raises(RunError, match="its start was cut off: start it again, without --resume"):
+    with pytest.raises(RunError, match="its start was cut off; longfit train starts it again"):
         resumed(run)
     assert train(run).finished
     assert not list(run_dir.glob(".*"))

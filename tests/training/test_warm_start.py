@@ -59,9 +59,9 @@ def test_an_adapter_folder_is_as_good_as_a_run(old: Path, make_config: MakeConfi
 
 def test_what_would_be_lost_is_refused(old: Path, make_config: MakeConfig, tmp_path: Path) -> None:
     for message, settings in {
-        r"its rank is 4, here it is 2; use --rank 4 or more": {"adapter__rank": 2},
+        r"its rank is 4, here it is 2; use adapter.rank=4 or more": {"adapter__rank": 2},
         r"2 of its layers get no adapter here, first .*v_proj": {"adapter__targets": ["q_proj"]},
-        r"tensors trained whole, first .*norm.*; add --train-norms": {"adapter__train_norms": False},
+        r"tensors trained whole, first .*norm.*; add adapter.train_norms=true": {"adapter__train_norms": False},
     }.items():
         with pytest.raises(ConfigError, match=message):
             first_loss(make_config, tmp_path, "new", adapter__init=str(old), **settings)

@@ -144,7 +144,7 @@ def attend(
     if dropout:
         warnings.warn(
             f"attention dropout {dropout} of {type(module).__name__} is trained with 0: its pattern cannot be repeated"
-            " tile by tile; adapter.dropout regularises instead",
+            " tile by tile; the adapters' own dropout regularises instead",
             stacklevel=2,
         )
     query, key, value = _same_dtype(query, key, value)

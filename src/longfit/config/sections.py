@@ -104,7 +104,7 @@ class ModelSection(Section):
         if self.int8_modules is not None and self.quant in ("int8", "none"):
             raise _contradiction("int8_modules only acts in a base of 4 bits; drop it, or choose quant nf4")
         if self.int8_threshold is not None and self.quant != "int8":
-            raise _contradiction("int8_threshold only acts with quant int8; add --quant int8 or drop it")
+            raise _contradiction("int8_threshold only acts with quant int8; add model.quant=int8 or drop it")
         return self
 
 
@@ -122,7 +122,7 @@ class ContextSection(Section):
     def _group_size_fits(self) -> "ContextSection":
         if self.group_size is not None and self.attention == "exact":
             raise _contradiction(
-                "group_size only acts with shifted attention; add --attention shifted or drop group_size"
+                "group_size only acts with shifted attention; add context.attention=shifted or drop group_size"
             )
         if self.group_size is not None and self.context is not None and self.group_size > self.context:
             text = "group_size {group_size} is longer than the context {context}; drop it for a quarter of the context"
@@ -295,7 +295,7 @@ class OptimSection(Section):
     @model_validator(mode="after")
     def _file_needs_budget(self) -> "OptimSection":
         if self.file is not None and self.budget is None:
-            raise _contradiction("file only acts with a budget; add --optim-budget 2GiB or drop file")
+            raise _contradiction("file only acts with a budget; add optim.budget=2GiB or drop file")
         return self
 
 
@@ -329,7 +329,7 @@ class EngineSection(Section):
             raise _contradiction("stream only acts with engine sweep; drop it")
         for name in ("offload", "stream"):
             if getattr(self, f"{name}_folder") is not None and getattr(self, name) != "file":
-                text = "{name}_folder only acts with {name} file; add --{name} file or drop it"
+                text = "{name}_folder only acts with {name} file; add engine.{name}=file or drop it"
                 raise _contradiction(text, name=name)
         return self
 

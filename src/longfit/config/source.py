@@ -44,7 +44,7 @@ def read_override(text: str) -> Given:
     """Read ``section.key=value``; ``[...]`` is a list, ``{...}`` a map, ``null`` unsets, a field converts the rest."""
     key, equals, raw = text.partition("=")
     if not equals or not key:
-        raise ConfigError(f"{text!r}: an override is written section.key=value, such as train.learning_rate=2e-4")
+        raise ConfigError(f"{text!r}: an override is written section.key=value, such as data.bad_rows=skip")
     value: object = raw
     if raw == "null":
         value = None

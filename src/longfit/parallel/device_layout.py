@@ -78,7 +78,7 @@ def choose_layout(
     if not problems and data is not None and data * sequence != devices:
         problems.append(
             f"parallel.data={data} x parallel.sequence={sequence} is {data * sequence} devices, there are {devices};"
-            f" try parallel.data={devices // sequence}, or --devices {data * sequence}"
+            f" try parallel.data={devices // sequence}, or parallel.devices={data * sequence}"
         )
     if problems:
         raise ConfigError("\n  ".join(problems))

@@ -161,7 +161,8 @@ class Heartbeat:
         limit = self._timeout - 2 * self._period
         going = {rank: heard for rank, heard in self._heard.items() if not heard.about.get("done")}
         silent = self._silent(now)
-        advice = f"(parallel.timeout is {self._timeout:g} s); the run has ended. Continue with --resume"
+        continued = "continue with longfit train --run-dir RUN --resume"
+        advice = f"(parallel.timeout is {self._timeout:g} s); the run has ended; {continued}"
         if silent:
             lines = [f"{self._name(rank)}: frozen or gone, last {_place(heard)}" for rank, heard in silent.items()]
             return f"not heard of for {now - min(h.new_at for h in silent.values()):.0f} s: {'; '.join(lines)} {advice}"

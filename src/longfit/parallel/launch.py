@@ -187,4 +187,6 @@ def _error_of(rank: int, failure: Any, devices: int) -> LongfitError:
         return ProcessesError(f"{who} ended with exit code {failure.exitcode} and left no reason; so were the others")
     name = signal.Signals(-failure.exitcode).name
     advice = ", which is how the system ends a process when memory runs out" if name == "SIGKILL" else ""
-    return ProcessesError(f"{who} was ended by {name}{advice}; the others were ended. Continue with --resume")
+    return ProcessesError(
+        f"{who} was ended by {name}{advice}; the others were ended. Continue: longfit train --run-dir RUN --resume"
+    )

@@ -162,7 +162,7 @@ def require_shareable(model: nn.Module, *, engine: str = "sweep") -> None:
         if kind in ("dynamic", "longrope"):
             raise ModelError(
                 f"rope {kind!r}: its tables depend on the length of the tokens that a process has, not of the window;"
-                " use --rope yarn, linear or theta, or parallel.sequence=1"
+                " use context.rope=yarn, linear or theta, or parallel.sequence=1"
             )
 
 

@@ -57,7 +57,7 @@ def require_validation(*, keep_best: bool, patience: int | None, has_validation:
     """Raise ConfigError if something waits for a validation loss that is never measured."""
     if patience is not None and not has_validation:
         raise ConfigError(
-            "train.patience acts on the validation loss, and there is no validation text: add --validation FILE or"
+            "train.patience acts on the validation loss, and there is no validation text: add data.validation=FILE or"
             " data.validation_fraction=0.05"
         )
 

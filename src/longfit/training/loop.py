@@ -201,7 +201,7 @@ def _keep(run: TrainingRun, interruptible: Interruptible) -> str:
         checkpoint = run_directory.last_checkpoint(run.run_dir)
     except RunError as error:
         return str(error)
-    return f"The state is saved in {checkpoint}: resume the run with --resume"
+    return f"The state is saved in {checkpoint}: resume the run (longfit train --run-dir RUN --resume)"
 
 
 def _save_result(run: TrainingRun) -> None:

@@ -63,7 +63,7 @@ def write_cards(run_dir: Path, config: RunConfig) -> None:
         if not folder.is_dir():
             continue
         card = model_card(run_dir, folder, config, base)
-        with writing(folder, then="the run is finished: --resume writes it again"):
+        with writing(folder, then="the run is finished: longfit train --run-dir RUN --resume writes it again"):
             replace_folder(folder, partial(_with_card, folder, card, base))
 
 

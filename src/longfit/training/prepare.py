@@ -216,8 +216,6 @@ def load_base(
         begins: whether adapters will begin on it as ``adapter.start`` says.
     """
     section = config.model
-    if config.adapter.train_new_tokens and config.engine.stream != "none":
-        raise ConfigError("adapter.train_new_tokens: the embedding must stay in its place; drop engine.stream")
     return load(
         section.name,
         quant=section.quant,

@@ -159,8 +159,8 @@ def require_new(run_dir: Path) -> None:
     found = {path.name for path in run_dir.iterdir()} - {LOCK}
     if all(name in BEGUN or name.endswith(LEFTOVERS) for name in found):
         return
-    advice = "add --resume to continue it, or choose" if "config.yaml" in found else "choose"
-    raise RunError(f"{run_dir}: already exists and is not overwritten; {advice} another --run-dir")
+    goes_on = f"longfit train --run-dir {run_dir} --resume continues it; or " if "config.yaml" in found else ""
+    raise RunError(f"{run_dir}: already exists and is not overwritten; {goes_on}choose another --run-dir")
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -173,7 +173,7 @@ def read_config(run_dir: Path) -> RunConfig:
         if not run_dir.exists():
             raise RunError(f"{run_dir}: no run to read: the directory is not there; longfit runs lists those there are")
         begun = run_dir.is_dir() and any((run_dir / name).exists() for name in BEGUN)
-        cut_off = "; its start was cut off: start it again, without --resume" if begun else ""
+        cut_off = "; its start was cut off; longfit train starts it again" if begun else ""
         raise RunError(f"{run_dir}: no run to read: the directory holds no config.yaml{cut_off}")
     return load_config(path, flags={"--run-dir": ("output.run_dir", str(run_dir))})
 

@@ -243,6 +243,8 @@ def _load(config: RunConfig, here: _Here, *, begins: bool) -> tuple[RunConfig, _
         begins: whether no checkpoint holds the adapters yet.
     """
     device = here.accelerator.device
+    if config.adapter.train_new_tokens and config.engine.stream != "none":
+        raise ConfigError("adapter.train_new_tokens: the embedding must stay in its place; drop engine.stream")
     here.say(f"loading {config.model.name}")
     mesh = mesh_of(here.layout, device) if here.layout.shard > 1 else None
     own_rows = OwnRows(mesh) if mesh is not None and config.model.quant != "none" else None

@@ -119,7 +119,10 @@ def _require_places(
         problems.append(f"{len(homeless)} of its layers get no adapter here, first {homeless[0]}; add adapter.targets")
     lost = sorted(old.whole.keys() - whole.keys() - tied)
     if lost:
-        problems.append(f"{len(lost)} tensors trained whole, first {lost[0]}; add --train-norms, --train-embeddings")
+        problems.append(
+            f"{len(lost)} tensors trained whole, first {lost[0]}; add adapter.train_norms=true, "
+            "adapter.train_embeddings=true"
+        )
     for name in old.low_rank.keys() & layers.keys():
         update, layer = old.update_of(name), layers[name]
         assert update is not None, name
@@ -128,7 +131,9 @@ def _require_places(
             there, here = [update.B.shape[0], update.A.shape[1]], [B.shape[0], A.shape[1]]
             problems.append(f"{name} is {there} there and {here} here")
         elif update.rank > A.shape[0]:
-            problems.append(f"its rank is {update.rank}, here it is {A.shape[0]}; use --rank {update.rank} or more")
+            problems.append(
+                f"its rank is {update.rank}, here it is {A.shape[0]}; use adapter.rank={update.rank} or more"
+            )
         elif (update.magnitude is not None) != ("default" in layer.lora_magnitude_vector):
             problems.append("one of the two uses DoRA and the other does not")
         else:
