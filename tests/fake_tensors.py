@@ -40,6 +40,9 @@ class HostActivations:
     def open(self, num_tiles):
         return HostInput()
 
+    def open_states(self, num_tiles):
+        return HostInput()
+
 
 class HostInput:
     def __init__(self):

@@ -14,13 +14,17 @@ from peft import LoraConfig, get_peft_model
 from tests.fake_tensors import HostActivations, LiveBytes, tile_backward, tile_forward
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models import qwen3_5
 
 from longfit.attention.hf_attention import attention_key
 from longfit.attention.visibility import build_schedule, document_starts
+from longfit.engine.hf_model import base_model
 from longfit.engine.loss.training_loss import training_loss
-from longfit.engine.sweep import layer_probe, tile_pass
+from longfit.engine.offload.activations import DeviceActivations
+from longfit.engine.sweep import layer, layer_probe, tile_pass
 from longfit.engine.sweep.install import enable_sweep
 from longfit.engine.sweep.recompute_state import RandomState
+from longfit.engine.sweep.shared_sequence import whole
 from longfit.engine.sweep.tile_pass import Visible
 
 GROUP, TILE, SHORT, LONG = 4096, 2048, 8192, 16384  # a tile of shifted attention sees at most SHORT keys
@@ -59,21 +63,24 @@ def fill(model):
 
 def step_peaks(num_tokens, shape, group_size):
     """Most live bytes in forward and in backward of a step of two layers; weights and adapters are not counted."""
+    key = attention_key("shifted", group_size) if group_size else attention_key()
+    return peaks_of(empty_model(shape, key), num_tokens, group_size, HostActivations())
+
+
+def peaks_of(model, num_tokens, group_size, offload):
+    """The same for any model and any place of layer inputs."""
     schedule = build_schedule(2, document_starts(1, num_tokens), group_size=group_size)
     visible = Visible.of(schedule, TILE)
-    key = attention_key("shifted", group_size) if group_size else attention_key()
-    model = empty_model(shape, key)
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
         for module in (tile_pass, layer_probe):
             patch.setattr(module, "tile_forward", tile_forward)
         patch.setattr(tile_pass, "tile_backward", tile_backward)
         patch.setattr(tile_pass.Visible, "of", lambda schedule, tile: visible)
         patch.setattr(RandomState, "same", lambda self, other: True)
+        patch.setattr(layer, "document_stretches", lambda positions, rows, tokens, tile: (whole(tokens), {0: None}))
         fill(model)
-        report = enable_sweep(
-            model, tile=TILE, offload=HostActivations(), saved_attention_bytes=0
-        )  # as on an accelerator
-        assert len(report.layers) == 2
+        report = enable_sweep(model, tile=TILE, offload=offload, saved_attention_bytes=0)  # as on an accelerator
+        assert len(report.layers) == base_model(model).config.num_hidden_layers
         ids = torch.zeros(1, num_tokens, dtype=torch.long)
         with LiveBytes() as live:
             loss = training_loss(model, ids, num_items=num_tokens)
@@ -97,3 +104,48 @@ def test_bytes_per_token(name, group_size, most, record_property):
     slopes = [(b - a) / (LONG - SHORT) for a, b in zip(short, long, strict=True)]
     record_property("bytes_per_token", max(slopes))
     assert 8_192 < max(slopes) < most  # one hidden state is the least that this algorithm can hold
+
+
+def empty_qwen(kinds):
+    """Qwen3.5's sizes with gated delta nets or attention, as the kinds say."""
+    config = transformers.Qwen3_5TextConfig(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=256,
+        linear_num_key_heads=16,
+        linear_num_value_heads=16,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        num_hidden_layers=len(kinds),
+        layer_types=list(kinds),
+        vocab_size=1024,
+        max_position_embeddings=1 << 20,
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen3_5ForCausalLM._from_config(
+            config, dtype=torch.bfloat16, attn_implementation=attention_key()
+        )
+        lora = LoraConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(model, lora, autocast_adapter_dtype=False, low_cpu_mem_usage=True).train()
+
+
+def chunk_rule(query, key, value, *, g, beta, initial_state, **options):
+    """What a kernel of the gated delta rule returns: its output, and the state behind the last token."""
+    state = torch.einsum("bthk,bthv->bhkv", key.float(), value.float())
+    return query + value * beta[..., None] * g[..., None].to(
+        value
+    ), state if initial_state is None else state + initial_state
+
+
+def test_a_hybrid_costs_no_more_per_token_than_attention_alone(record_property, monkeypatch):
+    """A gated delta net beside attention, all on the device: a state is saved once a tile, not once a token."""
+    monkeypatch.setattr(qwen3_5.modeling_qwen3_5, "torch_chunk_gated_delta_rule", chunk_rule)
+    slopes = []
+    for kinds in (("linear_attention", "full_attention"), ("full_attention", "full_attention")):
+        short, long = (peaks_of(empty_qwen(kinds), n, None, DeviceActivations()) for n in (2 * TILE, 4 * TILE))
+        slopes.append(max((b - a) / (2 * TILE) for a, b in zip(short, long, strict=True)))
+    record_property("bytes_per_token", slopes)
+    hybrid, attention = slopes
+    assert 4_096 < hybrid < 1.3 * attention
