@@ -147,6 +147,9 @@ def test_a_call_that_tells_borders_by_lengths_is_checkpointed() -> None:
     ids = family.tokens(1, 12)
     with pytest.warns(UserWarning, match="give position_ids alone"):
         family.model(input_ids=ids, use_cache=False, cu_seq_lens_q=torch.tensor([0, 12]), max_length_q=12)
+    packed = {"cu_seq_lens_q": torch.tensor([0, 6, 12]), "position_ids": torch.arange(12)[None] % 6}
+    with pytest.raises(ModelError, match="packed documents would see each other"):
+        family.model(input_ids=ids, use_cache=False, max_length_q=6, **packed)
 
 
 # ------------------------------------------------------------------------------------------------ the parts

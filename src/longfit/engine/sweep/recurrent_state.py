@@ -192,6 +192,11 @@ def changed_in_place(state: TileState | None, num_tokens: int) -> Iterator[None]
         yield
 
 
+def has_documents(position_ids: Tensor | None, num_rows: int, num_tokens: int) -> bool:
+    """Whether a document begins in the middle of some row."""
+    return len(document_stretches(position_ids, num_rows, num_tokens, num_tokens)[0]) > 1
+
+
 def document_stretches(
     position_ids: Tensor | None, num_rows: int, num_tokens: int, tile: int
 ) -> tuple[tuple[Stretch, ...], dict[int, Tensor | None]]:

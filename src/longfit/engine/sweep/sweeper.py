@@ -20,7 +20,7 @@ from longfit.engine.offload.weights import WeightStream
 from longfit.engine.sweep.fused_modules import Fused, fused_forwards, fused_rotary
 from longfit.engine.sweep.layer import run_layer, run_layer_without_grad
 from longfit.engine.sweep.layer_call import LayerCall, layer_call
-from longfit.engine.sweep.recurrent_state import Carrying
+from longfit.engine.sweep.recurrent_state import Carrying, has_documents
 from longfit.engine.sweep.saved_attention import SavedAttentionBudget
 from longfit.engine.sweep.saved_products import SavedProductsBudget
 from longfit.engine.sweep.shared_sequence import SharedSequence
@@ -150,6 +150,8 @@ class Sweeper:
         call = replace(call, carrying=self.carrying.get(call.layer))
         reason = _why_not_tiled(call)
         if reason is not None:
+            if call.carrying is not None and has_documents(call.position_ids, *hidden.shape[:2]):
+                raise ModelError(f"{type(call.layer).__name__} {reason}: packed documents would see each other")
             warnings.warn(f"{type(call.layer).__name__} {reason}; it is checkpointed in the ordinary way", stacklevel=2)
             return checkpoint(function, *args, use_reentrant=False)
         trains = hidden.requires_grad or any(p.requires_grad for p in call.layer.parameters())
