@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from longfit.model.gguf_split_rules import REST, WORDS
+from longfit.model.gguf_split_rules import CASED, REST, REST_SLASH, WORDS
 from longfit.model.save import save_adapter
 
 TEXT = "The year 1984 was hot, said Zoë; def f(x):\n    return x ** 2  # 3.14159\n\n\tnaïve ünïcode… 日本語 don't we'll"
@@ -75,6 +75,10 @@ RULES = {
     ),
     "qwen2": (
         pre_tokenizers.Split(Regex(f"{WORDS}|\\p{{N}}|{REST}"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ),
+    "tekken": (
+        pre_tokenizers.Split(Regex(f"{CASED}|\\p{{N}}|{REST_SLASH}"), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ),
 }

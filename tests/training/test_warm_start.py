@@ -7,6 +7,7 @@ from tests.training.conftest import MakeConfig
 from tests.training.tiny import read_losses
 
 from longfit.errors import ConfigError
+from longfit.training.best import read_best
 from longfit.training.loop import train
 
 U = 2.0**-24  # of float32
@@ -47,6 +48,21 @@ def test_the_first_loss_is_the_old_models(
     found = first_loss(make_config, tmp_path, "found", adapter__init=str(old), **shape)
     assert abs(found - expected) <= 64 * 20 * U * expected
     assert abs(anew - expected) > 1e-3
+
+
+def test_the_first_loss_is_the_old_runs_evaluation(make_config: MakeConfig, tmp_path: Path) -> None:
+    """What the old run measured on a text is what the new one begins with when that text is its data."""
+    held = tmp_path / "held.txt"
+    held.write_text("past the hills and over the river the road went on. ")
+    settings = {"data__validation": str(held), "train__eval_every": 4, "train__learning_rate": 0.02}
+    run = train(make_config(output__run_dir=str(tmp_path / "old"), **settings)).run_dir
+    evaluated = read_best(run)
+    assert evaluated is not None
+    new = make_config(
+        output__run_dir=str(tmp_path / "new"), data__path=str(held), adapter__init=str(run), train__steps=1
+    )
+    (found,) = read_losses(train(new).run_dir)
+    assert abs(found - evaluated.eval_loss) <= 64 * 20 * U * found
 
 
 def test_an_adapter_folder_is_as_good_as_a_run(old: Path, make_config: MakeConfig, tmp_path: Path) -> None:
