@@ -207,7 +207,7 @@ def kinds() -> tuple[Kind, ...]:
         ),
         Kind(
             "rates", "cache", ("cache/rates.json",), ("plan", "model", "--context", "64", "--cpu", "--json"), printed,
-            always, True, True, cache="cache",
+            always, True, True, cache="cache", tells=True,
         ),
         Kind(
             "checkpoint", "run",

@@ -1,5 +1,7 @@
 """Machines: names, kept rates, and operations counted pair by pair."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,8 @@ def test_rates_are_kept_for_each_device(tmp_path: Path, monkeypatch: pytest.Monk
     for damaged in ("{", "[]", '{"cpu": 3}', '{"cpu": {"device": "cpu"}}', "[" * 100_000):
         path.write_text(damaged)
         assert read_rates("cpu") is None  # a plan without time, and no refusal: the file is a convenience
+    path.write_text(json.dumps({"cpu": {**asdict(RATES), "matmul_flops": 10**400}}))  # JSON has numbers beyond floats
+    assert read_rates("cpu") is None
     assert save_rates(RATES) == path
     assert read_rates("cpu") == RATES
 

@@ -5,7 +5,6 @@ guessed: without a measurement (``longfit doctor --measure``) a plan has no time
 """
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from longfit.errors import ConfigError
 from longfit.files.reading import read_object
 from longfit.files.writing import write_text
 from longfit.kernels.cpu import processor
+from longfit.notice import notify
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
@@ -89,6 +89,10 @@ class Rates:
     dtype: str = "bfloat16"
 
 
+FASTEST = 1e24
+"""Operations or bytes a second; a million times what the fastest machine does. JSON knows numbers beyond any float."""
+
+
 def rates_file() -> Path:
     """Where measured rates are kept: ``$LONGFIT_CACHE`` or the user's cache folder."""
     folder = (
@@ -118,13 +122,15 @@ def read_rates(device: str) -> Rates | None:
     except TypeError:
         return None
     speeds = (rates.matmul_flops, rates.attention_flops, rates.copy_bytes, rates.disk_bytes)
-    return rates if all(isinstance(speed, int | float) and 0 < speed < math.inf for speed in speeds) else None
+    return rates if all(isinstance(speed, int | float) and 0 < speed < FASTEST for speed in speeds) else None
 
 
 def _read_all(path: Path) -> dict[str, Any]:
     try:
-        return read_object(path, ConfigError, what="the measured rates")
-    except ConfigError:
+        return read_object(path, ConfigError, what="the measured rates", do="delete it")
+    except ConfigError as error:
+        if path.exists():
+            notify(f"{error}; until longfit doctor --measure has measured them anew, plans have no time")
         return {}
 
 
