@@ -24,7 +24,6 @@ import errno
 import json
 import mmap
 import os
-import sys
 import zlib
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,13 +32,14 @@ import torch
 from torch import Tensor
 
 from longfit.errors import PagingError
+from longfit.files import parts
 from longfit.files.lock import try_lock, unlock
 from longfit.files.reading import read_text, reading, require_regular
+from longfit.files.writing import FULL
 
 _FORMAT = "longfit paged state 1"
 _HEADER_BYTES = 4096  # what of the header is read: its page may be of any size
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -138,14 +138,10 @@ class PageFile:
         """Write a page beside its committed contents. Raises PagingError; the committed contents stay."""
         slot = self._free_slot(page)
         self._reserve(page, slot)
-        view = frame.numpy().data
-        offset = self._offset(page, slot)
-        done = 0
-        while done < self.page_bytes:
-            try:
-                done += os.pwrite(self._file, view[done:], offset + done)
-            except OSError as error:
-                _explain(error, self.path, f"write page {page}")
+        try:
+            parts.write(self._file, self._offset(page, slot), frame.numpy().data)
+        except OSError as error:
+            _explain(error, self.path, f"write page {page}")
         self._newest[page] = slot
 
     def open_slot(self, page: int) -> tuple[int, bool]:
@@ -234,29 +230,21 @@ class PageFile:
         if (page, slot) in self._reserved:
             return
         try:
-            if sys.platform == "linux":
-                os.posix_fallocate(self._file, self._offset(page, slot), self.page_bytes)
-            else:  # no such call: only writing makes sure
-                os.pwrite(self._file, bytes(self.page_bytes), self._offset(page, slot))
+            parts.reserve(self._file, self._offset(page, slot), self.page_bytes)
         except OSError as error:
             _explain(error, self.path, f"reserve {self.page_bytes} bytes for page {page}")
         self._reserved.add((page, slot))
 
     def _read_slot(self, page: int, slot: int, frame: Tensor) -> None:
-        view = frame.numpy().data
-        offset = self._offset(page, slot)
-        done = 0
-        while done < self.page_bytes:
-            try:
-                got = os.preadv(self._file, [view[done:]], offset + done)
-            except OSError as error:
-                _explain(error, self.path, f"read page {page}")
-            if got == 0:
-                raise PagingError(
-                    f"{self.path}: page {page} ends after {done} of {self.page_bytes} bytes; something truncated the "
-                    "file. Resume from the last checkpoint with a new file"
-                )
-            done += got
+        try:
+            done = parts.read(self._file, self._offset(page, slot), frame.numpy().data)
+        except OSError as error:
+            _explain(error, self.path, f"read page {page}")
+        if done < self.page_bytes:
+            raise PagingError(
+                f"{self.path}: page {page} ends after {done} of {self.page_bytes} bytes; something truncated the "
+                "file. Resume from the last checkpoint with a new file"
+            )
 
     def _lock(self) -> None:
         try:
@@ -359,7 +347,7 @@ def _replace(path: Path, content: dict[str, Any]) -> None:
 
 def _explain(error: OSError, path: Path, action: str) -> NoReturn:
     """Raise the PagingError that names what an operating system error means here, and what to do."""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         why, do = "the disk is full", "free some space or give a path on another disk, then start again"
     elif error.errno in _READ_ONLY:
         why, do = "it may not be written", "give a path that this user may write"

@@ -9,7 +9,6 @@ in forward and got in backward.
     PinnedActivations   pinned host memory of a CUDA device (``pinned_activations.py``)
 """
 
-import errno
 import os
 import shutil
 import sys
@@ -24,6 +23,8 @@ from torch import Tensor
 
 from longfit.compat.torch import version_of
 from longfit.errors import PlanError
+from longfit.files import parts
+from longfit.files.writing import FULL
 from longfit.words import format_bytes
 
 
@@ -185,12 +186,9 @@ class FileActivations:
             return self._free[num_bytes].pop()
         slot = _Stretch(self._end, num_bytes)
         try:
-            if sys.platform == "linux":
-                os.posix_fallocate(self._file.fileno(), slot.offset, num_bytes)
-            else:  # elsewhere the space is not reserved, and a full disk shows when it is written
-                os.ftruncate(self._file.fileno(), slot.offset + num_bytes)
+            parts.reserve(self._file.fileno(), slot.offset, num_bytes)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in FULL:
                 raise
             left = shutil.disk_usage(self.folder).free
             raise PlanError(
@@ -206,18 +204,12 @@ class FileActivations:
 
     def write(self, slot: _Stretch, data: memoryview) -> None:
         """Write all of ``data``."""
-        done = 0
-        while done < slot.num_bytes:
-            done += os.pwrite(self._file.fileno(), data[done:], slot.offset + done)
+        parts.write(self._file.fileno(), slot.offset, data)
 
     def read(self, slot: _Stretch, data: memoryview) -> None:
         """Fill all of ``data``."""
-        done = 0
-        while done < slot.num_bytes:
-            count = os.preadv(self._file.fileno(), [data[done:]], slot.offset + done)
-            if count == 0:
-                raise PlanError(f"{self.folder}: the file of layer inputs ends early; was it truncated by someone?")
-            done += count
+        if parts.read(self._file.fileno(), slot.offset, data) < slot.num_bytes:
+            raise PlanError(f"{self.folder}: the file of layer inputs ends early; was it truncated by someone?")
 
     def will_need(self, slot: _Stretch) -> None:
         """Let the kernel read ahead."""
