@@ -152,6 +152,7 @@ BEHAVIOUR = {
     "attention/backends/test_sinks": "every backend",
     "cli/test_advice": "all messages against all settings and options",
     "cli/test_border": "all verbs",
+    "cli/test_mixtures": "mixtures of experts through all verbs",
     "data/test_cases": "all kinds of data, through the whole room",
     "engine/loss/test_cross_entropy_kernel": "the tiled loss with and without its kernel",
     "engine/sweep/test_memory": "bytes a token of the whole engine",
