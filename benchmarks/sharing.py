@@ -63,10 +63,11 @@ def measure() -> list[dict[str, Any]]:
     for dtype in (torch.float64, torch.float32):
         for family in ("llama", "qwen3", "gemma3"):
             told = {"dtype": str(dtype).removeprefix("torch."), "family": family}
-            for group in (16, None):
-                alone = Case(layouts(2)["replicas"][0], family, group, dtype)
-                off = another_tile(alone, learn_alone([alone])[alone_of(alone)])
-                kind = "exact" if group is None else "shifted"
+            both = [Case(layouts(2)["replicas"][0], family, group, dtype) for group in (16, None)]
+            expected = learn_alone(both)
+            for case in both:
+                off = another_tile(case, expected[alone_of(case)])
+                kind = "exact" if case.group_size is None else "shifted"
                 rows.append({**told, "processes": 1, "way": "tiles of 20", "attention": kind, **off._asdict()})
             for processes in PROCESSES:
                 named = [
@@ -75,7 +76,7 @@ def measure() -> list[dict[str, Any]]:
                     for group in groups
                 ]
                 cases = [case for _, case in named]
-                found = run_in_processes(errors, processes, cases, learn_alone(cases))
+                found = run_in_processes(errors, processes, cases, expected)
                 for number, (way, case) in enumerate(named):
                     off = {
                         key: max(getattr(rank[number], key) for rank in found) for key in ("loss", "tensor", "whole")

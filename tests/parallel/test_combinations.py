@@ -39,8 +39,8 @@ RATE = 0.01
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 """Of losses and of gradients: sums of at most some thousand products, added in another order, through two layers and
 five steps. In float64 of the norm of each tensor, some thousand units in the last place; in float32 of that of the
-whole gradient, eight units: a tensor whose terms cancel has their rounding. That is so on one process as well: tiles of
-another length move tensors as much (`another_tile`; ``benchmarks/results/sharing.md``)."""
+whole gradient, eight units: a tensor whose terms cancel has their rounding (1.4e-6 of its own norm was the largest).
+``benchmarks/sharing.py`` shows beside it what another order of addition does on one process (`another_tile`)."""
 
 
 class Case(NamedTuple):
