@@ -130,7 +130,8 @@ class Family:
         if self.packs_swept is not None:
             return f"one document a window: {self.packs_swept}"
         if self.packs is not None:
-            return "documents share windows where layers are swept, which begin each without a state"
+            kept = "swept layers begin each document without a state, so training_loss takes packed rows"
+            return f"one document a window in a run: {self.packs}; {kept}"
         return "documents share windows"
 
 
