@@ -231,7 +231,7 @@ def test_schemas_and_shapes_for_tracing() -> None:
     for op, args in (
         (ops.quantize_4bit, (torch.randn(30, 7), "nf4", 64, True, 256)),
         (ops.quantize_4bit, (torch.randn(0), "nf4", 64, False, 256)),
-        (ops.dequantize_4bit, (packed, state.absmax, None, None, [30, 70], "nf4", 64, "float32", 256, torch.half)),
+        (ops.dequantize_4bit, (packed, state.absmax, None, None, [30, 70], "nf4", 64, 256, torch.half)),
         (ops.quantize_8bit, (torch.randn(300), dynamic_map(signed=True), 256)),
         (ops.dequantize_8bit, (packed, torch.ones(5), dynamic_map(signed=True), 256, torch.bfloat16)),
         (ops.dequantize_rows, (rows[3:7], constants, *fields, torch.float32, 3)),

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from longfit.numerics.codebooks import codebook, dynamic_map
-from longfit.numerics.double_quant import quantize_absmax
-from longfit.numerics.quant_state import QuantState, dequantize_4bit, quantize_4bit
+from longfit.numerics.quant_state import dequantize_4bit, quantize_4bit
 from longfit.numerics.row_format import RowFormat, dequantize_rows, from_rows, to_rows
 
 SHAPES = [(1, 64), (40, 64), (130, 192), (9, 72), (5, 160), (3, 33), (1, 1), (7, 2112)]
@@ -107,9 +106,6 @@ def test_bad_arguments_say_what_is_allowed() -> None:
     with pytest.raises(ValueError, match=r"shape: got \[0, 64\]; allowed: at least \[1, 1\]"):
         RowFormat(0, 64)
     packed, state = quantize_4bit(torch.randn(4, 64), double_quant=False)
-    fp8 = QuantState("nf4", 64, (4, 64), torch.float32, quantize_absmax(state.absmax, storage="fp8_e4m3"))
-    with pytest.raises(ValueError, match="storage: got 'fp8_e4m3'; rows hold block constants as \"dynamic8\" only"):
-        to_rows(packed, fp8)
     rows, constants = to_rows(packed, state)
     fmt = RowFormat.of(state)
     with pytest.raises(ValueError, match=r"rows: got torch.uint8 \[4, 35\]; .*needs uint8 \[4, 36\]"):

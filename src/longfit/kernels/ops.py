@@ -29,7 +29,7 @@ from longfit.kernels.checks import (
     row_sizes_of,
 )
 from longfit.numerics.absmax import check_absmax, check_block_size, num_blocks
-from longfit.numerics.double_quant import STORAGES, DoubleQuant
+from longfit.numerics.double_quant import DoubleQuant
 from longfit.numerics.quant_state import QuantState, check_format
 from longfit.numerics.row_format import RowFormat
 
@@ -177,16 +177,15 @@ def _split_state(packed: Tensor, state: QuantState, dtype: torch.dtype) -> tuple
     absmax = state.absmax
     if isinstance(absmax, DoubleQuant):
         constants = absmax.codes, absmax.absmax, absmax.offset
-        storage, absmax_block_size = absmax.storage, absmax.absmax_block_size
+        absmax_block_size = absmax.absmax_block_size
     else:
-        constants, storage, absmax_block_size = (absmax, None, None), "float32", 256  # type: ignore[assignment]
+        constants, absmax_block_size = (absmax, None, None), 256  # type: ignore[assignment]
     return (
         packed,
         *constants,
         state.shape,
         state.quant_type,
         state.block_size,
-        storage,
         absmax_block_size,
         dtype,
     )
@@ -313,7 +312,7 @@ _OPERATORS = {
     ),
     "dequantize_4bit": _Operator(
         "(Tensor packed, Tensor scales, Tensor? nested, Tensor? offset, SymInt[] shape, str quant_type,"
-        " int block_size, str storage, int absmax_block_size, ScalarType dtype) -> Tensor",
+        " int block_size, int absmax_block_size, ScalarType dtype) -> Tensor",
         _check_dequantize_4bit,
         _empty_dequantize_4bit,
         split=_split_state,
@@ -361,21 +360,18 @@ def _state(
     shape: Sequence[int],
     quant_type: str,
     block_size: int,
-    storage: str,
     absmax_block_size: int,
     dtype: torch.dtype,
 ) -> QuantState:
     absmax: Tensor | DoubleQuant = scales
     if nested is not None and offset is not None:
-        if storage not in STORAGES:
-            raise ValueError(f"storage: got {storage!r}; allowed: {', '.join(STORAGES)}")
         if scales.dtype != torch.uint8 or offset.dtype != torch.float32 or offset.numel() != 1:
             raise ValueError(
                 f"absmax: got {scales.dtype} codes and a {offset.dtype} {list(offset.shape)} offset; "
                 "double quantisation stores uint8 codes and one float32 offset"
             )
         check_absmax(nested, scales.numel(), absmax_block_size)
-        absmax = DoubleQuant(scales, nested, offset, absmax_block_size, storage)
+        absmax = DoubleQuant(scales, nested, offset, absmax_block_size)
     elif scales.dtype != torch.float32:
         raise ValueError(f"absmax: got {scales.dtype}; without double quantisation it is float32")
     return QuantState(quant_type, block_size, tuple(shape), dtype, absmax)

@@ -12,7 +12,7 @@ Three traps that this file exists for. The offset is a float32 printed as a doub
 torch's default dtype is. Weights stored as bf16 or fp32 are uint8 bytes under another name: viewed, never cast. And a
 level table in a file may not be the one of its type: such a file is refused, as its codes mean something else.
 
-What bitsandbytes cannot read (INT4, fp64, FP8 constants, other nested block sizes) is refused when writing.
+What bitsandbytes cannot read (INT4, fp64, other nested block sizes) is refused when writing.
 """
 
 import json
@@ -104,10 +104,10 @@ def _check_writable(state: QuantState) -> None:
         raise ValueError(f"quant_type: got {state.quant_type!r}; bitsandbytes files hold nf4 or fp4; quantise to those")
     if state.dtype not in _DTYPES.values():
         raise ValueError(f"dtype: got {state.dtype}; bitsandbytes files hold {', '.join(_DTYPES)}; convert before")
-    if double is not None and (double.storage != "dynamic8" or double.absmax_block_size != 256):
+    if double is not None and double.absmax_block_size != 256:
         raise ValueError(
-            f"absmax: got {double.storage!r} in blocks of {double.absmax_block_size}; bitsandbytes files hold "
-            '"dynamic8" in blocks of 256; quantise with absmax_block_size=256'
+            f"absmax: got constants in blocks of {double.absmax_block_size}; bitsandbytes files hold "
+            "blocks of 256; quantise with absmax_block_size=256"
         )
 
 

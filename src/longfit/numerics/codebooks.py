@@ -108,15 +108,3 @@ def _dynamic_levels(signed: bool) -> tuple[float, ...]:
         if signed:
             levels += (-centres).tolist()
     return tuple(sorted(levels))
-
-
-def fp8_e4m3_map(*, device: torch.device | str = "cpu") -> Tensor:
-    """Return the values of the 256 bit patterns of FP8 E4M3 over its largest, 448; two of them (127, 255) are NaN.
-
-    The other choice for the constants of double quantisation, which QLoRA names FP8.
-
-    Returns: fp32 ``[256]``, the code being the bit pattern (not ascending).
-    """
-    patterns = torch.arange(256, dtype=torch.uint8, device="cpu")
-    levels = patterns.view(torch.float8_e4m3fn).float() / torch.finfo(torch.float8_e4m3fn).max
-    return levels.to(device)

@@ -10,8 +10,8 @@ first; what remains is quantised block-wise, 256 constants to a block, and the c
 A fused multiply-add would change some 6 % of the constants by one unit in the last place, and files would no longer
 decode alike everywhere. The mean is torch's own reduction, because its summation order decides the offset's last bit.
 
-The 8-bit codebook is the signed dynamic map, as in every bitsandbytes file; codes are the exact nearest ones. FP8 E4M3,
-the type the paper's text names, is the second choice; no other program reads files with it.
+The 8-bit codebook is the signed dynamic map, as in every bitsandbytes file; codes are the exact nearest ones. It is not
+FP8 E4M3, the type that the paper's text names (docs/decisions/0007).
 
 Corner cases: a constant of 0 (a block of zeros) decodes to something else, which does no harm because all its codes
 stand for level 0. One NaN constant makes the offset NaN, and with it the whole tensor: a broken weight stays visible.
@@ -24,9 +24,7 @@ from torch import Tensor
 
 from longfit.numerics.absmax import check_absmax, check_block_size
 from longfit.numerics.blockwise import dequantize_blockwise, quantize_blockwise
-from longfit.numerics.codebooks import dynamic_map, fp8_e4m3_map
-
-STORAGES = ("dynamic8", "fp8_e4m3")
+from longfit.numerics.codebooks import dynamic_map
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,22 +32,19 @@ class DoubleQuant:
     """Block constants in 8 bits.
 
     Attributes:
-        codes: uint8 ``[num_blocks]``.
+        codes: uint8 ``[num_blocks]``, of `dynamic_map(signed=True)`.
         absmax: fp32 ``[ceil(num_blocks / absmax_block_size)]``, the constants of the constants.
         offset: fp32 ``[]``.
         absmax_block_size: constants per nested absmax.
-        storage: "dynamic8" (codes of `dynamic_map(signed=True)`) or "fp8_e4m3" (bit patterns).
-    Raises: ValueError: unknown storage, wrong dtypes, or a nested absmax that does not fit the codes.
+    Raises: ValueError: wrong dtypes, or a nested absmax that does not fit the codes.
     """
 
     codes: Tensor
     absmax: Tensor
     offset: Tensor
     absmax_block_size: int = 256
-    storage: str = "dynamic8"
 
     def __post_init__(self) -> None:
-        check_storage(self.storage)
         check_absmax(self.absmax, self.codes.numel(), check_block_size(self.absmax_block_size))
         if self.codes.dtype != torch.uint8 or self.offset.dtype != torch.float32 or self.offset.dim() != 0:
             raise ValueError(
@@ -67,49 +62,26 @@ class DoubleQuant:
         return replace(self, codes=self.codes.to(device), absmax=self.absmax.to(device), offset=self.offset.to(device))
 
 
-def quantize_absmax(absmax: Tensor, *, absmax_block_size: int = 256, storage: str = "dynamic8") -> DoubleQuant:
+def quantize_absmax(absmax: Tensor, *, absmax_block_size: int = 256) -> DoubleQuant:
     """Quantise block constants to 8 bits (QLoRA, section 3).
 
     Args:
         absmax: fp32 ``[num_blocks]``.
         absmax_block_size: constants per nested absmax.
-        storage: "dynamic8" or "fp8_e4m3".
     Returns: the constants' codes, nested absmax and offset.
-    Raises: ValueError: ``absmax`` is not fp32 and 1-D, or an unknown storage.
+    Raises: ValueError: ``absmax`` is not fp32 and 1-D.
     """
     if absmax.dtype != torch.float32 or absmax.dim() != 1:
         raise ValueError(f"absmax: got {absmax.dtype} {list(absmax.shape)}; allowed: float32 [num_blocks]")
-    codebook = _storage_codebook(storage)
     offset = absmax.mean() if absmax.numel() else absmax.new_zeros(())
-    if storage == "dynamic8":
-        codes, nested = quantize_blockwise(absmax - offset, codebook, block_size=absmax_block_size)
-    else:
-        codes, nested = _quantize_fp8(absmax - offset, codebook, block_size=absmax_block_size)
-    return DoubleQuant(codes, nested, offset, absmax_block_size, storage)
+    codes, nested = quantize_blockwise(absmax - offset, dynamic_map(signed=True), block_size=absmax_block_size)
+    return DoubleQuant(codes, nested, offset, absmax_block_size)
 
 
 def dequantize_absmax(double: DoubleQuant) -> Tensor:
     """Return the block constants, fp32 ``[num_blocks]``."""
-    codebook = _storage_codebook(double.storage)
+    codebook = dynamic_map(signed=True)
     centred = dequantize_blockwise(
         double.codes, double.absmax, codebook, block_size=double.absmax_block_size, dtype=torch.float32
     )
     return centred.add_(double.offset)  # its own rounding: the product above was already rounded to fp32
-
-
-def _quantize_fp8(values: Tensor, codebook: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
-    """Quantise to the finite E4M3 patterns, which are those of the map without its two NaNs."""
-    patterns = codebook.isfinite().nonzero().squeeze(1).to(torch.uint8).to(values.device)  # [254]
-    ranks, absmax = quantize_blockwise(values, codebook[codebook.isfinite()], block_size=block_size)
-    return patterns[ranks.int()], absmax
-
-
-def check_storage(storage: str) -> None:
-    """Raise ValueError unless block constants can be stored so."""
-    if storage not in STORAGES:
-        raise ValueError(f'storage: got {storage!r}; allowed: {", ".join(STORAGES)}; try storage="dynamic8"')
-
-
-def _storage_codebook(storage: str) -> Tensor:
-    check_storage(storage)
-    return dynamic_map(signed=True) if storage == "dynamic8" else fp8_e4m3_map()

@@ -54,13 +54,11 @@ class RowFormat:
     def of(cls, state: QuantState) -> "RowFormat":
         """Return the layout for a weight in the flat format.
 
-        Raises: ValueError: the weight is not a matrix, or its constants are stored as FP8.
+        Raises: ValueError: the weight is not a matrix.
         """
         if len(state.shape) != 2:
             raise ValueError(f"shape: got {list(state.shape)}; rows need a matrix [out, in]; reshape the weight first")
         double = state.absmax if isinstance(state.absmax, DoubleQuant) else None
-        if double is not None and double.storage != "dynamic8":
-            raise ValueError(f'storage: got {double.storage!r}; rows hold block constants as "dynamic8" only')
         absmax_block_size = 256 if double is None else double.absmax_block_size
         rows, columns = state.shape
         return cls(

@@ -41,7 +41,7 @@ NEAREST_BYTES = 44 << 10  # LONGFIT_NEAREST_BYTES of csrc/longfit.h
 
 # Made once, with the module: pointers to them are kept, also by threads that use a format for the first time together.
 _CODEBOOKS = {quant_type: codebooks.codebook(quant_type) for quant_type in codebooks.QUANT_TYPES}
-_SCALE_MAPS = {"dynamic8": codebooks.dynamic_map(signed=True), "fp8_e4m3": codebooks.fp8_e4m3_map()}
+_SCALE_MAP = codebooks.dynamic_map(signed=True)
 
 
 def quantize_4bit(
@@ -86,7 +86,7 @@ def _flat_weight(packed: Tensor, state: QuantState) -> tuple[Weight4Struct, list
     absmax, held = state.absmax, [packed.contiguous()]
     if isinstance(absmax, DoubleQuant):
         held += [absmax.codes.contiguous(), absmax.absmax.contiguous()]
-        template = _flat_template(state.quant_type, state.block_size, absmax.storage, absmax.absmax_block_size)
+        template = _flat_template(state.quant_type, state.block_size, absmax.absmax_block_size)
         weight = Weight4Struct.from_buffer_copy(template)
         weight.nested, weight.offset = held[2].data_ptr(), absmax.offset.data_ptr()
     else:
@@ -97,11 +97,9 @@ def _flat_weight(packed: Tensor, state: QuantState) -> tuple[Weight4Struct, list
 
 
 @cache
-def _flat_template(
-    quant_type: str, block_size: int, storage: str | None = None, absmax_block_size: int = 0
-) -> Weight4Struct:
+def _flat_template(quant_type: str, block_size: int, absmax_block_size: int = 0) -> Weight4Struct:
     """Return what all weights of a format share; making it takes as long as filling in the rest."""
-    scale_map = None if storage is None else _SCALE_MAPS[storage].data_ptr()
+    scale_map = _SCALE_MAP.data_ptr() if absmax_block_size else None
     return Weight4Struct(
         codebook=_CODEBOOKS[quant_type].data_ptr(),
         block_size=block_size,
@@ -314,7 +312,7 @@ def _row_template(fmt: RowFormat) -> tuple[Weight4Struct, int, int]:
         absmax_block_size=fmt.absmax_block_size,
     )
     if fmt.double_quant:
-        weight.scale_map = _SCALE_MAPS["dynamic8"].data_ptr()
+        weight.scale_map = _SCALE_MAP.data_ptr()
     if fmt.rows == 1:  # blocks may run across the rows of the weight
         weight.element_stride = fmt.in_features
         return weight, fmt.code_bytes, 0
@@ -345,4 +343,4 @@ def _as(out: Tensor, dtype: torch.dtype) -> Tensor:
 @cache
 def _nearest_scales(isa: str) -> Tensor:
     """Return the table of the codebook of block constants; making it takes longer than using it on a small weight."""
-    return _nearest_table(_SCALE_MAPS["dynamic8"])
+    return _nearest_table(_SCALE_MAP)

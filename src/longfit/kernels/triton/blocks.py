@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longfit.numerics.blockwise import SMALLEST_ABSMAX, thresholds
-from longfit.numerics.codebooks import codebook, dynamic_map, fp8_e4m3_map
+from longfit.numerics.codebooks import codebook, dynamic_map
 
 SMALLEST = tl.constexpr(SMALLEST_ABSMAX)
 
@@ -77,7 +77,7 @@ def search_tables(levels: Tensor, device: torch.device) -> tuple[Tensor, Tensor,
 @cache
 def levels_of(name: str, device: torch.device) -> Tensor:
     """Return a codebook by name: a 4-bit type, or how block constants are stored. Kept, so that a graph can capture."""
-    maps = {"dynamic8": lambda: dynamic_map(signed=True), "fp8_e4m3": fp8_e4m3_map, "moment2": _unsigned}
+    maps = {"dynamic8": lambda: dynamic_map(signed=True), "moment2": _unsigned}
     return (maps[name]() if name in maps else codebook(name)).to(device)
 
 

@@ -120,14 +120,14 @@ class Weight4Tensors(NamedTuple):
         """Describe a weight in the flat format."""
         packed, absmax, device = packed.contiguous(), state.absmax, packed.device
         if isinstance(absmax, DoubleQuant):
-            scales, storage, absmax_block_size = absmax.codes.contiguous(), absmax.storage, absmax.absmax_block_size
+            scales, absmax_block_size = absmax.codes.contiguous(), absmax.absmax_block_size
             nested, offset = _bytes_of(absmax.absmax), _bytes_of(absmax.offset)
         else:
-            scales, storage, absmax_block_size = _bytes_of(absmax), "dynamic8", 1
+            scales, absmax_block_size = _bytes_of(absmax), 1
             nested = offset = scales
         blocks = max(1, num_blocks(state.numel, state.block_size))
         return cls(
-            packed, scales, nested, offset, levels_of(state.quant_type, device), levels_of(storage, device), 0, 0,
+            packed, scales, nested, offset, levels_of(state.quant_type, device), levels_of("dynamic8", device), 0, 0,
             blocks, 0, state.block_size, absmax_block_size, state.double_quant,
         )  # fmt: skip
 
