@@ -35,16 +35,16 @@ template <class T> T* given(int64_t count) { return memory<T>(count, true); }
 template <class T> T* room(int64_t count) { return memory<T>(count, false); }
 void answer(const void* numbers, int64_t num_bytes) { fwrite(numbers, 1, size_t(num_bytes), stdout); }
 
-// Sizes: dtype, threads, batch, query_heads, kv_heads, queries, keys, head_dim, classes, start, key_offset; scaling; head_bounds;
+// Sizes: dtype, threads, batch, query_heads, kv_heads, queries, keys, head_dim, classes, start; scaling; head_bounds;
 // first_key; q, k, v, grad_out [B, H, t, D] dense  ->  out, lse, grad_q, grad_k, grad_v.
 void attention() {
-    const int64_t* size = given<int64_t>(11);
+    const int64_t* size = given<int64_t>(10);
     const float scaling = *given<float>(1);
     const int dtype = int(size[0]), bytes = dtype == LONGFIT_FP32 ? 4 : 2;
     const int64_t *bounds = given<int64_t>(size[8] + 1), batch = size[2], heads = size[3], kv = size[4], t = size[5], n = size[6], d = size[7];
     const int32_t* first_key = given<int32_t>(size[8] * batch * t);
     int32_t out_of_memory = 0;
-    const longfit_attention_tile tile{batch, heads, kv, t, n, d, size[8], size[9], size[10], first_key, bounds, &out_of_memory, scaling, int32_t(size[1])};
+    const longfit_attention_tile tile{batch, heads, kv, t, n, d, size[8], size[9], first_key, bounds, &out_of_memory, scaling, int32_t(size[1])};
     const int64_t queries = batch * heads * t * d, keys = batch * kv * n * d;
     const auto view = [d](void* data, int64_t heads, int64_t tokens) { return longfit_attention_view{data, heads * tokens * d, tokens * d, d}; };
     const auto q = view(given<char>(queries * bytes), heads, t), k = view(given<char>(keys * bytes), kv, n);

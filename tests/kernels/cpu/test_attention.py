@@ -60,11 +60,10 @@ class Problem:
     head_bounds: tuple[int, ...]
     start: int
     scaling: float
-    key_offset: int = 0
 
     @property
     def options(self) -> dict[str, float]:
-        return {"start": self.start, "scaling": self.scaling, "key_offset": self.key_offset}
+        return {"start": self.start, "scaling": self.scaling}
 
     def run(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         out, lse = attention_forward(self.q, self.k, self.v, self.first_key, self.head_bounds, **self.options)
@@ -77,7 +76,7 @@ class Problem:
 
     def visible(self) -> Tensor:
         """bool [B, H, t, n]."""
-        keys = torch.arange(self.k.shape[2]) + self.key_offset
+        keys = torch.arange(self.k.shape[2])
         queries = torch.arange(self.q.shape[2]) + self.start
         heads = torch.tensor(self.head_bounds).diff()
         first = self.first_key.repeat_interleave(heads, dim=0).transpose(0, 1)  # [B, H, t]
@@ -85,7 +84,7 @@ class Problem:
 
 
 def problem(
-    *, heads=(9, 3), head_dim=64, start=0, queries=130, batch=1, key_offset=0, group=None, window=None, documents=(),
+    *, heads=(9, 3), head_dim=64, start=0, queries=130, batch=1, group=None, window=None, documents=(),
     magnitude=1.0, scaling=None, dtype=torch.float32,
 ) -> Problem:  # fmt: skip
     """Tensors are strided views of [B, T, H, D] memory with NaN between their rows."""
@@ -101,12 +100,11 @@ def problem(
         positions = torch.cat([torch.arange(length) for length in documents])[None, :total].expand(batch, -1)
     starts = document_starts(batch, total, position_ids=positions)
     schedule = build_schedule(heads[0], starts, group_size=group, sliding_window=window)
-    first_key = schedule.first_key[:, :, start:].clamp_min(key_offset)
-    num_keys = total - key_offset
+    first_key = schedule.first_key[:, :, start:]
     return Problem(
-        q=rows(heads[0], queries).mul_(magnitude), k=rows(heads[1], num_keys), v=rows(heads[1], num_keys),
+        q=rows(heads[0], queries).mul_(magnitude), k=rows(heads[1], total), v=rows(heads[1], total),
         grad_out=rows(heads[0], queries), first_key=first_key, head_bounds=schedule.head_bounds,
-        start=start, scaling=head_dim**-0.5 if scaling is None else scaling, key_offset=key_offset,
+        start=start, scaling=head_dim**-0.5 if scaling is None else scaling,
     )  # fmt: skip
 
 
@@ -168,11 +166,10 @@ SHAPES = [
 ]
 SCHEDULES = [
     {"group": 64, "start": 200},
-    {"group": 64, "start": 200, "key_offset": 128},
     {"group": 50, "queries": 301, "heads": (8, 1)},
     {"window": 1},
     {"window": 17, "start": 150},
-    {"window": 129, "start": 129, "key_offset": 1, "queries": 200},
+    {"window": 129, "start": 129, "queries": 200},
     {"documents": (100, 3, 1, 60, 200), "start": 90, "queries": 200, "batch": 2},
     {"documents": (90, 100, 200), "group": 32, "queries": 260, "heads": (6, 2)},
 ]
@@ -199,7 +196,7 @@ def test_every_number_of_threads(dtype: torch.dtype, threads: int, monkeypatch: 
 
 
 def test_the_same_bits_on_any_number_of_threads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    p = problem(queries=300, start=1000, heads=(6, 2), group=128, key_offset=37, dtype=dtype)
+    p = problem(queries=300, start=1000, heads=(6, 2), group=128, dtype=dtype)
     results = []
     for threads in (1, 2, 3, 7):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
@@ -350,8 +347,8 @@ def test_the_engine_finds_it_and_agrees_with_the_reference(dtype: torch.dtype) -
         ({"first_key": torch.tensor([[[0, 1, 0, 1, 1]]], dtype=torch.int32)}, "never decrease"),
         ({"first_key": torch.full((1, 1, 5), 4, dtype=torch.int32)}, "show each query itself"),
         ({"start": 4}, "do not see themselves"),
-        ({"key_offset": 1}, "do not see themselves"),
-        ({"start": 1, "key_offset": 1}, "no key before the first one given, 1"),
+        ({"start": -1}, "do not see themselves"),
+        ({"first_key": torch.full((1, 1, 5), -1, dtype=torch.int32)}, "no key before the first"),
     ],
     ids=str,
 )

@@ -64,7 +64,7 @@ def test_attention_within_its_bound_of_float64(
         kv_heads, keys, classes = p.k.shape[1], p.k.shape[2], p.first_key.shape[0]
         tensors = [x.contiguous() for x in (p.q, p.k, p.v, p.grad_out)]
         sizes = (cpu_library.DTYPES[dtype], 2, batch, heads, kv_heads, queries, keys, head_dim, classes, p.start)
-        given = [torch.tensor([*sizes, p.key_offset]), torch.tensor([p.scaling]), torch.tensor(p.head_bounds)]
+        given = [torch.tensor(sizes), torch.tensor([p.scaling]), torch.tensor(p.head_bounds)]
         sums = torch.empty(p.k.shape)
         results = [tensors[0], torch.empty(p.q.shape[:3]), tensors[0], sums, sums]
         return run(driver, "attention", [*given, p.first_key, *tensors], results)

@@ -41,7 +41,6 @@ class TileStruct(ctypes.Structure):
         ("head_dim", c_int64),
         ("classes", c_int64),
         ("start", c_int64),
-        ("key_offset", c_int64),
         ("first_key", c_void_p),
         ("head_bounds", c_void_p),
         ("out_of_memory", c_void_p),
@@ -69,25 +68,23 @@ def attention_forward(
     *,
     start: int,
     scaling: float,
-    key_offset: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attend from the queries of a tile to the keys they see (FlashAttention-2, algorithm 1).
 
     Args:
         q: float32, bf16 or fp16 ``[B, H, t, D]``, tokens ``[start, start + t)``; any strides.
-        k, v: ``[B, K, n, D]`` in the same dtype, tokens ``[key_offset, key_offset + n)``; H a multiple of K.
+        k, v: ``[B, K, n, D]`` in the same dtype, tokens ``[0, n)``; H a multiple of K.
         first_key: int32 ``[C, B, t]``; query i of a head of class c sees the keys ``first_key[c, b, i] .. start + i``.
             It never decreases along t, and all that it shows is in ``k``.
         head_bounds: C + 1 numbers; class c is the query heads ``[head_bounds[c], head_bounds[c + 1])``.
         start: the token number of the first query.
         scaling: of the scores; any sign.
-        key_offset: the token number of the first key.
     Returns: out ``[B, H, t, D]`` in the dtype of ``q``, stored as ``[B, t, H, D]``; natural log-sum-exp of the scores,
         fp32 ``[B, H, t]``.
     Raises: ValueError: the arguments do not fit each other. BackendError: the library is missing. MemoryError.
     """
     q, k, v = (_unit_stride(x) for x in (q, k, v))
-    call = _Call(q, k, v, first_key, head_bounds, start=start, scaling=scaling, key_offset=key_offset)
+    call = _Call(q, k, v, first_key, head_bounds, start=start, scaling=scaling)
     batch, heads, queries, head_dim = q.shape
     out = q.new_empty(batch, queries, heads, head_dim).transpose(1, 2)  # [B, H, t, D]
     lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
@@ -110,20 +107,19 @@ def attention_backward(
     scaling: float,
     grad_k: Tensor,
     grad_v: Tensor,
-    key_offset: int = 0,
 ) -> Tensor:
     """Differentiate `attention_forward` (FlashAttention-2, algorithm 2).
 
     Args:
         grad_out: ``[B, H, t, D]`` in the dtype of ``q``.
-        q, k, v, first_key, head_bounds, start, scaling, key_offset: those of the forward.
+        q, k, v, first_key, head_bounds, start, scaling: those of the forward.
         out, lse: what it returned; another kernel's will do.
         grad_k, grad_v: fp32 ``[B, K, n, D]``; the tile's share is **added in place**.
     Returns: grad_q ``[B, H, t, D]`` in the dtype of ``q``, stored as ``[B, t, H, D]``.
     Raises: as `attention_forward`.
     """
     grad_out, q, k, v, out = (_unit_stride(x) for x in (grad_out, q, k, v, out))
-    call = _Call(q, k, v, first_key, head_bounds, start=start, scaling=scaling, key_offset=key_offset)
+    call = _Call(q, k, v, first_key, head_bounds, start=start, scaling=scaling)
     batch, heads, queries, head_dim = q.shape
     for name, x, like, dtype in (
         ("grad_out", grad_out, q, q.dtype),
@@ -159,9 +155,8 @@ class _Call:
         *,
         start: int,
         scaling: float,
-        key_offset: int,
     ) -> None:
-        _check(q, k, v, first_key, head_bounds, start=start, key_offset=key_offset)
+        _check(q, k, v, first_key, head_bounds, start=start)
         self._first_key = first_key.contiguous()
         self._head_bounds = torch.tensor(head_bounds, dtype=torch.int64)
         self._out_of_memory = torch.zeros((), dtype=torch.int32)
@@ -176,7 +171,6 @@ class _Call:
             head_dim=head_dim,
             classes=first_key.shape[0],
             start=start,
-            key_offset=key_offset,
             first_key=self._first_key.data_ptr(),
             head_bounds=self._head_bounds.data_ptr(),
             out_of_memory=self._out_of_memory.data_ptr(),
@@ -194,9 +188,7 @@ class _Call:
             raise MemoryError(f"{kernel}: no memory for {self._tile.queries} queries; choose a smaller tile")
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, head_bounds: Sequence[int], *, start: int, key_offset: int
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, first_key: Tensor, head_bounds: Sequence[int], *, start: int) -> None:
     if q.dtype not in DTYPES or any(x.dim() != 4 or x.dtype != q.dtype or x.device.type != "cpu" for x in (q, k, v)):
         raise ValueError(
             f"q {_describe(q)}, k {_describe(k)}, v {_describe(v)}: must be [B, H, t, D] and twice [B, K, n, D] in"
@@ -214,18 +206,17 @@ def _check(
     if first_key.shape != (len(bounds) - 1, batch, queries) or first_key.dtype != torch.int32:
         expected = [len(bounds) - 1, batch, queries]
         raise ValueError(f"first_key: got {_describe(first_key)}, must be {expected} in torch.int32")
-    if start < key_offset or start + queries > key_offset + k.shape[2]:
+    if start < 0 or start + queries > k.shape[2]:
         raise ValueError(
-            f"queries {start} .. {start + queries - 1} do not see themselves among the keys"
-            f" {key_offset} .. {key_offset + k.shape[2] - 1}; a query's own key must be there"
+            f"queries {start} .. {start + queries - 1} do not see themselves among the keys 0 .. {k.shape[2] - 1}; a"
+            " query's own key must be there"
         )
     if not q.numel():
         return
     itself = torch.arange(start, start + queries, dtype=torch.int32)
-    if int(first_key.min()) < key_offset or (first_key > itself).any() or (first_key.diff() < 0).any():
+    if int(first_key.min()) < 0 or (first_key > itself).any() or (first_key.diff() < 0).any():
         raise ValueError(
-            f"first_key: must never decrease along the queries, show each query itself, and no key before the first"
-            f" one given, {key_offset}"
+            "first_key: must never decrease along the queries, and show each query itself and no key before the first"
         )
 
 

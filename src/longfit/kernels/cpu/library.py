@@ -23,7 +23,7 @@ from torch import Tensor
 from longfit.errors import BackendError
 from longfit.kernels.dense_weight_bytes import TILE_BYTES
 
-ABI = 8  # LONGFIT_ABI of csrc/longfit.h
+ABI = 9  # LONGFIT_ABI of csrc/longfit.h
 
 # Results from this size on are new memory from the system, not from the allocator's cache.
 HUGE_BYTES = 4 << 20

@@ -18,7 +18,7 @@
 #define KERNEL(name) LONGFIT_JOIN(name, LONGFIT_ISA)
 
 // Raised by one whenever an exported function comes or changes its meaning; kernels/cpu/library.py refuses a library with another number.
-#define LONGFIT_ABI 8
+#define LONGFIT_ABI 9
 
 // Size of a table of longfit_nearest_table.
 #define LONGFIT_NEAREST_BYTES (44 << 10)

@@ -19,8 +19,7 @@ struct longfit_attention_view {
 struct longfit_attention_tile {
     int64_t batch, query_heads, kv_heads, queries, keys, head_dim;
     int64_t classes;             // class c is the query heads head_bounds[c] .. head_bounds[c + 1] - 1
-    int64_t start;               // the tile is the tokens [start, start + queries)
-    int64_t key_offset;          // k and v hold the tokens [key_offset, key_offset + keys), among them all that any query sees
+    int64_t start;               // the tile is the tokens [start, start + queries); k and v hold the tokens [0, keys)
     const int32_t* first_key;    // [classes, batch, queries]
     const int64_t* head_bounds;  // [classes + 1]
     int32_t* out_of_memory;      // set to 1 where work could not be done; the outputs are then of no use

@@ -204,7 +204,7 @@ class BackwardWorker {
                 const int64_t rows = least(kKeyGroup, seen.rows - row), key = here + row * width, to = row * kStrip + at;
                 gemm<false>(rows, kPanelVectors, width / 2, k_ + key, width, q, 2 * kPanel, scores_, kPanel);
                 gemm<false>(rows, kPanelVectors, width / 2, v_ + key, width, grad, 2 * kPanel, grad_p_, kPanel);
-                if (seen.masked) lanes.mask(b_.tile.key_offset + low + seen.low + row, rows, hidden, scores_);
+                if (seen.masked) lanes.mask(low + seen.low + row, rows, hidden, scores_);
                 softmax_gradient(rows, factor, lse, delta, scores_, grad_p_, p_ + to, grad_s_ + to, grad_s_pairs_ + row * kPanel);
             }
             take_turn(packed.added + sum + i, turn, [&] {

@@ -183,7 +183,7 @@ class BackwardWorker {
                 multiply<false, false>(seen.rows, kColumns, width_, v, width_, packed.grad_columns + index * elements, grad_p_);
                 if (seen.masked)
                     Seers(b_.tile, run.segment, query + begin, least(kColumns, queries - begin))
-                        .mask(b_.tile.key_offset + low + seen.low, seen.rows, scores_);
+                        .mask(low + seen.low, seen.rows, scores_);
                 softmax_gradient(seen.rows, packed.lse + lane, packed.delta + lane, scores_, grad_p_, p_ + begin, grad_s_ + begin);
             }
             take_turn(added, number / kSums, [&] {
@@ -220,7 +220,7 @@ class BackwardWorker {
 void differentiate(const Backward& b, const Run& run, const Packed& packed) {
     const int threads = b.tile.threads;
     const Range keys = visible_keys(b.tile, run.segment, run.first, run.last);
-    const int64_t begin = block_begin(b.tile, keys.low), blocks = blocks_of(keys.high - begin, kKeyBlock);
+    const int64_t begin = keys.low / kKeyBlock * kKeyBlock, blocks = blocks_of(keys.high - begin, kKeyBlock);
     parallel_for(run.count(), 1, threads, [&](int64_t from, int64_t to) {
         for (int64_t strip = from; strip < to; ++strip) pack_strip(b, run, packed, strip);
     });
@@ -229,8 +229,8 @@ void differentiate(const Backward& b, const Run& run, const Packed& packed) {
         BackwardWorker worker(b);
         if (worker.failed()) return report_out_of_memory(b.tile);  // another thread takes the blocks, or nobody does
         for (int64_t number; tasks.take(number);) {
-            const int64_t block = begin + number * kKeyBlock, low = most(block, 0);
-            worker.work(run, packed, number, low, least(block + kKeyBlock, b.tile.keys) - low);
+            const int64_t low = begin + number * kKeyBlock;
+            worker.work(run, packed, number, low, least(kKeyBlock, b.tile.keys - low));
         }
     });
     parallel_for(run.count(), 1, threads, [&](int64_t from, int64_t to) {

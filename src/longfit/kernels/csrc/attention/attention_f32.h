@@ -102,9 +102,4 @@ struct Seers {
     }
 };
 
-// The first key of the block of the whole sequence in which the stored key `low` lies; may lie before the first stored one.
-inline int64_t block_begin(const longfit_attention_tile& tile, int64_t low) {
-    return (low + tile.key_offset) / kKeyBlock * kKeyBlock - tile.key_offset;
-}
-
 }  // namespace

@@ -125,7 +125,7 @@ class ForwardWorker {
             const int64_t rows = least(kKeyGroup, seen.rows - row);
             float* scores = scores_ + row * kPanel;
             gemm<false>(rows, kPanelVectors, f_.width / 2, k_ + (seen.low + row) * f_.width, f_.width, panel.q, 2 * kPanel, scores, kPanel);
-            if (seen.masked) lanes.mask(f_.tile.key_offset + low + seen.low + row, rows, -INFINITY, scores);
+            if (seen.masked) lanes.mask(low + seen.low + row, rows, -INFINITY, scores);
             exponentials(rows, scale, scores, minus_reference, sum, max, p_ + row * kPanel);
         }
         if (raise_reference(panel, scale, max, minus_reference)) {  // then the block's exponentials are taken again

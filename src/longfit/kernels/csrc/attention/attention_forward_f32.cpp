@@ -49,8 +49,8 @@ class ForwardWorker {
         if (segment.heads == 0) return;
         const int64_t used = begin(segment, from, to);
         const Range keys = visible_keys(f_.tile, segment, from, to);
-        for (int64_t block = block_begin(f_.tile, keys.low); block < keys.high; block += kKeyBlock) {
-            const int64_t low = most(block, 0), count = least(block + kKeyBlock, f_.tile.keys) - low;
+        for (int64_t low = keys.low / kKeyBlock * kKeyBlock; low < keys.high; low += kKeyBlock) {
+            const int64_t count = least(kKeyBlock, f_.tile.keys - low);
             pack_rows(rows_of(f_.k, f_.dtype, segment.batch, segment.kv_head, low, count, width_), kKeyBlock, k_);
             pack_rows(rows_of(f_.v, f_.dtype, segment.batch, segment.kv_head, low, count, width_), kKeyBlock, v_);
             for (int64_t i = 0; i < used; ++i) add_block(segment, panels_[i], low, count);
@@ -84,7 +84,7 @@ class ForwardWorker {
         if (seen.rows == 0) return;
         multiply<false, false>(seen.rows, kColumns, width_, k_ + seen.low * width_, width_, panel.q, scores_);
         if (seen.masked)
-            Seers(f_.tile, segment, panel.query, panel.count).mask(f_.tile.key_offset + low + seen.low, seen.rows, scores_);
+            Seers(f_.tile, segment, panel.query, panel.count).mask(low + seen.low, seen.rows, scores_);
         for (int64_t j = 0; j < kColumns; j += kLanes) {
             raise_reference(panel, j, seen.rows);
             exponentials(panel, j, seen.rows);

@@ -36,9 +36,9 @@ struct Range {
     int64_t low, high;
 };
 
-// The stored keys (rows of k and v) that the queries [from, to) of the tile see, from the first of any to the last of any.
+// The keys that the queries [from, to) of the tile see, from the first of any to the last of any.
 inline Range visible_keys(const longfit_attention_tile& tile, const Segment& segment, int64_t from, int64_t to) {
-    return {segment.first_key[from] - tile.key_offset, tile.start + to - tile.key_offset};
+    return {segment.first_key[from], tile.start + to};
 }
 
 // Some keys of a block as seen by the queries [query, query + count): rows [low, low + rows) of the block, whole groups of `multiple`, or
@@ -53,8 +53,8 @@ inline Seen seen_of_block(const longfit_attention_tile& tile, const Segment& seg
     const Range all = visible_keys(tile, segment, query, query + count);
     const int64_t low = most(all.low - block_low, 0) / multiple * multiple, high = least(block_size, all.high - block_low);
     if (low >= high) return {0, 0, false};
-    const int64_t rows = blocks_of(high - low, multiple) * multiple, offset = tile.key_offset + block_low;
-    return {low, rows, low + offset < segment.first_key[query + count - 1] || low + rows - 1 + offset > tile.start + query};
+    const int64_t rows = blocks_of(high - low, multiple) * multiple, first = block_low + low;
+    return {low, rows, first < segment.first_key[query + count - 1] || first + rows - 1 > tile.start + query};
 }
 
 // One allocation from which one thread takes its buffers, each on a cache line of its own.
