@@ -3,7 +3,8 @@
 An entry is a folder named after everything that decides its tokens (the documents' digests, the tokenizer, the template
 and the settings), so it can never be out of date; another setting is another entry. It is written beside its place and
 renamed into it when it is whole: two processes that make the same entry each finish, and one of the results stays; a
-process that is killed leaves an unfinished folder, which the next one removes a day later.
+process that is killed leaves an unfinished folder, which the next one removes a day later. When all entries together
+are larger than `LIMIT_BYTES`, those used longest ago are removed, said; who has one mapped keeps it.
 
     TOKENS/KEY/ids.i32  trained.u8  documents.npz  notes.json
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 FORMAT = 4  # of an entry, and of what encoding makes of a chat: raise it when either changes
 UNFINISHED_SECONDS = 24 * 3600.0  # after which a folder that nobody finished belongs to a process that died
+LIMIT_BYTES = 32 << 30  # of all entries: a dozen sets of 2 GB of text
 MAPPED_BYTES = 64 << 20  # of a file that are looked at before its pages are given back
 MAPPED_AROUND_BYTES = 64 << 10  # that Linux maps where one byte is looked at
 ADVICE: int | None = getattr(mmap, "MADV_DONTNEED", None)  # Windows has none, and counts mapped pages otherwise
@@ -183,6 +185,7 @@ class TokenWriter:
             self.folder.rename(self.place)
         stored = StoredDocuments(self.place)
         shutil.rmtree(self.folder, ignore_errors=True)
+        trim(self.place)
         return stored
 
     def abandon(self) -> None:
@@ -200,10 +203,15 @@ def read_entry(place: Path) -> TokenizedSet | None:
         notify(f"{place}: {found[0]}; the tokens are made again")
         shutil.rmtree(place, ignore_errors=True)
         return None
-    said = json.loads((place / "notes.json").read_text(encoding="utf-8"))
+    try:
+        os.utime(place)  # used now, so removed last
+        stored = StoredDocuments(place)
+        said = json.loads((place / "notes.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:  # another process has removed it
+        return None
     notes = ChatNotes(Counter(said["counts"]), Counter(said["unread"]), set(said["ends"]), Counter(said["decomposed"]))
     template = said["template"] and ChatTemplate(said["template"]["source"], said["template"]["special"])
-    return TokenizedSet(StoredDocuments(place), template, notes, said["skipped"])
+    return TokenizedSet(stored, template, notes, said["skipped"])
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -212,3 +220,25 @@ def _remove_abandoned(folder: Path) -> None:
             written = max(entry.stat().st_mtime for entry in (path, *path.iterdir()))
             if time.time() - written > UNFINISHED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def trim(newest: Path, *, limit_bytes: int | None = None) -> None:
+    """Remove the entries used longest ago while all of them together are larger than the limit; never the newest."""
+    limit = LIMIT_BYTES if limit_bytes is None else limit_bytes
+    entries = []
+    for path in newest.parent.iterdir():
+        with suppress(OSError):  # another process removes it at this moment
+            if path.is_dir() and not path.name.startswith("."):
+                entries.append((path.stat().st_mtime, path, sum(file.stat().st_size for file in path.iterdir())))
+    total = sum(size for _, _, size in entries)
+    for _, path, size in sorted(entries):
+        if total <= limit or path == newest:
+            continue
+        removed = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+        with suppress(OSError):
+            path.rename(removed)  # whole or not there, for who looks for it now
+            shutil.rmtree(removed, ignore_errors=True)
+            total -= size
+            notify(
+                f"{path}: cached tokens, not used for longest, are removed: the cache holds more than {limit:,} bytes"
+            )
