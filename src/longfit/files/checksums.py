@@ -66,13 +66,13 @@ def folder_damage(folder: Path, *, ignore: Iterable[str] = ()) -> list[str]:
     Args:
         ignore: files that may have been changed.
     """
+    if not (folder / NAME).is_file():  # nothing, or a device that would be read until memory is gone
+        return [f"{NAME} is missing"]
     try:
         values = json.loads((folder / NAME).read_text(encoding="utf-8"))
         if not is_whole(values):
             return [f"{NAME} is damaged (its checksum differs)"]
         expected = dict(values["files"])
-    except FileNotFoundError:
-        return [f"{NAME} is missing"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [f"{NAME} cannot be read ({error})"]
     return damage(folder, expected, names=[name for name in expected if name not in set(ignore)])
