@@ -108,3 +108,10 @@ def test_a_device_or_a_pipe_in_the_place_of_metrics_is_never_read(tmp_path: Path
             MetricsFile(path).append({"step": 1})
         assert not MetricsFile(path).restore(saved)
         assert path.read_bytes() == saved.read_bytes()
+
+
+@pytest.mark.parametrize("target", ["nowhere", "metrics.jsonl"])
+def test_a_link_that_leads_nowhere_is_no_empty_file(tmp_path, target):
+    (tmp_path / "metrics.jsonl").symlink_to(target)
+    with pytest.raises(RunError, match=r"metrics.jsonl"):
+        read_metrics(tmp_path / "metrics.jsonl")

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from longfit.engine.host_memory import peak_bytes
 from longfit.errors import RunError
 from longfit.files.reading import reading, require_regular
 from longfit.files.writing import append_lines, write_text, writing
@@ -68,7 +69,7 @@ def read_metrics(path: Path) -> list[dict[str, object]]:
 
     Raises: RunError: another line is damaged.
     """
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return []
     require_regular(path, RunError)
     with reading(path, "the run's metrics", RunError, do="resume the run, which restores them from its checkpoint"):
@@ -85,10 +86,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
-        # Not getrusage: its maximum is inherited from the parent through fork and exec.
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        return peak_bytes()
     import psutil  # type: ignore[import-untyped]
 
     usage = psutil.Process().memory_info()
