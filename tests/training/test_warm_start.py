@@ -1,5 +1,6 @@
 """A new run from an old adapter: its first loss is the old one's, whatever rank and layers; nothing is lost unsaid."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -89,8 +90,6 @@ def test_what_would_be_lost_is_refused(old: Path, make_config: MakeConfig, tmp_p
 def test_resuming_a_warm_started_run_needs_the_old_one_no_more(
     old: Path, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    import shutil
-
     config = make_config(
         output__run_dir=str(tmp_path / "new"), adapter__init=str(old), adapter__targets=["q_proj", "v_proj"],
         adapter__train_norms=True, train__steps=3, train__save_every=1,
@@ -99,4 +98,17 @@ def test_resuming_a_warm_started_run_needs_the_old_one_no_more(
     shutil.rmtree(tmp_path / "new" / "adapter")
     shutil.rmtree(tmp_path / "new" / "checkpoints" / "step-000003")
     shutil.rmtree(old)
+    assert read_losses(train(config, resume=True).run_dir) == whole
+
+
+def test_a_warm_started_run_killed_before_its_first_checkpoint_is_warm_started_again(
+    old: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(
+        output__run_dir=str(tmp_path / "new"), adapter__init=str(old), adapter__train_norms=True, train__steps=2
+    )
+    run_dir = train(config).run_dir
+    whole = read_losses(run_dir)
+    for folder in ("adapter", "checkpoints"):
+        shutil.rmtree(run_dir / folder)
     assert read_losses(train(config, resume=True).run_dir) == whole

@@ -120,7 +120,7 @@ def _start(
     config, plan = _settle(config, here, origin)
     config, base = _load(config, here, begins=origin.sound[0] is None)
     config, packed = _pack(config, here, base, documents, held_out)
-    trained = _make_trained(config, here, base, origin.identity)
+    trained = _make_trained(config, here, base, origin)
     if accelerator.is_main_process:
         _require_disk_room(config, here, trained.model, has_validation=held_out is not None)
     metrics = MetricsFile(run_dir / "metrics.jsonl")
@@ -306,11 +306,11 @@ class _Trained:
     optimizer: torch.optim.Optimizer
 
 
-def _make_trained(config: RunConfig, here: _Here, base: _Base, identity: run_directory.Identity) -> _Trained:
+def _make_trained(config: RunConfig, here: _Here, base: _Base, origin: _Origin) -> _Trained:
     """Add the adapters, wrap the model for its devices, and make the optimiser."""
     accelerator = here.accelerator
     model = make_trainable(base.model, config, on_event=here.notify)
-    if config.adapter.init is not None and not here.resume:
+    if config.adapter.init is not None and origin.sound[0] is None:  # a killed run may have no checkpoint to go on from
         here.say(str(warm_start(model, config.adapter.init)))
     loss_of = choose_loss(model, config, here.layout, accelerator)
     if base.own_rows is not None:
@@ -318,7 +318,7 @@ def _make_trained(config: RunConfig, here: _Here, base: _Base, identity: run_dir
     loss_module, groups, shards = wrap(model, loss_of, config, accelerator, base.mesh)
     stream_frozen(model, config, accelerator.device, on_event=here.notify)
     process = accelerator.process_index if accelerator.num_processes > 1 else None
-    optimizer = make_optimizer(config, groups, run_id=identity.run_id, process=process)
+    optimizer = make_optimizer(config, groups, run_id=origin.identity.run_id, process=process)
     return _Trained(model, loss_of, loss_module, shards, optimizer)
 
 
