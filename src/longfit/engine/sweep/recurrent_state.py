@@ -149,13 +149,13 @@ class CarriedStates:
         """End a tile of the forward pass."""
         self._last = {key: tensor.detach().clone() for key, tensor in state.outgoing.items()}
 
-    def again(self, number: int, num_tokens: int, *, differentiated: bool = True) -> TileState:
+    def again(self, number: int, num_tokens: int) -> TileState:
         """Begin a tile of the backward pass."""
         assert self._saved is not None, "nothing is saved without a backward"
         incoming = {}
         for key, place in self._places[number].items():
             state = self._saved.get(place).detach()
-            incoming[key] = state.requires_grad_(differentiated and state.is_floating_point())
+            incoming[key] = state.requires_grad_(state.is_floating_point())
         return TileState(incoming, num_tokens)
 
     def reached(self, state: TileState) -> list[tuple[Tensor, Tensor]]:
