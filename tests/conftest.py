@@ -1,6 +1,9 @@
-"""What every test may rely on: one thread per worker, fixed seeds, no network, a reason for every skipped test."""
+"""What every test may rely on: one thread per worker, fixed seeds, no network, signals that arrive, a reason for every
+skipped test.
+"""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +19,15 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():  # read when triton is first imported: its kernels run in Python then, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# A shell starts what runs in its background, and nohup what it runs, with signals ignored, which a run respects.
+for _number, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (getattr(signal, "SIGHUP", None), signal.SIG_DFL),
+):
+    if _number is not None and signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 @pytest.fixture(autouse=True)

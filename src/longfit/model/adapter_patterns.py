@@ -46,12 +46,11 @@ def _repetitions(tree: Any) -> int | None:
     """How many repetitions without a small limit there are, one after the other; None if one is in another."""
     count = 0
     for code, arguments in tree:
-        inner = 0
-        for part in _parts(arguments):
-            below = _repetitions(part)
-            if below is None:
-                return None
-            inner += below
+        parts = [_repetitions(part) for part in _parts(arguments)]
+        if None in parts:
+            return None
+        found = [part for part in parts if part is not None]
+        inner = max(found) if code is BRANCH else sum(found)  # of a choice, one is matched at a time
         if code in REPETITIONS and arguments[1] > 1:
             # A choice in a repetition may fit in several ways too: only one character, or a fixed text, is quick.
             if any(item[0] in (BRANCH, *REPETITIONS) for item in _below(arguments[2])):
