@@ -135,3 +135,16 @@ def test_tensors_without_numbers_are_told_from_others() -> None:
     assert not compat.holds_values(torch.zeros(2, device="meta"))
     with FakeTensorMode():
         assert not compat.holds_values(torch.zeros(2))
+
+
+def test_autocast_says_its_dtype() -> None:
+    """Else layers of 4 and 8 bits and attention run in another dtype than torch's own under autocast."""
+    cpu = torch.device("cpu")
+    assert compat.autocast_dtype(cpu) is None
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert compat.autocast_dtype(cpu) == torch.float16
+        with compat.without_autocast(cpu):
+            assert compat.autocast_dtype(cpu) is None
+    meta = torch.device("meta")  # torch raises there
+    with compat.without_autocast(meta):
+        assert compat.autocast_dtype(meta) is None

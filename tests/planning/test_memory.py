@@ -1,11 +1,11 @@
-"""The closed form against the real thing: models on fake tensors, row format, optimiser layout, engine."""
+"""The closed form against the real thing: models on the meta device, row format, optimiser layout, engine."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from tests.planning.configs import NAMES, config
-from tests.planning.fake_run import meta_model, step_peaks
+from tests.planning.meta_run import meta_model, step_peaks
 
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.sweep.tile_pass import Visible
@@ -40,7 +40,7 @@ def planned(plan: MemoryPlan, place: str, phases: tuple[str, ...], *, weights: b
 
 
 def agree(name: str, monkeypatch: pytest.MonkeyPatch, **changes: object) -> None:
-    """Plan two layers of a model, run them on fake tensors, and compare.
+    """Plan two layers of a model, run them on the meta device, and compare.
 
     Two per cent: what the closed form leaves out are log-sum-exp sums, adapter temporaries and tensors of a few bytes
     a token. The simulation has no kernels: their temporaries are left out of the plan as well.
@@ -90,7 +90,7 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_step_on_fake_tensors_holds_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_on_the_meta_device_holds_what_is_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     agree(name, monkeypatch)
 
 

@@ -20,7 +20,7 @@ from longfit.attention.mask_reading import read_mask, unreadable
 from longfit.attention.spec import AttentionSpec
 from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import Schedule, check_group_size, keeps_own_structure
-from longfit.compat.torch import holds_values
+from longfit.compat.torch import autocast_dtype, holds_values
 from longfit.errors import ContextError, ModelError
 
 
@@ -234,7 +234,7 @@ _UNSUPPORTED = {
 
 def _same_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Under autocast, do what torch's own attention does: run in the autocast dtype."""
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q.device)
+    if dtype is not None and q.dtype != torch.float64:
         return q.to(dtype), k.to(dtype), v.to(dtype)
     return q, k, v

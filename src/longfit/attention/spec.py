@@ -43,8 +43,13 @@ class AttentionSpec:
     def schedule(self, batch_size: int, num_heads: int, num_tokens: int, device: torch.device) -> Schedule:
         """Say which keys each query of the whole sequence sees.
 
+        On the meta device, where positions have no values, each row is one document; the schedule itself has values.
+
         Raises: DataError: a hint about documents has the wrong shape. ContextError: a group or window that cannot be.
         """
+        if device.type == "meta":
+            starts = document_starts(batch_size, num_tokens, device="cpu")
+            return build_schedule(num_heads, starts, group_size=self.group_size, sliding_window=self.sliding_window)
         starts = document_starts(
             batch_size,
             num_tokens,

@@ -1,5 +1,6 @@
 """The private names of torch that longfit uses, one function each."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -80,6 +81,18 @@ flash_forward = torch.ops.aten._flash_attention_forward.default
 flash_backward = torch.ops.aten._flash_attention_backward.default
 efficient_forward = torch.ops.aten._efficient_attention_forward.default
 efficient_backward = torch.ops.aten._efficient_attention_backward.default
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the dtype that autocast asks for on a device; None where it is off. The meta device knows no autocast."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Turn autocast off on a device, for the time of a ``with`` block."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def holds_values(tensor: Tensor) -> bool:

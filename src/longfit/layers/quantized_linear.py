@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from longfit.compat.torch import autocast_dtype
+
 
 class Product(Protocol):
     """How a stored weight multiplies; hashable, without tensors of its own."""
@@ -120,6 +122,5 @@ class QuantizedLinear(nn.Linear):
 
 def autocast_input(x: Tensor) -> Tensor:
     """``x`` in the dtype that autocast asks for; unchanged where autocast is off, as ``F.linear`` would do."""
-    if torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+    dtype = autocast_dtype(x.device)
+    return x if dtype is None else x.to(dtype)

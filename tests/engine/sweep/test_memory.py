@@ -1,31 +1,23 @@
-"""Bytes per token on the accelerator, counted on fake tensors: real models at full size, without weights or a GPU.
+"""Bytes per token on the accelerator, counted on the meta device: real models at full size, no weights, no GPU.
 
 Live storages are counted while a training step runs at two lengths; the slope between them is what a token costs, in
 forward and in backward, whichever is larger (a tile's activations, which do not grow, differ between the two). What
 waits in host memory is not on the accelerator. The vocabulary is small, because its cost does not grow either.
-Attention is replaced by what a kernel allocates (output, log-sum-exp, query gradient and its float32 sum): a fake
-tensor has no values to attend with.
+Attention allocates what a fused kernel does (``attention/backends/meta.py``).
 """
 
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from tests.fake_tensors import HostActivations, LiveBytes, tile_backward, tile_forward
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from tests.meta_tensors import HostActivations, LiveBytes, positions_not_read
 from transformers.models import qwen3_5
 
 from longfit.attention.hf_attention import attention_key
-from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.hf_model import base_model
 from longfit.engine.loss.training_loss import training_loss
 from longfit.engine.offload.activations import DeviceActivations
-from longfit.engine.sweep import layer, layer_probe, tile_pass
 from longfit.engine.sweep.install import enable_sweep
-from longfit.engine.sweep.recompute_state import RandomState
-from longfit.engine.sweep.shared_sequence import whole
-from longfit.engine.sweep.tile_pass import Visible
 
 GROUP, TILE, SHORT, LONG = 4096, 2048, 8192, 16384  # a tile of shifted attention sees at most SHORT keys
 
@@ -51,43 +43,28 @@ def empty_model(shape, key):
         return get_peft_model(model, lora, autocast_adapter_dtype=False, low_cpu_mem_usage=True).train()
 
 
-def fill(model):
-    """Give every parameter and buffer a tensor of the mode that is on."""
-    for module in model.modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
-        for name, b in module._buffers.items():
-            module._buffers[name] = torch.empty(b.shape, dtype=b.dtype)
-
-
 def step_peaks(num_tokens, shape, group_size):
     """Most live bytes in forward and in backward of a step of two layers; weights and adapters are not counted."""
     key = attention_key("shifted", group_size) if group_size else attention_key()
-    return peaks_of(empty_model(shape, key), num_tokens, group_size, HostActivations())
+    return peaks_of(empty_model(shape, key), num_tokens, HostActivations())
 
 
-def peaks_of(model, num_tokens, group_size, offload):
+def peaks_of(model, num_tokens, offload):
     """The same for any model and any place of layer inputs."""
-    schedule = build_schedule(2, document_starts(1, num_tokens), group_size=group_size)
-    visible = Visible.of(schedule, TILE)
-    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-        for module in (tile_pass, layer_probe):
-            patch.setattr(module, "tile_forward", tile_forward)
-        patch.setattr(tile_pass, "tile_backward", tile_backward)
-        patch.setattr(tile_pass.Visible, "of", lambda schedule, tile: visible)
-        patch.setattr(RandomState, "same", lambda self, other: True)
-        patch.setattr(layer, "document_stretches", lambda positions, rows, tokens, tile: (whole(tokens), {0: None}))
-        fill(model)
-        report = enable_sweep(model, tile=TILE, offload=offload, saved_attention_bytes=0)  # as on an accelerator
-        assert len(report.layers) == base_model(model).config.num_hidden_layers
-        ids = torch.zeros(1, num_tokens, dtype=torch.long)
-        with LiveBytes() as live:
-            loss = training_loss(model, ids, num_items=num_tokens)
-            forward_peak, live.peak = live.peak, live.now
-            loss.backward()
-        assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)
-        return forward_peak, live.peak
+    with positions_not_read():
+        return _peaks_of(model, num_tokens, offload)
+
+
+def _peaks_of(model, num_tokens, offload):
+    report = enable_sweep(model, tile=TILE, offload=offload, saved_attention_bytes=0)  # as on an accelerator
+    assert len(report.layers) == base_model(model).config.num_hidden_layers
+    ids = torch.zeros(1, num_tokens, dtype=torch.long, device="meta")
+    with LiveBytes(model) as live:
+        loss = training_loss(model, ids, num_items=num_tokens)
+        forward_peak, live.peak = live.peak, live.now
+        loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad)
+    return forward_peak, live.peak
 
 
 @pytest.mark.parametrize(
@@ -144,7 +121,7 @@ def test_a_hybrid_costs_no_more_per_token_than_attention_alone(record_property, 
     monkeypatch.setattr(qwen3_5.modeling_qwen3_5, "torch_chunk_gated_delta_rule", chunk_rule)
     slopes = []
     for kinds in (("linear_attention", "full_attention"), ("full_attention", "full_attention")):
-        short, long = (peaks_of(empty_qwen(kinds), n, None, DeviceActivations()) for n in (2 * TILE, 4 * TILE))
+        short, long = (peaks_of(empty_qwen(kinds), n, DeviceActivations()) for n in (2 * TILE, 4 * TILE))
         slopes.append(max((b - a) / (2 * TILE) for a, b in zip(short, long, strict=True)))
     record_property("bytes_per_token", slopes)
     hybrid, attention = slopes

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longfit.attention.backends import cpp, reference, torch_cpu, torch_efficient, torch_flash
+from longfit.attention.backends import cpp, meta, reference, torch_cpu, torch_efficient, torch_flash
 from longfit.attention.tile import QueryTile, describe
 from longfit.errors import BackendError
 from longfit.kernels.dispatch import Choice, dispatcher
@@ -54,6 +54,9 @@ BACKENDS = (
 )
 """In the order of preference, which is that of the dispatch table; the last takes everything."""
 
+_META = Backend("meta", lambda q, k, v: None, meta.forward, meta.backward, softcap=True)
+"""Beside the table: on the meta device nothing is computed, so there is nothing to choose."""
+
 _BY_NAME = {backend.name: backend for backend in BACKENDS}
 
 
@@ -62,7 +65,7 @@ def choose_backend(
 ) -> Backend:
     """Take the backend that is forced, here or by `use_backend`, or the first that supports a call.
 
-    A call for which only the slow reference is left is warned about once.
+    A call for which only the slow reference is left is warned about once. Nothing is chosen on the meta device.
 
     Args:
         q, k, v: as in ``QueryTile``; only shape, dtype and device are looked at.
@@ -70,6 +73,8 @@ def choose_backend(
         name: of a backend; None lets the table decide.
     Raises: BackendError: ``name`` is unknown, or the forced backend does not support the call.
     """
+    if q.is_meta:
+        return _META
     if name is not None:
         return _named(name, q, k, v, softcap)
     if dispatcher().forced_for("attention") is None:

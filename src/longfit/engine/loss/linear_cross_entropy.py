@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longfit.compat.torch import autocast_dtype, without_autocast
 from longfit.engine.hf_model import OutputHead
 from longfit.engine.loss.logits import LogitsBuffers, LossTiles, TiledHead, label_logits, log_sum_exp
 from longfit.engine.sweep.grad_donation import donate, receiver_of
@@ -142,7 +143,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(needs_gradient):
                 after = before if norm is None else norm(before[None])[0]
             tile = after.detach().to(compute_dtype)
-            with torch.autocast(hidden.device.type, enabled=False):
+            with without_autocast(hidden.device):
                 if not needs_gradient:
                     log_sum, label = log_sum_exp(head, tile, tile_labels, tiles)
                     total += (log_sum - label).sum()
@@ -179,9 +180,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _compute_dtype(hidden: Tensor, norm: nn.Module | None) -> torch.dtype:
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+    asked = autocast_dtype(hidden.device)
+    if asked is not None:
+        return asked
     if norm is None:
         return hidden.dtype
     with torch.no_grad():
@@ -274,7 +275,7 @@ def token_losses(
     hidden = hidden.flatten(0, -2)
     for rows in tiles.tokens():
         tile = hidden[rows] if norm is None else norm(hidden[rows][None])[0]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             log_sum, label = log_sum_exp(tiled, tile.to(compute_dtype), labels[rows], tiles)
         losses[rows] = log_sum - label
     return losses.view(shape)

@@ -65,7 +65,7 @@ class Autocast:
     @classmethod
     def now(cls, device: torch.device) -> "Autocast":
         """Note the settings as they are."""
-        kinds = dict.fromkeys((device.type, "cpu"))
+        kinds = dict.fromkeys(("cpu", "cpu" if device.type == "meta" else device.type))
         settings = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
         return cls(settings, torch.is_autocast_cache_enabled())
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longfit.attention.visibility import document_starts
+from longfit.compat.torch import holds_values
 from longfit.engine.offload.activations import SavedInput
 from longfit.engine.sweep.shared_sequence import Stretch, num_tiles, whole
 
@@ -203,11 +204,11 @@ def document_stretches(
     """Cut a sequence at every token at which a document of some row begins.
 
     Args:
-        position_ids: ``[B or 1, T]``; None is one document a row.
+        position_ids: ``[B or 1, T]``; None, or positions without values (on the meta device), is one document a row.
         num_rows, num_tokens, tile: B, T and the tokens of a tile.
     Returns: the pieces, and for the first tile of each the rows whose document goes on (``CarriedStates``).
     """
-    if position_ids is None or position_ids.dim() != 2:
+    if position_ids is None or position_ids.dim() != 2 or not holds_values(position_ids):
         return whole(num_tokens), {0: None}
     starts = document_starts(num_rows, num_tokens, position_ids=position_ids)
     begins = starts == torch.arange(num_tokens, device=starts.device)  # [B, T]
