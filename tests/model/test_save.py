@@ -14,7 +14,8 @@ from longfit.files.checksums import seal_folder
 from longfit.model.adapters import add_adapters
 from longfit.model.context import extend_context
 from longfit.model.load import load
-from longfit.model.save import WEIGHTS, load_adapter, save_adapter
+from longfit.model.save import load_adapter, save_adapter
+from longfit.model.weight_files import ADAPTER
 
 NATIVE = 64
 CONTEXT = 4 * NATIVE
@@ -119,7 +120,7 @@ def test_a_damaged_adapter_is_named(folder: Path, tmp_path: Path) -> None:
     saved = save_adapter(
         add_adapters(model, rank=4, train_embeddings=True, train_norms=True), tokenizer, tmp_path / "a"
     )
-    whole = load_file(saved / WEIGHTS)
+    whole = load_file(saved / ADAPTER)
     load_adapter(load(folder, quant="none", dtype=torch.float32)[0], saved)
     some = next(name for name in whole if "lora_A" in name)
     wrong = {
@@ -129,14 +130,14 @@ def test_a_damaged_adapter_is_named(folder: Path, tmp_path: Path) -> None:
         "size mismatch": whole | {some: torch.zeros(3, 3)},
     }
     for told, tensors in wrong.items():
-        save_file(tensors, saved / WEIGHTS)
+        save_file(tensors, saved / ADAPTER)
         with pytest.raises(ModelError, match=told) as caught:
             load_adapter(load(folder, quant="none", dtype=torch.float32)[0], saved)
         assert str(saved) in str(caught.value)
-    (saved / WEIGHTS).write_bytes(b"cut")
-    with pytest.raises(ModelError, match="the adapter cannot be read"):
+    (saved / ADAPTER).write_bytes(b"cut")
+    with pytest.raises(ModelError, match="not a safetensors file, or cut short"):
         load_adapter(load(folder, quant="none", dtype=torch.float32)[0], saved)
-    (saved / WEIGHTS).rename(saved / "adapter_model.bin")
+    (saved / ADAPTER).rename(saved / "adapter_model.bin")
     with pytest.raises(ModelError, match="no pickled adapters"):
         load_adapter(load(folder, quant="none", dtype=torch.float32)[0], saved)
 

@@ -111,6 +111,14 @@ def test_a_changed_file_of_the_run_itself_is_named(run: RunConfig, run_dir: Path
         resumed(run)
 
 
+def test_settings_of_a_run_that_lack_something_are_named(
+    run_dir: Path, run: RunConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (run_dir / "config.yaml").write_text("")
+    assert main(["train", "--run-dir", str(run_dir), "--resume"]) == 2
+    assert f"{run_dir / 'config.yaml'}: 2 settings are wrong" in capfd.readouterr().err.replace("\n", " ")
+
+
 def test_metrics_that_were_deleted_are_noticed_and_come_back(run: RunConfig, run_dir: Path) -> None:
     before = read_losses(run_dir)
     (run_dir / "metrics.jsonl").unlink()

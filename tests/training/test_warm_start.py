@@ -1,13 +1,18 @@
 """A new run from an old adapter: its first loss is the old one's, whatever rank and layers; nothing is lost unsaid."""
 
+import math
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tests.training.conftest import MakeConfig
 from tests.training.tiny import read_losses
 
-from longfit.errors import ConfigError
+from longfit.errors import ConfigError, ModelError
+from longfit.files import checksums
+from longfit.model.weight_files import ADAPTER
 from longfit.training.best import read_best
 from longfit.training.loop import train
 
@@ -72,6 +77,21 @@ def test_an_adapter_folder_is_as_good_as_a_run(old: Path, make_config: MakeConfi
         for name, init in {"run": old, "folder": old / "adapter"}.items()
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("trained", ["lora_A", "lora_B", "norm"])
+@pytest.mark.parametrize(("damaged", "said"), [(math.nan, "holds NaN or infinity"), (7, "holds I64")])
+def test_an_adapter_that_holds_no_numbers_to_train_on_is_named(
+    old: Path, make_config: MakeConfig, trained: str, damaged: float, said: str
+) -> None:
+    folder = old / "adapter"
+    tensors = load_file(folder / ADAPTER)
+    name = next(name for name in tensors if trained in name)
+    tensors[name] = torch.full_like(tensors[name], damaged) if damaged != 7 else tensors[name].long()
+    save_file(tensors, folder / ADAPTER)
+    (folder / checksums.NAME).unlink()
+    with pytest.raises(ModelError, match=f"{folder / ADAPTER}: {name} {said}"):
+        train(make_config(adapter__init=str(folder), adapter__train_norms=True, adapter__targets=["q_proj", "v_proj"]))
 
 
 def test_what_would_be_lost_is_refused(old: Path, make_config: MakeConfig, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from longfit.exporting.base_weights import (
 from longfit.exporting.model_folder import write_model_files
 from longfit.exporting.shards import MAX_SHARD_BYTES, Planned, write_shards
 from longfit.exporting.trained import Trained
-from longfit.model.adapter_weights import AdapterWeights, is_finite
+from longfit.model.accounting import is_finite
+from longfit.model.adapter_weights import AdapterWeights
 from longfit.model.load import read_config
 from longfit.model.vocabulary import added_rows, tables
 from longfit.training.metrics import Event, OnEvent, ignore

@@ -23,6 +23,8 @@ from torch import Tensor
 from longfit.errors import ModelError
 from longfit.files import checksums
 from longfit.files.reading import read_object, reading
+from longfit.model.accounting import is_finite, not_finite
+from longfit.model.weight_files import ADAPTER, read_adapter_header
 
 PREFIX = "base_model.model."
 ROWS = re.compile(r"(?:\.token_adapter)?\.(?:base_layer\.)?trainable_tokens_delta$")
@@ -61,9 +63,8 @@ class AdapterWeights:
         self.settings: dict[str, Any] = read_object(
             folder / "adapter_config.json", ModelError, what="the adapter's configuration", do="copy it again"
         )
-        path = folder / "adapter_model.safetensors"
-        if not path.is_file():
-            raise ModelError(f"{folder}: no adapter_model.safetensors; longfit reads no pickled adapters")
+        read_adapter_header(folder)
+        path = folder / ADAPTER
         if (folder / checksums.NAME).is_file() and (found := checksums.folder_damage(folder, ignore=("README.md",))):
             raise ModelError(
                 f"{folder}: {'; '.join(found[:3])}; copy it again, or resume its run, which writes it again"
@@ -126,12 +127,12 @@ class AdapterWeights:
         return self.low_rank.keys() | self.whole.keys() | self.rows.keys()
 
     def update_of(self, name: str) -> LowRank | None:
-        """The low-rank update of a weight."""
+        """The low-rank update of a weight. Raises ModelError where it is not finite."""
         keys = self.low_rank.get(name)
         if keys is None:
             return None
-        A, B = (self._file.get_tensor(keys[part]) for part in ("lora_A", "lora_B"))
-        magnitude = self._file.get_tensor(keys["lora_magnitude_vector"]) if "lora_magnitude_vector" in keys else None
+        A, B = (self._tensor(keys[part]) for part in ("lora_A", "lora_B"))
+        magnitude = self._tensor(keys["lora_magnitude_vector"]) if "lora_magnitude_vector" in keys else None
         return LowRank(A, B, self._scaling(name.removesuffix(".weight"), int(A.shape[0])), magnitude)
 
     def _scaling(self, module: str, rank: int) -> float:
@@ -144,7 +145,7 @@ class AdapterWeights:
         Raises: ModelError: shapes differ, or the result is not finite.
         """
         if name in self.whole:
-            weight = self._file.get_tensor(self.whole[name])
+            weight = self._tensor(self.whole[name])
         update = self.update_of(name)
         if update is not None:
             if weight.shape != (update.B.shape[0], update.A.shape[1]):
@@ -158,12 +159,20 @@ class AdapterWeights:
             indices, rows = self.rows_of(name)
             weight[indices] = rows.to(weight.dtype)
         if name in self.changed() and not is_finite(weight):
-            raise ModelError(f"{name}: the adapter holds values that are not finite; merge an earlier checkpoint")
+            raise ModelError(
+                f"{name}: the adapter has values so large that the sum is not finite; take an earlier checkpoint"
+            )
         return weight
 
     def rows_of(self, name: str) -> tuple[list[int], Tensor]:
         """The rows of an embedding that were trained, and what stands in them ``[rows, D]``."""
-        return self._row_indices(name), self._file.get_tensor(self.rows[name])
+        return self._row_indices(name), self._tensor(self.rows[name])
+
+    def _tensor(self, key: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(key)
+        if not is_finite(tensor):
+            raise ModelError(f"{not_finite(str(self.folder / ADAPTER), key)}, or take an earlier checkpoint")
+        return tensor
 
     def _row_indices(self, name: str) -> list[int]:
         indices = self.settings["trainable_token_indices"]
@@ -171,11 +180,6 @@ class AdapterWeights:
             module = name.removesuffix(".weight")
             (indices,) = [found for key, found in indices.items() if module == key or module.endswith(f".{key}")]
         return list(indices)
-
-
-def is_finite(weight: Tensor) -> bool:
-    """Whether all values are finite, found without a tensor of answers: the extremes carry NaN along."""
-    return all(math.isfinite(float(extreme)) for extreme in weight.aminmax())
 
 
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
@@ -27,8 +27,7 @@ from longfit.files.reading import read_object, reading
 from longfit.model.accounting import is_finite, not_finite
 from longfit.model.adapter_patterns import require_quick_patterns
 from longfit.model.adapters import register_layers
-
-WEIGHTS = "adapter_model.safetensors"
+from longfit.model.weight_files import ADAPTER, read_adapter_header
 
 
 def save_adapter(
@@ -75,8 +74,7 @@ def load_adapter(model: Any, path: str | os.PathLike[str], *, trainable: bool = 
     folder = Path(path)
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder}: no adapter_config.json; give the adapter folder of a run")
-    if not (folder / WEIGHTS).is_file():
-        raise ModelError(f"{folder}: no {WEIGHTS}; longfit reads no pickled adapters: give the adapter folder of a run")
+    held = read_adapter_header(folder).keys()
     # Whoever publishes an adapter writes a README of his own.
     if (folder / checksums.NAME).is_file() and (found := checksums.folder_damage(folder, ignore=("README.md",))):
         raise ModelError(f"{folder}: {'; '.join(found[:3])}; copy it again, or resume its run, which writes it again")
@@ -91,18 +89,16 @@ def load_adapter(model: Any, path: str | os.PathLike[str], *, trainable: bool = 
             raise ModelError(f"{folder}: a {config.peft_type} adapter; longfit reads LoRA adapters")
         register_layers(config, model)
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=trainable)
-        _require_complete(adapted, folder)
+        _require_complete(adapted, folder, held)
     return adapted
 
 
-def _require_complete(model: PeftModel, folder: Path) -> None:
-    """Raise ModelError unless every tensor of the adapter was read, none is left over, and all are finite."""
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
-        held = set(file.keys())
+def _require_complete(model: PeftModel, folder: Path, held: Set[str]) -> None:
+    """Raise ModelError unless every tensor ``held`` by the file was read, none is left over, and all are finite."""
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     for what, names in (("lacks", expected - held), ("has what this model has not:", held - expected)):
         if names:
-            raise ModelError(f"{folder / WEIGHTS}: {what} {min(names)} ({len(names)} in all); copy it again")
+            raise ModelError(f"{folder / ADAPTER}: {what} {min(names)} ({len(names)} in all); copy it again")
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("lora_", "modules_to_save", "trainable_tokens_delta")) and not is_finite(
             parameter

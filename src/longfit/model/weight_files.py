@@ -22,6 +22,7 @@ from typing import Any
 from longfit.errors import LongfitError, ModelError
 from longfit.files.reading import read_object, require_regular
 
+ADAPTER = "adapter_model.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LARGEST_HEADER_BYTES = 100_000_000  # of safetensors' own reader
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -127,6 +128,19 @@ def read_headers(folder: Path) -> dict[str, TensorHeader]:
     return found
 
 
+def read_adapter_header(folder: Path) -> dict[str, TensorHeader]:
+    """Read the header of an adapter's weights.
+
+    Raises: ModelError: they are not there, damaged, or no numbers with a fraction.
+    """
+    path = folder / ADAPTER
+    if not path.exists():
+        raise ModelError(f"{folder}: no {ADAPTER}; longfit reads no pickled adapters: give the adapter folder of a run")
+    header = _read_header(path)
+    _require_floats(header, do="give the adapter as it was saved")
+    return header
+
+
 def fingerprints(name: str) -> dict[str, str]:
     """Return what tells a base model from another: sizes and samples of its files, by name.
 
@@ -205,7 +219,7 @@ def require_fitting(headers: Mapping[str, TensorHeader], config: Any, *, prequan
         prequantized: whether the checkpoint holds packed weights, whose types and shapes are their own.
     """
     if not prequantized:
-        _require_floats(headers)
+        _require_floats(headers, do="give the original model, or a bitsandbytes 4-bit checkpoint")
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)
     numbers = {int(match[1]) for name in headers if (match := re.search(r"\.(\d+)\.", name))}
@@ -230,13 +244,11 @@ def require_fitting(headers: Mapping[str, TensorHeader], config: Any, *, prequan
         )
 
 
-def _require_floats(headers: Mapping[str, TensorHeader]) -> None:
+def _require_floats(headers: Mapping[str, TensorHeader], *, do: str) -> None:
     for name, header in headers.items():
         if header.dtype not in FLOATS and not BUFFERS.search(name):
-            raise ModelError(
-                f"{header.file}: {name} holds {header.dtype}; weights to train from are {', '.join(sorted(FLOATS))}, "
-                "or a bitsandbytes 4-bit checkpoint; give the original model"
-            )
+            allowed = ", ".join(sorted(FLOATS))
+            raise ModelError(f"{header.file}: {name} holds {header.dtype}; weights to train from are {allowed}; {do}")
 
 
 def _skeleton(config: Any) -> dict[str, Any]:

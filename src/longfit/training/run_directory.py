@@ -36,7 +36,7 @@ from longfit.data.documents import Documents
 from longfit.data.ledger import Ledger
 from longfit.data.sources import FileSource
 from longfit.data.template import read_template
-from longfit.errors import LongfitError, RunError
+from longfit.errors import ConfigError, LongfitError, RunError
 from longfit.files import checksums
 from longfit.files.lock import NAME as LOCK
 from longfit.files.lock import FolderLock
@@ -166,7 +166,7 @@ def require_new(run_dir: Path) -> None:
 def read_config(run_dir: Path) -> RunConfig:
     """Read the settings of an existing run.
 
-    Raises: RunError: there is no run in this directory.
+    Raises: RunError: there is no run in this directory. ConfigError: its settings are damaged.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -175,7 +175,8 @@ def read_config(run_dir: Path) -> RunConfig:
         begun = run_dir.is_dir() and any((run_dir / name).exists() for name in BEGUN)
         cut_off = "; its start was cut off; longfit train starts it again" if begun else ""
         raise RunError(f"{run_dir}: no run to read: the directory holds no config.yaml{cut_off}")
-    return load_config(path, flags={"--run-dir": ("output.run_dir", str(run_dir))})
+    with reading(path, "the settings of the run", ConfigError, do="put back what the run wrote"):
+        return load_config(path, flags={"--run-dir": ("output.run_dir", str(run_dir))})
 
 
 def last_checkpoint(run_dir: Path) -> Path:
