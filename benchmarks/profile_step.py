@@ -109,7 +109,7 @@ def watch(clock: Clock) -> None:
         clock,
         LayerCall,
         "run",
-        lambda call, hidden, tile: "forward" if isinstance(tile, tile_pass.ForwardTile) else "recompute",
+        lambda call, hidden, tile, *state: "forward" if isinstance(tile, tile_pass.ForwardTile) else "recompute",
     )
     kernel = Library.kernel
 

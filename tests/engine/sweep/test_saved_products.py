@@ -69,3 +69,18 @@ def test_dropout_drops_the_same_elements(ids):  # noqa: F811
 def test_less_than_nothing_is_refused():
     with pytest.raises(ValueError, match="saved_products_bytes -1"):
         enable_sweep(quantized(), saved_products_bytes=-1)
+
+
+def test_a_product_that_is_written_over_is_multiplied_again(ids, multiplied):  # noqa: F811
+    model = quantized()
+    for layer in model.base_model.model.model.layers:
+        layer.self_attn.q_proj.register_forward_hook(lambda module, args, y: y.mul_(2.0))
+    enable_sweep(model, tile=TILE)
+    gradients(model, ids)
+    multiplied.clear()
+    recomputed, calls = gradients(model, ids), len(multiplied)
+    change_sweep(model, saved_products_bytes=1 << 30)
+    multiplied.clear()
+    saved = gradients(model, ids)
+    assert calls - len(multiplied) == LAYERS * NUM_TILES * (SAVED - 1)
+    assert all(torch.equal(saved[name], gradient) for name, gradient in recomputed.items())

@@ -113,7 +113,10 @@ def _behind(nodes: list[Any]) -> set[Any]:
 
 
 def _around(layer: nn.Module, module: nn.Module) -> Iterator[nn.Module]:
-    """The module, and those of the layer that it is inside of."""
-    for outer in layer.modules():
-        if outer is module or any(inner is module for inner in outer.modules()):
-            yield outer
+    """The modules of the layer that a module is inside of, from the layer itself inwards, and the module."""
+    modules = dict(layer.named_modules())
+    name = next(name for name, found in modules.items() if found is module)
+    yield layer
+    for end, character in enumerate(name + "."):
+        if character == ".":
+            yield modules[name[:end]]
