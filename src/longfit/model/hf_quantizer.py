@@ -33,6 +33,7 @@ from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model import pack_experts
 from longfit.model.accounting import is_finite
 from longfit.model.adapter_start import keep_first_values
+from longfit.model.mapped_files import give_back
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
 from longfit.numerics.row_format import RowFormat, to_rows
 
@@ -191,14 +192,17 @@ class QuantizeWeight(ConversionOps):
                 converted |= pack_experts.store(layer, name, weight)
                 if added is not None:
                     pack_experts.compare(layer, name, weight, converted, added.add)
+                give_back(weight)
                 continue
             if layer.stands_for_conv1d:
-                weight = weight.t().contiguous()
+                read, weight = weight, weight.t().contiguous()
+                give_back(read)
             rows, constants = layer.stored(weight) if own is None else own.stored(layer, weight)
             if added is not None and own is None:
                 added.add(layer.sharing(rows, constants), weight)
             if (rank := self.hf_quantizer.start_rank) is not None:
                 keep_first_values(layer, weight, rows, constants, rank=rank)
+            give_back(weight)
             del weight
             converted |= adopted(layer, name, rows, constants)
         return converted

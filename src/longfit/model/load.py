@@ -38,6 +38,7 @@ from longfit.model import gguf
 from longfit.model.accounting import accounted
 from longfit.model.adapter_start import require_start
 from longfit.model.hf_quantizer import AddedError, LongfitQuantizationConfig
+from longfit.model.mapped_files import copy_out
 from longfit.model.pack_experts import packed_parameters
 from longfit.model.stored_formats import StoredFormat, stored_format
 from longfit.model.stored_weights import StoredWeights
@@ -184,6 +185,8 @@ def load(
 def _settled(loaded: tuple[Any, Any], own_rows: OwnRows | None) -> tuple[Any, Any]:
     if own_rows is not None:
         own_rows.settle(loaded[0])
+    if getattr(loaded[0], "hf_quantizer", None) is not None:
+        copy_out(loaded[0])
     return loaded
 
 

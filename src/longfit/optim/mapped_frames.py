@@ -21,11 +21,11 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from longfit.files.memory_advice import madvise
 from longfit.optim.page_file import PageFile
 
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of linux/mman.h; Python 3.11 has no name for it
@@ -47,7 +47,7 @@ class MappedFrames:
         self._parts: list[Tensor] = []  # the mapped file, uint8; a part for each time it has grown
         self._mapped_bytes = 0
         self._frames: dict[int, Tensor] = {}  # offset in the file -> uint8 [page_bytes]
-        self._madvise = _madvise()
+        self._madvise = madvise()
 
     def enter(self, page: int) -> tuple[Tensor, bool]:
         """Return the page's place in the file, and whether it had contents: a new page starts with zeros."""
@@ -105,11 +105,4 @@ def can_map(file: PageFile) -> bool:
         header = torch.frombuffer(file.mapping(0, mmap.PAGESIZE), dtype=torch.uint8)
     except OSError:
         return False
-    return _madvise()(header.data_ptr(), mmap.PAGESIZE, _POPULATE_WRITE) == 0
-
-
-def _madvise() -> Callable[[int, int, int], int]:
-    """Return the C library's function: that of Python's mmap holds the interpreter's lock while the disk is read."""
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return madvise
+    return madvise()(header.data_ptr(), mmap.PAGESIZE, _POPULATE_WRITE) == 0
