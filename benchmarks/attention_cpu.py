@@ -19,9 +19,7 @@ from forced_isa import DTYPE, add_argument, suffix  # before torch
 # isort: split
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +33,7 @@ from longfit.attention.backends import tile_backward, tile_forward
 from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import Schedule, build_schedule, document_starts
 from longfit.kernels.cpu import attention as cpu_attention
-from longfit.kernels.cpu.library import library
+from machine import commit, machine
 
 RESULTS = Path(__file__).parent / "results"
 COMPUTE = getattr(torch, DTYPE)
@@ -169,28 +167,12 @@ def measure(case: Case, repeats: int) -> dict[str, object]:
     return row
 
 
-def machine() -> dict[str, object]:
-    names = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "processor": names[0],
-        "instruction_set": library().isa,
-        "dtype": DTYPE,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-    }
-
-
 def table(report: dict[str, object]) -> str:
     about = report["machine"]
     lines = [
         "# Tile attention on the CPU",
         "",
-        f"{about['processor']}, {about['instruction_set']}, {about['threads']} threads, torch {about['torch']}, commit"
+        f"{about['cpu']}, {about['instruction set']}, {about['threads']} threads, torch {about['torch']}, commit"
         f" {about['commit']}, {about['dtype']}; medians of {report['repeats']} alternating runs; GFLOP/s over visible"
         " pairs. *of product*: of what torch's 2,048 x 2,048 product reached in the same turns. Made by"
         " `python benchmarks/attention_cpu.py`.",
@@ -228,7 +210,11 @@ def main() -> None:
                 {d: (rows[-1][d]["ratio"], rows[-1][d]["of_product"]) for d in ("forward", "backward")},
                 flush=True,
             )
-    report = {"machine": machine(), "repeats": args.repeats, "rows": rows}
+    report = {
+        "machine": machine("torch") | {"threads": torch.get_num_threads(), "commit": commit()},
+        "repeats": args.repeats,
+        "rows": rows,
+    }
     print(table(report))
     if not args.only:
         RESULTS.mkdir(exist_ok=True)

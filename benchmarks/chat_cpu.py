@@ -31,7 +31,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from engine_cpu import RESULTS, ROOT, Cell, commit, dense_folder, longfit_model, machine, peer_model, save, token_ids
+from engine_cpu import RESULTS, ROOT, Cell, dense_folder, longfit_model, peer_model, save, token_ids
+from machine import commit, machine
 
 CELLS = ("forward", "read", "longfit", "peer")
 DOCUMENT, QUICK_DOCUMENT, PROMPT, GENERATED, REPEATS = 14_000, 1024, 512, 48, 3

@@ -20,7 +20,6 @@ Results: benchmarks/results/evaluation_cpu.json, .md. Aims: 65,536 tokens within
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -138,9 +137,11 @@ def main() -> None:
         return
     import torch
 
+    from machine import cores_of_processor
+
     target = RESULTS / f"{NAME}{'_quick' * words.quick}.json"
     empty: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": cores_of_processor(),
         "torch": torch.__version__,
         "cells": {},
     }

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_cpu import ROOT, commit, gguf_file, machine
+from engine_cpu import ROOT, gguf_file
 from longfit.config import RunConfig
 from longfit.evaluation.drift import Drift, Reference, logits
 from longfit.exporting.export import GgufExport, export
@@ -33,6 +33,7 @@ from longfit.exporting.merge_plan import MergePlan
 from longfit.exporting.trained import Trained, open_trained
 from longfit.training.loop import train
 from longfit.training.metrics import ignore
+from machine import commit, machine
 
 sys.path.append(str(ROOT))
 from tests.exporting.llama_cpp import LlamaCpp

@@ -11,8 +11,6 @@ gpu.md. Exit code 2: there is no CUDA device. 1: the gate is red.
 
 import argparse
 import gc
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -44,6 +42,7 @@ from longfit.numerics.row_format import RowFormat, to_rows
 from longfit.planning.memory import memory_plan
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
+from machine import commit, processor_name
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 1 << 30
@@ -362,11 +361,10 @@ def _try_card(bench: Bench, name: str, fraction: float, context: int, *, ballast
 
 
 # ------------------------------------------------------------------------------------------------ all of it
-def machine(device: torch.device) -> dict[str, Any]:
+def about(device: torch.device) -> dict[str, Any]:
     """What decides the numbers."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "torch": torch.__version__, "cuda": str(torch.version.cuda), "commit": commit.strip()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    return {"device": name, "torch": torch.__version__, "cuda": str(torch.version.cuda), "commit": commit()}
 
 
 def clear(bench: Bench) -> None:
@@ -412,7 +410,7 @@ def main() -> int:
         return 2
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    report = Report(machine(device), args.minutes * 60)
+    report = Report(about(device), args.minutes * 60)
     bench = Bench(device, TINY if args.tiny else REAL, report)
     try:
         gate(bench)

@@ -21,14 +21,11 @@ from forced_isa import DTYPE, add_argument, suffix  # before torch
 import argparse
 import ctypes
 import json
-import platform
 import statistics
-import subprocess
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
@@ -44,6 +41,7 @@ from longfit.kernels.cpu import weights_4bit as cpu
 from longfit.numerics import quant_state
 from longfit.numerics.codebooks import dynamic_map
 from longfit.numerics.row_format import RowFormat, to_rows
+from machine import commit, machine
 
 RESULTS = Path(__file__).parent / "results"
 COMPUTE, NARROW = {"bfloat16": (torch.bfloat16, "bf16"), "float32": (torch.float32, "fp32")}[DTYPE]
@@ -328,19 +326,6 @@ def _status(field: str) -> int:
     raise LookupError(field)
 
 
-def machine() -> dict[str, object]:
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
-    return {
-        "cpu": model[0].split(":")[1].strip() if model else platform.processor(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": cpu_library.library().isa,
-        "torch": torch.__version__,
-        "bitsandbytes": version("bitsandbytes"),
-        "commit": commit.strip(),
-    }
-
-
 def table(about: dict[str, object], rows: list[Row], memory: list[Memory], loading: list[Loading]) -> str:
     lines = [
         "# CPU kernels",
@@ -406,7 +391,7 @@ def main() -> None:
         rows += matmul_rows(weight, (1, 256) if args.quick else BATCHES, turns)
     rows.append(model_row(repeats))
     loading = loading_rows(1 if args.quick else 7)
-    about = machine()
+    about = machine("torch", "bitsandbytes") | {"threads": torch.get_num_threads(), "commit": commit()}
     text = table(about, rows, memory, loading)
     print(text)
     if args.quick:

@@ -12,7 +12,6 @@ own. Rows that lose stay in.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from longfit.kernels.dispatch import backends, use_backend
 from longfit.numerics.codebooks import dynamic_map
 from longfit.optim.adamw import PagedAdamW
+from machine import commit, machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK_SIZE = 256
@@ -314,18 +313,14 @@ def targets(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def machine() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+def about() -> dict[str, Any]:
+    """What decides the numbers."""
     return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
+        **machine("torch", "bitsandbytes"),
         "threads": torch.get_num_threads(),
         "kernels": backends()["adamw_step"].reason,
         "load_average": os.getloadavg(),
-        "versions": {name: version(name) for name in ("torch", "bitsandbytes")},
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
 
 
@@ -334,8 +329,8 @@ def render(result: dict[str, Any]) -> str:
     lines = [
         "# AdamW steps on a CPU",
         "",
-        f"{here['processor']}, {here['cores']} cores, {here['threads']} threads, {here['kernels']}; torch "
-        f"{here['versions']['torch']}, bitsandbytes {here['versions']['bitsandbytes']}; commit {here['commit'][:10]}.",
+        f"{here['cpu']}, {here['cores']} cores, {here['threads']} threads, {here['kernels']}; torch "
+        f"{here['torch']}, bitsandbytes {here['bitsandbytes']}; commit {here['commit'][:10]}.",
         "Medians of steps taken in turn.",
     ]
     for title in ("dense", "eight_bit", "adapters"):
@@ -382,7 +377,7 @@ def main() -> None:
             "eight_bit": eight_bit_table(sizes),
             "adapters": adapter_table(sizes),
             "memory": peak_of_paging(sizes.dense, scratch),
-            "machine": machine(),
+            "machine": about(),
         }
     result["targets"] = targets(result)
     stem = "optimizers_quick" if options.quick else "optimizers"

@@ -23,7 +23,6 @@ import ctypes
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from longfit.planning.machines import fused_kernels_here
 from longfit.planning.memory import memory_plan
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import read_shape
+from machine import commit, cores_of_processor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME = "plan_cpu"
@@ -213,12 +213,6 @@ def measure(cell: Cell, scratch: Path) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------------ all cells
-def commit() -> str:
-    """What is checked out; the results themselves, which change on the way, are not asked about."""
-    words = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def planned(cell: Cell) -> dict[str, Any]:
     """The plan for a cell: growth of the step, its phase, and what is in it."""
     plan = memory_plan(read_shape(model_path()), cell.settings)
@@ -324,7 +318,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     target = RESULTS / f"{NAME}{'_quick' if words.quick else ''}.json"
     empty = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": cores_of_processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cells": {},

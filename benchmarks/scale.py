@@ -35,8 +35,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from engine_cpu import ROOT, commit, machine
 from longfit.parallel import traffic
+from machine import ROOT, commit, machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME = "scale"

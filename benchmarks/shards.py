@@ -19,7 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from engine_cpu import ROOT, commit, gguf_file, machine
+from engine_cpu import ROOT, gguf_file
+from machine import commit, machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME = "shards"

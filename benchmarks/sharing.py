@@ -23,7 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from engine_cpu import commit, machine
+from machine import commit, machine
 
 RESULTS = Path(__file__).resolve().parent / "results"
 NAME = "sharing"

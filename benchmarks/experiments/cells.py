@@ -6,13 +6,13 @@ at any moment, started again, or given more cells. To measure a cell anew, delet
 
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from benchmarks.machine import commit, cores_of_processor
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "experiments"
@@ -51,7 +51,7 @@ class Cells:
             began = time.perf_counter()
             result = measure(settings)
             seconds = time.perf_counter() - began
-            record = {"settings": _as_stored(settings), "result": result, "seconds": seconds, "commit": _commit()}
+            record = {"settings": _as_stored(settings), "result": result, "seconds": seconds, "commit": commit()}
             self.records.append(record)
             self._write()
 
@@ -69,18 +69,8 @@ def describe(settings: Settings) -> str:
 
 def machine() -> dict[str, str]:
     """What the numbers depend on besides the code."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
-    return {"cpu": f"{os.cpu_count()} cores of {model}", **packages}
+    return {"cpu": cores_of_processor(), **{name: version(name) for name in ("torch", "transformers", "peft")}}
 
 
 def _as_stored(settings: Settings) -> dict[str, Any]:
     return json.loads(json.dumps(dict(settings)))
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
