@@ -8,7 +8,7 @@ from tests.planning.configs import NAMES, config
 from tests.planning.meta_run import meta_model, step_peaks
 
 from longfit.attention.visibility import build_schedule, document_starts
-from longfit.engine.sweep.tile_pass import Visible
+from longfit.engine.sweep.visible_keys import VisibleKeys
 from longfit.engine.working_memory import DEVICE_LOGITS
 from longfit.layers.linear8bit import Linear8bit
 from longfit.numerics.adamw import BLOCK_SIZE
@@ -162,7 +162,7 @@ def test_the_one_constant_that_cannot_be_imported_without_torch() -> None:
 @pytest.mark.parametrize("rule", [{}, {"group_size": 256}, {"group_size": 700}, {"sliding_window": 300}])
 def test_windows_are_as_wide_as_the_walk_makes_them(tokens: int, tile: int, rule: dict[str, int]) -> None:
     schedule = build_schedule(4, document_starts(1, tokens), **rule)
-    assert per_token_bytes.window_tokens(tokens, tile, **rule) == Visible.of(schedule, tile).capacity
+    assert per_token_bytes.window_tokens(tokens, tile, **rule) == VisibleKeys.of(schedule, tile).capacity
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -46,8 +46,9 @@ from longfit.engine.sweep.shared_sequence import (
     project_sent,
     whole,
 )
-from longfit.engine.sweep.tile_pass import BackwardPass, ForwardPass, LeavingTile, Visible
+from longfit.engine.sweep.tile_pass import BackwardPass, ForwardPass, LeavingTile
 from longfit.engine.sweep.unread_product import UnreadProducts
+from longfit.engine.sweep.visible_keys import VisibleKeys
 from longfit.kernels.workspace import weights_held
 
 
@@ -129,7 +130,7 @@ class _Work:
         positions = self.call.position_ids
         return [ForwardPass(stretch, self.tile, positions, saved=saved) for stretch in self.stretches]
 
-    def backward_passes(self, saved: SavedAttention | None, visible: Sequence[Visible]) -> list[BackwardPass]:
+    def backward_passes(self, saved: SavedAttention | None, visible: Sequence[VisibleKeys]) -> list[BackwardPass]:
         """Begin a pass over each stretch, with what its forward pass found."""
         positions = self.call.position_ids
         return [
@@ -307,7 +308,7 @@ def _forward(
     states: CarriedStates | None,
     *,
     may_overwrite: bool,
-) -> tuple[Tensor, list[Visible], list[RandomState | None]]:
+) -> tuple[Tensor, list[VisibleKeys], list[RandomState | None]]:
     """All tiles first to last; without ``saved`` for no backward. May write the output over ``hidden``."""
     passes = work.forward_passes(None if saved is None else saved.attention)
     planned: dict[int, RandomState] = {}  # random states that tiles must begin with, as their keys have begun with it

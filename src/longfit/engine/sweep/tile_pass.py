@@ -27,57 +27,8 @@ from longfit.attention.visibility import Schedule, keeps_own_structure
 from longfit.engine.sweep.kv_window import KeyValueWindow
 from longfit.engine.sweep.saved_attention import SavedAttention
 from longfit.engine.sweep.shared_sequence import Asked, Stretch, TileLeft, num_tiles
+from longfit.engine.sweep.visible_keys import VisibleKeys
 from longfit.errors import ModelError
-
-
-@dataclass(frozen=True)
-class Visible:
-    """Which keys each tile needs, in whole tiles. Keys are numbered from the first of the halo.
-
-    Attributes:
-        tile: tokens per tile; the last may be shorter.
-        num_tokens: of the halo and of all tiles.
-        lows: first token of the first tile that each tile sees, or a token of the halo.
-        halo: tokens in front of the first tile, whose keys are known.
-    """
-
-    tile: int
-    num_tokens: int
-    lows: tuple[int, ...]
-    halo: int = 0
-
-    @classmethod
-    def of(cls, schedule: Schedule, tile: int, *, halo: int = 0) -> "Visible":
-        """Read the schedule; it never decreases, so the first query of a tile sees furthest back."""
-        first = schedule.host[:, :, halo::tile].amin(dim=(0, 1)).tolist()
-        lows = (key if key < halo else halo + (key - halo) // tile * tile for key in first)
-        return cls(tile, schedule.num_tokens, tuple(lows), halo)
-
-    @classmethod
-    def of_no_attention(cls, num_tokens: int, tile: int) -> "Visible":
-        """A layer that does not attend: a tile needs no keys but what would be its own."""
-        return cls(tile, num_tokens, tuple(range(0, num_tokens, tile)))
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of the widest range that a tile sees, its own included."""
-        return max(self.span(index)[1] - low for index, low in enumerate(self.lows))
-
-    def keys_of(self, index: int) -> tuple[int, int]:
-        """First key that a tile sees, and the one after its last."""
-        return self.lows[index], self.span(index)[1]
-
-    def span(self, index: int) -> tuple[int, int]:
-        """First token of a tile, and the one after its last."""
-        return self.halo + index * self.tile, min(self.halo + (index + 1) * self.tile, self.num_tokens)
-
-    def new_tiles(self, index: int) -> range:
-        """Tiles before ``index`` whose keys it is the first to need, going from last to first."""
-        known = self._tile_of(self.lows[index + 1]) if index + 1 < len(self.lows) else index
-        return range(self._tile_of(self.lows[index]), min(known, index))
-
-    def _tile_of(self, low: int) -> int:
-        return max(low - self.halo, 0) // self.tile
 
 
 @dataclass(frozen=True)
@@ -115,7 +66,7 @@ class _Pass:
         visible: which keys each tile needs; None until the first tile of a forward pass has attended.
     """
 
-    def __init__(self, stretch: Stretch, tile: int, position_ids: Tensor | None, visible: Visible | None) -> None:
+    def __init__(self, stretch: Stretch, tile: int, position_ids: Tensor | None, visible: VisibleKeys | None) -> None:
         self.stretch, self.tile_size, self.visible = stretch, tile, visible
         self._position_ids = position_ids  # of the whole sequence: a tile is given its own
         self._schedule: Schedule | None = None
@@ -138,10 +89,10 @@ class _Pass:
         start = self.stretch.start + index * self.tile_size
         return start, min(start + self.tile_size, self.stretch.start + self.stretch.num_tokens)
 
-    def seen(self, *, attends: bool) -> Visible:
+    def seen(self, *, attends: bool) -> VisibleKeys:
         """Which keys each tile has needed, when all tiles are through."""
         if not attends:
-            return Visible.of_no_attention(self.stretch.num_tokens, self.tile_size)
+            return VisibleKeys.of_no_attention(self.stretch.num_tokens, self.tile_size)
         assert self.visible is not None, "a layer that has not attended"
         return self.visible
 
@@ -156,7 +107,7 @@ class _Pass:
             like: keys and values of some tokens.
         """
         self._schedule, self._like = schedule, (like[0][:, :, :0].clone(), like[1][:, :, :0].clone())
-        self.visible = self.visible or Visible.of(schedule, self.tile_size, halo=halo)
+        self.visible = self.visible or VisibleKeys.of(schedule, self.tile_size, halo=halo)
         if halo and self.visible.capacity == self.visible.num_tokens:
             self._stored = KeyValueWindow(*like, capacity=self.visible.num_tokens)
             self._stored.move(0, halo)
@@ -234,7 +185,7 @@ class ForwardPass(_Pass):
     def attend(self, index: int, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
         """Store a tile's k, v ``[B, K, t, D]`` and attend from its q ``[B, H, t, D]``; returns ``[B, H, t, D]``."""
         schedule = self.schedule(query, spec)
-        self.visible = self.visible or Visible.of(schedule, self.tile_size)
+        self.visible = self.visible or VisibleKeys.of(schedule, self.tile_size)
         if self._stored is None:
             self._stored = KeyValueWindow(key, value, capacity=self.visible.capacity)
         self._move(*self.visible.keys_of(index))
@@ -252,7 +203,7 @@ class BackwardPass(_Pass):
         self,
         stretch: Stretch,
         tile: int,
-        visible: Visible,
+        visible: VisibleKeys,
         position_ids: Tensor | None = None,
         *,
         saved: SavedAttention | None = None,
