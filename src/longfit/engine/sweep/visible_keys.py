@@ -1,4 +1,4 @@
-"""Which keys each tile of a layer's pass needs, in whole tiles: what is stored before its turn, and how much at most."""
+"""Which keys each tile of a pass needs, in whole tiles: what is stored before its turn, and how much at most."""
 
 from dataclasses import dataclass
 
