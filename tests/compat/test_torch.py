@@ -148,3 +148,14 @@ def test_autocast_says_its_dtype() -> None:
     meta = torch.device("meta")  # torch raises there
     with compat.without_autocast(meta):
         assert compat.autocast_dtype(meta) is None
+
+
+def test_a_function_called_unwatched_calls_no_subclass() -> None:
+    """Else a watched weight would watch what is computed from it, without end."""
+
+    class Watching(Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return compat.unwatched(func, args, kwargs or {})
+
+    assert type(torch.ones(2).as_subclass(Watching) + 1) is Tensor

@@ -215,7 +215,7 @@ def check_nf4(family: Family, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from longfit.model.hf_quantizer import LongfitQuantizationConfig
-    from longfit.model.load import prequantized, read_config
+    from longfit.model.load import prequantized, quantization_block, read_config
 
     model = family.model.float().eval()
     ids = family.tokens(1, TOKENS)
@@ -232,7 +232,9 @@ def check_nf4(family: Family, folder: Path) -> None:
     ).eval()
     quantized.save_pretrained(str(folder / "nf4"))
     config = read_config(folder / "nf4")
-    config.quantization_config = prequantized("nf4", config.quantization_config).settings()
+    block = quantization_block(config)
+    assert block is not None, "nothing was quantised"
+    config.quantization_config = prequantized(block).settings()
     again = AutoModelForCausalLM.from_pretrained(
         str(folder / "nf4"), config=config, dtype=torch.float32, quantization_config=None
     ).eval()

@@ -1,5 +1,6 @@
 """The private names of torch that longfit uses, one function each."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -100,3 +101,9 @@ def holds_values(tensor: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return not (isinstance(tensor, FakeTensor) or tensor.is_meta)
+
+
+def unwatched(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Call a function of torch on the plain tensors that subclasses stand for; its results are plain too."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(*args, **kwargs)

@@ -56,3 +56,14 @@ def tied_weights(model: Any) -> dict[str, str]:
     """Return names of tied parameters: that which is not stored -> that which stands for it."""
     names: dict[str, str] = model.all_tied_weights_keys
     return names
+
+
+def weight_conversions(model: Any) -> list[Any]:
+    """What transformers did to a checkpoint's tensors on their way into a model; saving turns it around."""
+    found: list[Any] | None = model._weight_conversions
+    return found or []
+
+
+def set_weight_conversions(model: Any, conversions: list[Any]) -> None:
+    """Let saving turn only these conversions around."""
+    model._weight_conversions = conversions

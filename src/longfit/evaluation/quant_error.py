@@ -249,7 +249,7 @@ def quantizable_layers(model: nn.Module, *, alone: bool = True) -> list[nn.Linea
     layers = [
         module
         for name, module in base.named_modules()
-        if type(module) is nn.Linear and name not in skipped and ".lora_" not in f".{name}"
+        if isinstance(module, nn.Linear) and name not in skipped and ".lora_" not in f".{name}"
     ]
     if not layers and alone:
         raise ModelError(f"{type(base).__name__}: has no plain linear layer that could be quantised")

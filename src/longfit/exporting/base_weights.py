@@ -25,7 +25,7 @@ from longfit.errors import ExportError, ModelError
 from longfit.files.reading import reading
 from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit
 from longfit.model import gguf
-from longfit.model.hf_quantizer import QUANTIZABLE, skipped_linears
+from longfit.model.hf_quantizer import all_linears, skipped_linears
 from longfit.model.load import foreign_format, quantization_block, read_config
 from longfit.model.pack_experts import packable_experts, skipped_experts
 from longfit.model.stored_weights import StoredWeights
@@ -225,11 +225,7 @@ class QuantizedWeights:
 def quantized_weights(skeleton: Any, skip_modules: list[str] | None = None) -> set[str]:
     """Names of the weights that ``load`` puts into 4 bits, told from a model without memory."""
     skipped = skipped_linears(skeleton, skip_modules or [])
-    return {
-        f"{name}.weight"
-        for name, module in skeleton.named_modules()
-        if type(module) in QUANTIZABLE and name not in skipped
-    }
+    return {f"{name}.weight" for name, _ in all_linears(skeleton) if name not in skipped}
 
 
 def quantized_experts(skeleton: Any, skip_modules: list[str] | None = None) -> set[str]:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from longfit.compat.peft import lost_on_loading, names_of_experts, takes_adapter
 from longfit.compat.torch import holds_values
 from longfit.compat.transformers_experts import experts_layout
-from longfit.engine.hf_model import decoder
+from longfit.engine.hf_model import base_model, decoder
 from longfit.errors import ModelError
 from longfit.layers.quantized_linear import QuantizedLinear
+from longfit.model.weight_reads import weight_reads
 
 
 def linear_targets(model: Any, targets: str | list[str]) -> str | list[str]:
@@ -53,7 +54,7 @@ def untargeted(model: Any) -> dict[str, str]:
     """Linear layers without an adapter whatever is asked for, by name, and why; the output head is none of them."""
     family, inner = str(model.config.model_type), decoder(model)
     inside, taken, head = set(inner.modules()), names_of_experts(family), model.get_output_embeddings()
-    reasons = {}
+    reads, reasons = weight_reads(base_model(model)), {}
     for name, module in _linears(model):
         last = _last(name)
         if module is head:
@@ -64,8 +65,8 @@ def untargeted(model: Any) -> dict[str, str]:
             reasons[name] = f"a {type(module).__name__} computes more than a product"
         elif last in taken:
             reasons[name] = "PEFT takes its name for the experts of this family"
-        elif not takes_adapter(model, last):
-            reasons[name] = "its weight is read by another layer's kernel, past an adapter"
+        elif not takes_adapter(model, last) or reads.past_adapter(name):
+            reasons[name] = "its weight is read by other code, past an adapter"
     others = [name for name, module in _linears(model) if module is not head and name not in reasons]
     return reasons | dict.fromkeys(sorted(lost_on_loading(model, others)), "PEFT renames its adapter when it loads one")
 
@@ -91,9 +92,11 @@ def _is_product(module: nn.Module) -> bool:
     with torch.no_grad():
         given = torch.arange(2 * weight.shape[1], device=weight.device).view(2, -1).cos().to(weight.dtype)
         found = module(given)
-        if not isinstance(found, Tensor) or not holds_values(weight):
-            return isinstance(found, Tensor)
         expected = nn.functional.linear(given, weight, bias)
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            return False
+        if not holds_values(weight):
+            return True
         return bool((found - expected).norm() <= torch.finfo(weight.dtype).eps * weight.shape[1] * expected.norm())
 
 

@@ -9,6 +9,7 @@ so that anyone can load them.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,14 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from longfit.compat.transformers import do_not_initialize, tied_weights
+from longfit.compat.transformers import (
+    do_not_initialize,
+    set_weight_conversions,
+    tied_weights,
+    weight_conversions,
+)
 from longfit.errors import ModelError
+from longfit.kernels.dispatch import dequantize_4bit
 from longfit.layers.experts import packed_experts
 from longfit.layers.linear4bit import Linear4bit
 from longfit.layers.linear8bit import Linear8bit, join_rows
@@ -34,8 +41,11 @@ from longfit.model import pack_experts
 from longfit.model.accounting import is_finite
 from longfit.model.adapter_start import keep_first_values
 from longfit.model.mapped_files import give_back
+from longfit.model.weight_conversions import by_size, without_quantized
+from longfit.model.weight_reads import PLAIN, READ, weight_reads
 from longfit.numerics.bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
 from longfit.numerics.row_format import RowFormat, to_rows
+from longfit.numerics.vectorwise import dequantize_vectors
 
 if TYPE_CHECKING:
     from longfit.model.own_rows import OwnRows
@@ -43,8 +53,6 @@ if TYPE_CHECKING:
 QUANT_METHOD = "longfit"
 NOT_SETTINGS = ("own_rows", "added_error", "start_rank")
 """What a configuration carries for one loading only."""
-QUANTIZABLE = (nn.Linear, Conv1D)
-"""Kinds of layers that are exchanged for quantised ones; no subclasses of them, which may multiply otherwise."""
 BITSANDBYTES_KEYS = {
     quant_type: [
         "weight",
@@ -222,22 +230,35 @@ class ReadBitsandbytes(ConversionOps):
         self, input_dict: dict[str, Any], *, model: nn.Module, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Tensor]:
         tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        layer: Any
         layer, leaf = get_module_from_name(model, full_layer_name)
         if len(tensors) == 1:  # a weight that this checkpoint keeps dense; transformers has not cast it
             dtype = getattr(layer, leaf).dtype
             return {key: value.to(dtype) for key, value in tensors.items()}
+        if not isinstance(layer, QuantizedLinear):  # packed by others, and yet its weight is read by other code
+            return {full_layer_name: nn.Parameter(_dense(full_layer_name, tensors, layer.weight.dtype))}
         if isinstance(layer, Linear8bit):
             rows = join_rows(*from_bitsandbytes_int8(full_layer_name, tensors))
             return adopted(layer, full_layer_name, rows, rows.new_empty(0, dtype=torch.uint8))
-        packed, state = from_bitsandbytes(
-            {key.removeprefix("weight").lstrip(".") or "weight": value for key, value in tensors.items()}
-        )
+        assert isinstance(layer, Linear4bit), "the only other kind"
+        packed, state = from_bitsandbytes(_without_prefix(tensors))
         layer.row_format = RowFormat.of(state)
         return adopted(layer, full_layer_name, *to_rows(packed, state))
 
     @property
     def reverse_op(self) -> ConversionOps:
         return PassThrough()
+
+
+def _without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix("weight").lstrip(".") or "weight": value for key, value in tensors.items()}
+
+
+def _dense(name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The weight of a bitsandbytes layer, de-quantised."""
+    if "SCB" in tensors:
+        return dequantize_vectors(*from_bitsandbytes_int8(name, tensors), dtype=dtype)
+    return dequantize_4bit(*from_bitsandbytes(_without_prefix(tensors)), dtype)
 
 
 class PassThrough(ConversionOps):
@@ -307,13 +328,11 @@ class LongfitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
         self.skipped = skipped_linears(model, config.skip_modules or [])
-        linears = {name for name, module in model.named_modules() if type(module) in QUANTIZABLE}
-        unknown = sorted(set(config.int8_modules or []) - (linears - self.skipped.keys()))
+        linears = {name: module for name, module in all_linears(model) if name not in self.skipped}
+        unknown = sorted(set(config.int8_modules or []) - linears.keys())
         if unknown:
             raise ModelError(f"int8_modules: {', '.join(unknown)}: no linear layers that are quantised; see eval quant")
-        for name, module in list(model.named_modules()):
-            if type(module) not in QUANTIZABLE or name in self.skipped:
-                continue
+        for name, module in list(linears.items()):
             eight = config.quant_type == "int8" or name in (config.int8_modules or [])
             replacement = self._placeholder(module, eight=eight)
             # Bytes are read, never drawn at random; what lacks them is refused.
@@ -336,7 +355,14 @@ class LongfitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         pack_experts.compute_packed(model)
+        layers = (name for name, module in model.named_modules() if isinstance(module, QuantizedLinear))
+        kept = without_quantized(weight_conversions(model), [f"{name}.weight" for name in layers])
+        set_weight_conversions(model, kept)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """What transformers does to a checkpoint's tensors on their way in, made for layers in few bits."""
+        return by_size(super().update_weight_conversions(weight_conversions, model))
 
     def get_weight_conversions(self) -> list[Any]:
         renamings = self._renamings if self.pre_quantized else []
@@ -412,7 +438,7 @@ class LongfitQuantizer(HfQuantizer):
         config = self.quantization_config
         known = config.skip_modules or []
         dense = skipped_linears(model, known)
-        merged = [name for name, module in model.named_modules() if type(module) in QUANTIZABLE and name not in dense]
+        merged = [name for name, _ in all_linears(model) if name not in dense]
         if experts:
             merged += pack_experts.unpacked(model, known)
         config.experts = experts
@@ -428,8 +454,13 @@ class LongfitQuantizer(HfQuantizer):
         return True
 
 
+def all_linears(model: Any) -> Iterator[tuple[str, Any]]:
+    """Linear layers of every kind, by name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PLAIN))
+
+
 def in_out(dense: Any) -> tuple[int, int]:
-    """Widths of a dense layer, one of ``QUANTIZABLE``."""
+    """Widths of a dense linear layer."""
     return dense.weight.shape if isinstance(dense, Conv1D) else dense.weight.shape[::-1]
 
 
@@ -437,17 +468,18 @@ def skipped_linears(model: Any, skip_modules: list[str]) -> dict[str, str]:
     """Which linear layers stay dense, and why: name to reason."""
     head = model.get_output_embeddings()
     tied = {name.removesuffix(".weight") for pair in tied_weights(model).items() for name in pair}
+    reads = weight_reads(model)
     reasons = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D):
-            continue
+    for name, module in all_linears(model):
         if pack_experts.is_skipped(name, skip_modules):
             reasons[name] = "named in skip_modules"
         elif name in tied:
             reasons[name] = "shares its weight with the embeddings"
         elif module is head:
             reasons[name] = "output head: its error goes into every logit"
-        elif type(module) not in QUANTIZABLE:
+        elif name in reads.read:
+            reasons[name] = READ
+        elif type(module) not in PLAIN and name not in reads.plain:
             reasons[name] = f"a {type(module).__name__}, not a plain nn.Linear"
         elif in_out(module)[0] % 2:  # in 8 bits, too, so that one list holds for both
             reasons[name] = f"odd number of input features ({in_out(module)[0]})"
