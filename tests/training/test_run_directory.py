@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,27 +19,9 @@ from longfit.files.lock import NAME as LOCK
 from longfit.training.checkpoint import damage, list_checkpoints
 from longfit.training.loop import train
 from longfit.training.metrics import Event
-from longfit.training.run_directory import claimed, list_runs
+from longfit.training.run_directory import claimed
 
 SOURCES = {**os.environ, "PYTHONPATH": str(Path(longfit.__file__).parent.parent)}
-
-
-@pytest.fixture
-def run(make_config: MakeConfig, tmp_path: Path) -> RunConfig:
-    """A run of four steps that was stopped after the third, with the checkpoints of steps 2 and 3."""
-    config = make_config(train__save_every=1)
-
-    def stop(event: Event) -> None:
-        if event.kind == "step" and event.values["step"] == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    assert not train(config, on_event=stop).finished
-    return config
-
-
-@pytest.fixture
-def run_dir(run: RunConfig) -> Path:
-    return Path(str(run.output.run_dir))
 
 
 def resumed(config: RunConfig) -> list[str]:
@@ -126,16 +107,6 @@ def test_metrics_that_were_deleted_are_noticed_and_come_back(run: RunConfig, run
     assert read_losses(run_dir)[:3] == before
 
 
-def test_another_base_model_is_named(run: RunConfig, run_dir: Path, workplace: Path, tmp_path: Path) -> None:
-    shutil.copytree(workplace / "model", tmp_path / "model")
-    config = run.replace({"model.name": str(tmp_path / "model"), "output.run_dir": str(tmp_path / "own")})
-    result = train(config)
-    flip(tmp_path / "model" / "model.safetensors", -3)
-    with pytest.raises(RunError, match=r"the base model changed \(model\.safetensors\)"):
-        train(config, resume=True)
-    assert result.finished
-
-
 # ------------------------------------------------------------------------------------------------ one process at a time
 def test_two_processes_do_not_share_a_directory(make_config: MakeConfig, run: RunConfig, run_dir: Path) -> None:
     code = f"""
@@ -209,25 +180,6 @@ def test_leftovers_are_swept(run: RunConfig, run_dir: Path) -> None:
     (run_dir / ".plan.json.unfinished").touch()
     resumed(run)
     assert not [path for path in run_dir.rglob(".*") if path.name.endswith((".removed", ".unfinished"))]
-
-
-def test_a_damaged_run_does_not_hide_the_others(
-    run: RunConfig, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, damage_to in (("yaml", "config.yaml"), ("lines", "metrics.jsonl")):
-        shutil.copytree(run_dir, tmp_path / name)
-        (tmp_path / name / damage_to).write_text("[" * 5000 + "\n")
-    found = {summary.run_dir.name: summary for summary in list_runs(tmp_path)}
-    assert found["run"].problem is None
-    assert found["run"].step == 3
-    assert "config.yaml" in str(found["yaml"].problem)
-    assert "metrics.jsonl" in str(found["lines"].problem)
-    assert main(["runs", str(tmp_path)]) == 0
-    shown = capsys.readouterr()
-    assert str(run_dir) in shown.out
-    assert "damaged: " in shown.err
-    assert str(tmp_path / "yaml" / "config.yaml") in shown.err
-    assert str(tmp_path / "yaml") not in shown.out
 
 
 def test_a_folder_that_is_removed_in_mid_run_is_named_and_not_made_again(

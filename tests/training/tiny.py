@@ -1,12 +1,17 @@
 """A tiny base model of single characters in a folder, texts to train it on, and the losses of a run."""
 
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tests.model_folders import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from longfit.training.metrics import Event
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .,\n"
 
@@ -40,3 +45,13 @@ def read_losses(run_dir: Path) -> list[float]:
     """Return the training losses of a run, exactly as written."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
+
+
+def interrupt_at(step: int) -> Callable[[Event], None]:
+    """Return a watcher of a run that interrupts it behind a step, as Ctrl-C does."""
+
+    def on_event(event: Event) -> None:
+        if event.kind == "step" and event.values["step"] == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return on_event

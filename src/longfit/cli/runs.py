@@ -19,7 +19,7 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """List runs with their model, context, progress and losses, or say what differs between two."""
-    from longfit.training.run_directory import list_runs
+    from longfit.training.run_list import list_runs
 
     words = words or ["runs"]
     if words[0] == "diff" and len(words) == 3:

@@ -22,6 +22,7 @@ from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, OnEvent, ignore, peak_memory_bytes, read_metrics
 from longfit.training.model_card import refused_by_servers, write_cards
 from longfit.training.optimizer import discard_file
+from longfit.training.same_run import merge_for_resume
 from longfit.training.samples import answer, write_samples
 from longfit.training.start import start
 from longfit.training.step import NotFiniteError, take_step, try_longest_window
@@ -80,7 +81,7 @@ def train(config: RunConfig, *, on_event: OnEvent | None = None, resume: bool = 
     if resume:
         stored = run_directory.read_config(run_directory.choose_run_dir(config))
         run_directory.require_own_files(run_directory.choose_run_dir(config))
-        config, warnings = run_directory.merge_for_resume(stored, config)
+        config, warnings = merge_for_resume(stored, config)
         for warning in warnings:
             notify(Event("warning", warning))
     with run_directory.claimed(config, resume=resume, on_event=notify) as run_dir:

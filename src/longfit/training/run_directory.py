@@ -1,4 +1,4 @@
-"""The directory that is a run: who may write into it, and whether a resumed run is still the same run.
+"""The directory that is a run: what is in it, who may write into it, and whether its files are as it wrote them.
 
     runs/NAME/
         config.yaml         every setting, resolved
@@ -16,8 +16,7 @@
         adapter/            the result: PEFT's files, tokenizer, configuration with the extended positions
 
 An existing directory is never written into, except by resuming, and by one process at a time, which holds its lock.
-Resuming refuses when a setting, the data or the base model changed, because the losses would silently be those of
-another run.
+Whether a resumed run is still the same run is in ``same_run.py``.
 """
 
 import json
@@ -25,56 +24,22 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from longfit.config import RunConfig, load_config
 from longfit.data.documents import Documents
 from longfit.data.ledger import Ledger
-from longfit.data.sources import FileSource
 from longfit.data.template import read_template
-from longfit.errors import ConfigError, LongfitError, RunError
+from longfit.errors import ConfigError, RunError
 from longfit.files import checksums
 from longfit.files.lock import NAME as LOCK
 from longfit.files.lock import FolderLock
 from longfit.files.reading import read_object, reading
 from longfit.files.writing import LEFTOVERS, flush, sweep, write_text, writing
 from longfit.training.checkpoint import list_checkpoints
-from longfit.training.metrics import Event, OnEvent, read_metrics
-
-# Settings that do not change what is learned, so a resumed run may change them.
-FREE_SETTINGS = frozenset(
-    {
-        "output.run_dir",
-        "train.save_every",
-        "train.keep_checkpoints",
-        "train.eval_every",
-        "train.keep_best",
-        "train.patience",
-        "train.samples",
-        "train.samples_document",
-        "train.samples_every",
-        "train.samples_tokens",
-        "output.track",
-        "data.validation_windows",
-        "data.cache",
-        "optim.budget",
-        "optim.file",
-        "engine.offload",
-        "engine.offload_folder",
-        "engine.stream",
-        "engine.stream_folder",
-        "parallel.devices",
-        "parallel.timeout",
-    }
-)
-# These change rounding, but not what is computed: a smaller tile after running out of memory, another device.
-ROUNDING_SETTINGS = frozenset(
-    {"engine.engine", "engine.tile", "model.device", "parallel.data", "parallel.sequence", "parallel.shard"}
-)
+from longfit.training.metrics import Event, OnEvent
 
 
 def choose_run_dir(config: RunConfig) -> Path:
@@ -217,34 +182,6 @@ def find_adapter(run_dir: Path, checkpoint: str | None = None) -> Path:
     return checkpoints[checkpoint] / "adapter"
 
 
-def merge_for_resume(stored: RunConfig, asked: RunConfig) -> tuple[RunConfig, list[str]]:
-    """Take a run's stored settings, with those changes that leave it the same run.
-
-    Args:
-        stored: from `read_config`.
-        asked: what the user gave now; only explicitly given settings count.
-    Returns: the config to resume with; a warning for each change that alters rounding.
-    Raises: RunError: other settings changed; all of them are named.
-    """
-    before, now = stored.flat(), asked.flat()
-    ignored = {"train.epochs"}  # resolved into steps, which are compared
-    changed = {
-        key: value
-        for key in asked.given()
-        if key not in ignored and (value := now[key]) is not None and value != before[key]
-    }
-    refused = changed.keys() - FREE_SETTINGS - ROUNDING_SETTINGS
-    if refused:
-        lines = [f"  {key}: the run has {before[key]}, now {changed[key]}" for key in sorted(refused)]
-        advice = "drop the change to resume, or start a new run in another --run-dir"
-        raise RunError("\n".join([f"cannot resume, settings changed ({advice}):", *lines]))
-    warnings = [
-        f"{key} changed from {before[key]} to {changed[key]}: losses may differ from an unbroken run in rounding"
-        for key in sorted(changed.keys() & ROUNDING_SETTINGS)
-    ]
-    return stored.replace(changed, origin="resume"), warnings
-
-
 def _absolute(path: Path) -> str:
     """A path from the root, links followed, unless they lead in a circle or to a device, which is named as it was."""
     return str(path.resolve()) if path.is_file() or path.is_dir() else os.path.abspath(path)
@@ -266,43 +203,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         if path != paths[key]:
             absolute = absolute.replace({key: path}, origin=config.origin(key))
     return absolute
-
-
-def data_digest(**parts: Documents | None) -> dict[str, dict[str, str]]:
-    """Digest the documents of each source, so that a change can be named.
-
-    Args: parts: ``training=...``, ``validation=...``; None for no documents.
-    Returns: ``{part: {source: hex digest}}``.
-    """
-    digests: dict[str, dict[str, str]] = {}
-    for part, documents in parts.items():
-        hashes: dict[str, Any] = {}
-        if documents is None:
-            digests[part] = {}
-            continue
-        for index in np.unique(documents.source).tolist():
-            source = documents.sources[index]
-            name = source.name if isinstance(source, FileSource) else "memory"
-            of_source = np.ascontiguousarray(documents.digests[documents.source == index])
-            hashes.setdefault(name, blake2b(digest_size=16)).update(of_source.tobytes())
-        digests[part] = {name: state.hexdigest() for name, state in hashes.items()}
-    return digests
-
-
-def require_same_data(run_dir: Path, digest: dict[str, dict[str, str]]) -> None:
-    """Raise RunError naming the sources that changed since the run began."""
-    before = read_object(run_dir / "data.json", RunError, what="the digest of the data", do=UNSAFE)
-    lines = []
-    for part, now in digest.items():
-        then = dict(before.get(part) or {})
-        for name in sorted(then.keys() | now.keys()):
-            if then.get(name) != now.get(name):
-                what = "new" if name not in then else "missing" if name not in now else "changed"
-                lines.append(f"  {name}: {what} ({part})")
-    if lines:
-        shown = lines[:5] + [f"  ... and {len(lines) - 5:,} more"] * (len(lines) > 5)
-        advice = "restore it to resume, or start a new run in another --run-dir"
-        raise RunError("\n".join([f"cannot resume {run_dir}, the data changed ({advice}):", *shown]))
 
 
 SEEN_BYTES = 8  # of a document's digest: two of a million documents share it by chance once in 37 million sets
@@ -407,69 +307,3 @@ def require_own_files(run_dir: Path) -> Identity:
             "command line), or start a new run in another --run-dir"
         )
     return Identity(values["run_id"], values["num_processes"], values["model"])
-
-
-def require_same_model(run_dir: Path, before: Mapping[str, str], model: Mapping[str, str]) -> None:
-    """Raise RunError naming the file of the base model that changed since the run began.
-
-    Args:
-        before, model: fingerprints of its files then and now.
-    """
-    changed = sorted(name for name in before.keys() & model.keys() if before[name] != model[name])
-    if changed or (before and model and before.keys() != model.keys()):
-        name = (changed or sorted(before.keys() ^ model.keys()))[0]
-        raise RunError(
-            f"cannot resume {run_dir}: the base model changed ({name}); put back the one the run began with, or start "
-            "a new run in another --run-dir"
-        )
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """One line of a list of runs."""
-
-    run_dir: Path
-    model: str
-    data: str
-    context: int | None
-    step: int
-    total_steps: int | None
-    loss: float | None
-    eval_loss: float | None
-    finished: bool
-    changed_at: float
-    problem: str | None = None  # why its files cannot be read; then the numbers are missing
-
-
-def list_runs(directory: Path) -> list[RunSummary]:
-    """Summarise the runs directly below a directory, the latest changed first; a damaged one says what is wrong."""
-    found = [_summarise(path.parent) for path in directory.glob("*/config.yaml")]
-    return sorted(found, key=lambda run: run.changed_at, reverse=True)
-
-
-def _summarise(run_dir: Path) -> RunSummary:
-    try:
-        with reading(run_dir, "the run", RunError, do="look at its files"):
-            return _read_summary(run_dir)
-    except LongfitError as error:
-        changed_at = run_dir.stat().st_mtime
-        return RunSummary(run_dir, "?", "?", None, 0, None, None, None, False, changed_at, " ".join(str(error).split()))
-
-
-def _read_summary(run_dir: Path) -> RunSummary:
-    config, metrics = read_config(run_dir), run_dir / "metrics.jsonl"
-    records = read_metrics(metrics)
-    steps = [record for record in records if "loss" in record]
-    evals = [record for record in records if "eval_loss" in record]
-    return RunSummary(
-        run_dir=run_dir,
-        model=config.model.name,
-        data=config.data.path,
-        context=config.context.context,
-        step=int(str(steps[-1]["step"])) if steps else 0,
-        total_steps=config.train.steps,
-        loss=float(str(steps[-1]["loss"])) if steps else None,
-        eval_loss=float(str(evals[-1]["eval_loss"])) if evals else None,
-        finished=(run_dir / "adapter").is_dir(),
-        changed_at=(metrics if metrics.exists() else run_dir).stat().st_mtime,
-    )

@@ -62,6 +62,7 @@ from longfit.training.prepare import (
     stream_frozen,
     sweep_with_less,
 )
+from longfit.training.same_run import data_digest, require_same_data, require_same_model
 from longfit.training.samples import keep_samples_until
 from longfit.training.trackers import missing
 from longfit.training.training_run import TrainingRun
@@ -187,15 +188,15 @@ class _Origin:
 
 def _origin(config: RunConfig, here: _Here, documents: Documents, held_out: Documents | None) -> _Origin:
     """Know the run by its texts and its base model, the same in all processes and, resuming, as before."""
-    digest = run_directory.data_digest(training=documents, validation=held_out)
+    digest = data_digest(training=documents, validation=held_out)
     require_agreement({**versions(), **_settings(config), **_data(digest)})
     fingerprints = weight_files.fingerprints(config.model.name)
     if not here.resume:
         run_id = _same_everywhere(here.accelerator, new_run_id())
         return _Origin(run_directory.Identity(run_id, here.layout.data, fingerprints), digest, (None, []))
     identity = run_directory.require_own_files(here.run_dir)
-    run_directory.require_same_model(here.run_dir, identity.model, fingerprints)
-    run_directory.require_same_data(here.run_dir, digest)
+    require_same_model(here.run_dir, identity.model, fingerprints)
+    require_same_data(here.run_dir, digest)
     return _Origin(identity, digest, newest_sound(here.run_dir))
 
 
