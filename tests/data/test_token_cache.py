@@ -18,7 +18,7 @@ from longfit.data.documents import Documents
 from longfit.data.messages import read_chat
 from longfit.data.tokenizing import TokenizedSet
 from longfit.training.metrics import Event
-from longfit.training.prepare import tokenize
+from longfit.training.prepare_data import tokenize
 
 FAMILY = "ChatML (SmolLM2)"
 

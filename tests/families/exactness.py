@@ -214,8 +214,9 @@ def check_adapters(family: Family, folder: Path) -> None:
 def check_nf4(family: Family, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
+    from longfit.model.description import read_config
     from longfit.model.hf_quantizer import LongfitQuantizationConfig
-    from longfit.model.load import prequantized, quantization_block, read_config
+    from longfit.model.load import prequantized, quantization_block
 
     model = family.model.float().eval()
     ids = family.tokens(1, TOKENS)

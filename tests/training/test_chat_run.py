@@ -16,7 +16,8 @@ from longfit.data.encoding import encode_prompt
 from longfit.data.template import choose_template
 from longfit.evaluation.generate import Conversation, end_tokens
 from longfit.training.loop import train
-from longfit.training.prepare import open_target, read_path, read_token_ids
+from longfit.training.prepare import open_target
+from longfit.training.prepare_data import read_path, read_token_ids
 from longfit.training.run_directory import read_config, seen_note
 
 ROWS = [

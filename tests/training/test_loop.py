@@ -14,7 +14,8 @@ from longfit.engine.loss.training_loss import training_loss
 from longfit.errors import ConfigError, RunError
 from longfit.training.loop import TrainResult, train
 from longfit.training.metrics import Event, read_metrics
-from longfit.training.prepare import open_run, pack_documents, read_data
+from longfit.training.prepare import open_run
+from longfit.training.prepare_data import pack_documents, read_data
 from longfit.training.run_directory import read_config
 from longfit.training.run_list import list_runs
 

@@ -81,7 +81,7 @@ def read_document(path: str, data: "DataSection") -> str:
 
     Raises: DataError: none, or several.
     """
-    from longfit.training.prepare import read_path
+    from longfit.training.prepare_data import read_path
 
     documents = list(read_path(path, data))
     if len(documents) != 1:

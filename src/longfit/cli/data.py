@@ -42,7 +42,7 @@ def data(
     flags = {flag: (key, value) for flag, (key, value) in options.items() if value is not None}
     config = load_config(overrides=settings or [], flags=flags)
 
-    from longfit.training.prepare import count_tokens, view_chats
+    from longfit.training.prepare_data import count_tokens, view_chats
 
     views = view_chats(config, count=CHATS_SHOWN) if sample and not as_json else []
     if views:  # first, because a chat of which something is dropped is an error below

@@ -140,7 +140,7 @@ def perplexity(asked: Asked, *, convention: str) -> None:
         raise ConfigError("no text given: longfit eval RUN|MODEL ppl --data PATH")
 
     from longfit.evaluation.perplexity import perplexity as measure
-    from longfit.training.prepare import native_context, read_path, read_token_ids
+    from longfit.training.prepare_data import native_context, read_path, read_token_ids
     from longfit.training.run_directory import seen_note
 
     model, tokenizer = _open(asked, config)
@@ -178,7 +178,7 @@ def perplexity(asked: Asked, *, convention: str) -> None:
 def passkey(asked: Asked, *, lengths: list[int] | None, depths: list[float], trials: int, together: bool) -> None:
     """Retrieval of a number from a long text."""
     from longfit.evaluation.passkey import passkey as measure
-    from longfit.training.prepare import native_context, read_path
+    from longfit.training.prepare_data import native_context, read_path
 
     config = asked.config()
     documents = None
@@ -294,6 +294,6 @@ def _held_out(asked: Asked, tokenizer: Any, config: "RunConfig", *, longest: int
     if asked.data is None:
         return None
 
-    from longfit.training.prepare import read_token_ids
+    from longfit.training.prepare_data import read_token_ids
 
     return read_token_ids(asked.data, tokenizer, data=config.data, max_tokens=longest)

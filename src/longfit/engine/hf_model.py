@@ -6,6 +6,7 @@ forward hook catches the norm's input and hands the norm no token at all, so tha
 apply it tile by tile.
 """
 
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +34,10 @@ def base_model(model: nn.Module) -> Any:
 
     Raises: ModelError: it is neither, or the adapter is not one that lives in the layers.
     """
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
-    if isinstance(model, PeftModel):
+    peft = sys.modules.get("peft")  # imported by whoever made a PeftModel; to import it takes seconds
+    if peft is not None and isinstance(model, peft.PeftModel):
         if model.active_peft_config.is_prompt_learning:
             raise ModelError(
                 f"{type(model.active_peft_config).__name__}: prompt learning changes the inputs of the model, "

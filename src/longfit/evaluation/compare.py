@@ -38,7 +38,8 @@ from longfit.evaluation.perplexity import PerplexityResult, perplexity
 from longfit.evaluation.tokens import encode
 from longfit.model.save import load_adapter
 from longfit.training import run_directory
-from longfit.training.prepare import extend, load_base, native_context, read_data, read_path, tokenize
+from longfit.training.prepare import extend, load_base
+from longfit.training.prepare_data import native_context, read_data, read_path, tokenize
 
 OnProgress = Callable[[int, int], Any]
 Progress = Callable[[str], AbstractContextManager[OnProgress | None]]

@@ -25,8 +25,9 @@ from longfit.errors import ExportError, ModelError
 from longfit.files.reading import reading
 from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit
 from longfit.model import gguf
+from longfit.model.description import read_config
 from longfit.model.hf_quantizer import all_linears, skipped_linears
-from longfit.model.load import foreign_format, quantization_block, read_config
+from longfit.model.load import foreign_format, quantization_block
 from longfit.model.pack_experts import packable_experts, skipped_experts
 from longfit.model.stored_weights import StoredWeights
 from longfit.model.vocabulary import grown

@@ -288,7 +288,7 @@ class Measuring:
 
 def _export_lora(trained: Trained, out: Path, measuring: Measuring | None) -> ExportResult:
     from longfit.model.adapter_weights import AdapterWeights
-    from longfit.model.load import read_config
+    from longfit.model.description import read_config
 
     config = read_config(trained.adapter)
     family, adapter = family_of(config), AdapterWeights(trained.adapter)

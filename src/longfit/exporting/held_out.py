@@ -13,7 +13,7 @@ from longfit.errors import DataError
 from longfit.evaluation.compare import Text, read_text, short_windows
 from longfit.evaluation.tokens import encode
 from longfit.exporting.trained import Trained
-from longfit.training.prepare import read_token_ids
+from longfit.training.prepare_data import read_token_ids
 
 WINDOW = 1024  # tokens with something to read before them; four windows say more about a text than one of four thousand
 

@@ -18,7 +18,8 @@ from longfit.exporting.held_out import HeldOut, held_out_windows
 from longfit.exporting.merge_plan import MergePlan
 from longfit.exporting.proof import Proof, Rounding, expected_model, prove
 from longfit.exporting.trained import Trained
-from longfit.model.load import load, read_config
+from longfit.model.description import read_config
+from longfit.model.load import load
 from longfit.training.metrics import Event, OnEvent
 
 

@@ -33,7 +33,7 @@ from longfit.exporting.shards import MAX_SHARD_BYTES, Planned, write_shards
 from longfit.exporting.trained import Trained
 from longfit.model.accounting import is_finite
 from longfit.model.adapter_weights import AdapterWeights
-from longfit.model.load import read_config
+from longfit.model.description import read_config
 from longfit.model.vocabulary import added_rows, tables
 from longfit.training.metrics import Event, OnEvent, ignore
 from longfit.words import format_bytes

@@ -16,7 +16,8 @@ from longfit.config import RunConfig
 from longfit.errors import ExportError
 from longfit.files.reading import read_object
 from longfit.model.context import adopt_positions
-from longfit.model.load import load, read_config, read_tokenizer
+from longfit.model.description import read_config, read_tokenizer
+from longfit.model.load import load
 from longfit.model.save import load_adapter
 from longfit.model.vocabulary import added_rows
 from longfit.training import run_directory

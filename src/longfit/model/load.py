@@ -7,7 +7,6 @@ never read. What was quantised, what was not and why comes back with the model a
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,38 +17,33 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
 from longfit.compat.torch_distributed import local_part
-from longfit.compat.transformers import forget_kernels
 from longfit.errors import ModelError
-from longfit.files import reading as border
-from longfit.files.reading import read_object, reading
+from longfit.files.reading import reading
 from longfit.kernels.cpu import processor
 from longfit.layers.experts import constants_of
 from longfit.layers.quantized_linear import QuantizedLinear
 from longfit.model import gguf
 from longfit.model.accounting import accounted
 from longfit.model.adapter_start import require_start
+from longfit.model.description import read_config, read_tokenizer
 from longfit.model.hf_quantizer import AddedError, LongfitQuantizationConfig
 from longfit.model.mapped_files import copy_out
 from longfit.model.pack_experts import packed_parameters
 from longfit.model.stored_formats import StoredFormat, stored_format
 from longfit.model.stored_weights import StoredWeights
 from longfit.model.vocabulary import add_rows, require_rows
-from longfit.model.weight_files import model_folder, read_headers, require_fitting, require_sane_counts
+from longfit.model.weight_files import model_folder, read_headers, require_fitting
 
 if TYPE_CHECKING:
     from longfit.model.own_rows import OwnRows
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-NEITHER = "neither a model folder, nor a .gguf file, nor a reachable hub id"
 QUANT_TYPES = ("nf4", "fp4", "int4", "int8")
 _STORED = "_longfit_stored"
 
@@ -273,58 +267,12 @@ def _load_stored(name: str, config: PretrainedConfig, stored: StoredFormat, argu
     return model
 
 
-def read_tokenizer(name: str | os.PathLike[str]) -> Any:
-    """The tokenizer of a folder or hub id.
-
-    Raises: ModelError: there is none, or it is damaged.
-    """
-    with reading(name, "the tokenizer", ModelError, do="fetch its files again, or give a model that has one"):
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-
-
 def auto_dtype(device: torch.device) -> tuple[torch.dtype, str]:
     """What the device multiplies fast, and why: ``processor.auto_dtype``; float16 on a card without bfloat16 (T4)."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float16, "this card has no bfloat16"
     name, reason = processor.auto_dtype(device.type)
     return getattr(torch, name), reason
-
-
-def read_config(name: str | os.PathLike[str]) -> PretrainedConfig:
-    """The configuration of a causal language model at a folder or hub id.
-
-    Raises: ModelError: there is none, it is damaged, or it describes another kind of model.
-    """
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        found = sorted(entry.name for entry in Path(name).iterdir())[:5]
-        raise ModelError(
-            f"{name}: no config.json in this folder (found {', '.join(found) or 'nothing'}); give a model folder"
-        )
-    if not Path(name).exists() and not HUB_ID.fullmatch(str(name)):
-        raise ModelError(f"{name}: does not exist, and is no hub id; give a model folder, a .gguf file or a hub id")
-    if Path(name).is_dir():
-        require_sane_counts(str(name), read_object(Path(name) / "config.json", ModelError, what="the configuration"))
-    try:
-        if not Path(name).is_dir():
-            require_sane_counts(str(name), PretrainedConfig.get_config_dict(name)[0])
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        place = Path(name) / "config.json" if Path(name).is_dir() else name
-        known = "not a configuration that transformers can read" if Path(name).is_dir() else NEITHER
-        raise ModelError(f"{place}: {known} ({border.reason(error)}); fetch it again, or give another model") from error
-    forget_kernels(config)  # a file does not choose them
-    if getattr(config, "transformers_weights", None) is not None:
-        raise ModelError(
-            f"{name}: config.json names a file of weights (transformers_weights); longfit reads model.safetensors or "
-            "what its index names: rename the file, and take the key out"
-        )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"{name}: a {config.model_type} model is not a causal language model; longfit trains decoders only"
-        )
-    return config
 
 
 def quantization_block(config: PretrainedConfig) -> dict[str, Any] | None:

@@ -52,16 +52,12 @@ from longfit.training.prepare import (
     extend,
     load_base,
     make_trainable,
-    native_context,
-    num_shared,
-    pack_documents,
-    read_data,
     remember_chat,
-    resolve_date,
     resolve_dtype,
     stream_frozen,
     sweep_with_less,
 )
+from longfit.training.prepare_data import native_context, num_shared, pack_documents, read_data, resolve_date
 from longfit.training.same_run import data_digest, require_same_data, require_same_model
 from longfit.training.samples import keep_samples_until
 from longfit.training.trackers import missing
