@@ -21,7 +21,7 @@ from longfit.errors import ExportError
 from longfit.exporting import gguf_file
 from longfit.exporting.export import export
 from longfit.exporting.gguf_families import FAMILIES as KNOWN
-from longfit.exporting.gguf_families import Field, llama3_factors
+from longfit.exporting.gguf_families import GgufField, llama3_factors
 from longfit.exporting.gguf_file import encode, rounding_bound
 from longfit.exporting.gguf_tokenizer import pre_name, require_rule
 from longfit.exporting.ollama import modelfile
@@ -151,7 +151,7 @@ def test_a_tokenizer_without_merges_is_refused_before_any_work(tmp_path: Path, c
 
 
 def test_a_rule_that_llama_cpp_would_not_apply_is_refused() -> None:
-    fields = {"tokenizer.ggml.pre": Field("gpt-2", gguf.GGUFValueType.STRING)}
+    fields = {"tokenizer.ggml.pre": GgufField("gpt-2", gguf.GGUFValueType.STRING)}
     with pytest.raises(ExportError, match=r"the rule 'gpt-2', but .* those of all qwen2 models by 'qwen2'"):
         require_rule(KNOWN["qwen2"], fields)
     require_rule(KNOWN["llama"], fields)

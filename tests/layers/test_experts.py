@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longfit.layers.experts import ExpertAdapter, PackedExperts, Span, packed_experts, spans_of
+from longfit.layers.experts import ExpertAdapter, ExpertTokens, PackedExperts, packed_experts, spans_of
 from longfit.layers.linear4bit import Linear4bit
 from longfit.layers.linear8bit import Linear8bit
 from longfit.numerics.row_format import RowFormat
 
 NUM_EXPERTS, RANK = 5, 3
-SPANS = (Span(0, 0, 1), Span(2, 1, 7), Span(4, 7, 40))  # experts 1 and 3 have no token; one token, few, many
+# Experts 1 and 3 have no token; the others one, few and many.
+SPANS = (ExpertTokens(0, 0, 1), ExpertTokens(2, 1, 7), ExpertTokens(4, 7, 40))
 FORMATS = {
     "whole blocks": RowFormat(24, 64),
     "blocks across rows": RowFormat(20, 36),
@@ -85,7 +86,7 @@ def test_tokens_of_no_expert_come_out_as_zeros() -> None:
     experts, rows, _ = packed("whole blocks", transposed=False)
     ids = torch.tensor([0, 0, 3, NUM_EXPERTS, NUM_EXPERTS + 2])
     spans = spans_of(ids, NUM_EXPERTS)
-    assert spans == (Span(0, 0, 2), Span(3, 2, 3))
+    assert spans == (ExpertTokens(0, 0, 2), ExpertTokens(3, 2, 3))
     y = experts.multiply("down_proj", torch.randn(5, 64), rows, spans)
     assert bool((y[:3] != 0).any(1).all())
     assert not y[3:].any()

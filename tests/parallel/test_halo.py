@@ -10,7 +10,7 @@ from tests.tiny_models import VOCABULARY, tiny_model
 from longfit.attention.hf_attention import attention_key
 from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.sweep.install import enable_sweep
-from longfit.parallel.halo import Piece, Segment, cut, find_parcels, find_pieces
+from longfit.parallel.halo import OwnedTokens, SentKeys, cut, find_parcels, find_pieces
 from longfit.parallel.sequence import SequenceParallelLoss
 from longfit.parallel.traffic import exact_bytes, shifted_bytes
 
@@ -20,7 +20,7 @@ LAYERS, HEADS, KV_HEADS, DIM, ELEMENT = 2, 8, 4, 8, 8
 def test_a_balanced_cut_gives_each_process_a_piece_from_the_front_and_its_mirror_image() -> None:
     segments = cut(24, 3, balanced=True)
     assert [segment.owner for segment in segments] == [0, 1, 2, 2, 1, 0]
-    assert segments[1] == Segment(4, 8, 1)
+    assert segments[1] == OwnedTokens(4, 8, 1)
     work = [sum(s.end**2 - s.start**2 for s in segments if s.owner == owner) for owner in range(3)]
     assert len(set(work)) == 1
     assert [segment.owner for segment in cut(24, 3, balanced=False)] == [0, 1, 2]
@@ -29,13 +29,13 @@ def test_a_balanced_cut_gives_each_process_a_piece_from_the_front_and_its_mirror
 def test_shifted_attention_sees_half_a_group_of_half_of_the_heads() -> None:
     schedule = build_schedule(8, document_starts(1, 64), group_size=16)
     pieces = find_pieces(schedule, cut(64, 2, balanced=False), num_kv_heads=4)
-    assert pieces == [Piece(0, 1, slice(2, 4), 24, 32)]
+    assert pieces == [SentKeys(0, 1, slice(2, 4), 24, 32)]
 
 
 def test_a_key_head_of_both_halves_travels_with_the_shifted_half() -> None:
     schedule = build_schedule(9, document_starts(1, 64), group_size=16)
     pieces = find_pieces(schedule, cut(64, 2, balanced=False), num_kv_heads=3)
-    assert pieces == [Piece(0, 1, slice(1, 3), 24, 32)]
+    assert pieces == [SentKeys(0, 1, slice(1, 3), 24, 32)]
 
 
 def test_a_document_that_begins_at_the_border_sees_nothing_across_it() -> None:

@@ -19,8 +19,8 @@ from longfit.evaluation.drift import Drift
 from longfit.exporting.bitsandbytes_folder import rounded, write_bitsandbytes
 from longfit.exporting.gguf_families import (
     STRING,
-    Family,
-    Field,
+    GgufFamily,
+    GgufField,
     extra_tensors,
     family_of,
     full_rope,
@@ -256,10 +256,10 @@ class BitsandbytesExport:
         return rounded(name, weight, self.plan)
 
 
-def gguf_metadata(plan: MergePlan, family: Family) -> dict[str, Field]:
+def gguf_metadata(plan: MergePlan, family: GgufFamily) -> dict[str, GgufField]:
     """All metadata of the model's file; from a GGUF base its own, with the positions and the template of the run."""
     config, trained = plan.config, plan.trained
-    name = {Keys.General.NAME: Field(trained.path.resolve().name, STRING)}
+    name = {Keys.General.NAME: GgufField(trained.path.resolve().name, STRING)}
     tokenizer = trained.tokenizer()
     if not is_gguf(Path(trained.base)):
         made = tokenizer_metadata(tokenizer, config.vocab_size)

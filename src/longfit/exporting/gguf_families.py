@@ -30,7 +30,7 @@ U32, F32, STRING, BOOL = GGUFValueType.UINT32, GGUFValueType.FLOAT32, GGUFValueT
 
 
 @dataclass(frozen=True)
-class Field:
+class GgufField:
     """A value of a GGUF file's metadata."""
 
     value: Any
@@ -39,7 +39,7 @@ class Field:
 
 
 @dataclass(frozen=True)
-class Family:
+class GgufFamily:
     """How transformers' tensors of a family become llama.cpp's.
 
     Attributes:
@@ -57,17 +57,17 @@ class Family:
 
 _GELU = ("hidden_activation", ("gelu_pytorch_tanh",))
 FAMILIES = {
-    "llama": Family("llama", interleaved=True),  # SmolLM and SmolLM2 too
-    "mistral": Family("llama", interleaved=True),
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "gemma2": Family("gemma2", norm_offset=1.0, activation=_GELU),
-    "gemma3_text": Family("gemma3", norm_offset=1.0, activation=_GELU),
-    "phi3": Family("phi3"),
+    "llama": GgufFamily("llama", interleaved=True),  # SmolLM and SmolLM2 too
+    "mistral": GgufFamily("llama", interleaved=True),
+    "qwen2": GgufFamily("qwen2"),
+    "qwen3": GgufFamily("qwen3"),
+    "gemma2": GgufFamily("gemma2", norm_offset=1.0, activation=_GELU),
+    "gemma3_text": GgufFamily("gemma3", norm_offset=1.0, activation=_GELU),
+    "phi3": GgufFamily("phi3"),
 }
 
 
-def family_of(config: Any) -> Family:
+def family_of(config: Any) -> GgufFamily:
     """The family of a model's configuration.
 
     Raises: ExportError: not one that can be written as GGUF, or one of its settings means something that llama.cpp does
@@ -85,7 +85,7 @@ def family_of(config: Any) -> Family:
     return family
 
 
-def _problems(config: Any, family: Family) -> Iterator[str]:
+def _problems(config: Any, family: GgufFamily) -> Iterator[str]:
     key, names = family.activation
     if getattr(config, key) not in names:
         yield f"{key} is {getattr(config, key)!r}, it has {names[0]!r} only"
@@ -128,20 +128,20 @@ def _rope_problems(rope: dict[str, Any], config: Any) -> Iterator[str]:
         yield "positions are scaled by 'longrope', which it has for phi3 only"
 
 
-def metadata(config: Any, family: Family) -> dict[str, Field]:
+def metadata(config: Any, family: GgufFamily) -> dict[str, GgufField]:
     """Everything under the architecture's name that follows from a configuration."""
     heads, head_dim = config.num_attention_heads, head_size(config)
-    sizes: dict[str, Field | None] = {
-        Keys.LLM.CONTEXT_LENGTH: Field(int(config.max_position_embeddings), U32),
-        Keys.LLM.EMBEDDING_LENGTH: Field(config.hidden_size, U32),
-        Keys.LLM.BLOCK_COUNT: Field(config.num_hidden_layers, U32),
-        Keys.LLM.FEED_FORWARD_LENGTH: Field(config.intermediate_size, U32),
-        Keys.LLM.VOCAB_SIZE: Field(config.vocab_size, U32),
-        Keys.Attention.HEAD_COUNT: Field(heads, U32),
-        Keys.Attention.HEAD_COUNT_KV: Field(getattr(config, "num_key_value_heads", None) or heads, U32),
-        Keys.Attention.KEY_LENGTH: Field(head_dim, U32),
-        Keys.Attention.VALUE_LENGTH: Field(head_dim, U32),
-        Keys.Attention.LAYERNORM_RMS_EPS: Field(float(config.rms_norm_eps), F32),
+    sizes: dict[str, GgufField | None] = {
+        Keys.LLM.CONTEXT_LENGTH: GgufField(int(config.max_position_embeddings), U32),
+        Keys.LLM.EMBEDDING_LENGTH: GgufField(config.hidden_size, U32),
+        Keys.LLM.BLOCK_COUNT: GgufField(config.num_hidden_layers, U32),
+        Keys.LLM.FEED_FORWARD_LENGTH: GgufField(config.intermediate_size, U32),
+        Keys.LLM.VOCAB_SIZE: GgufField(config.vocab_size, U32),
+        Keys.Attention.HEAD_COUNT: GgufField(heads, U32),
+        Keys.Attention.HEAD_COUNT_KV: GgufField(getattr(config, "num_key_value_heads", None) or heads, U32),
+        Keys.Attention.KEY_LENGTH: GgufField(head_dim, U32),
+        Keys.Attention.VALUE_LENGTH: GgufField(head_dim, U32),
+        Keys.Attention.LAYERNORM_RMS_EPS: GgufField(float(config.rms_norm_eps), F32),
         Keys.Attention.SLIDING_WINDOW: _sliding_window(config, family),
         Keys.LLM.ATTN_LOGIT_SOFTCAPPING: _positive(config, "attn_logit_softcapping", family, "gemma2"),
         Keys.LLM.FINAL_LOGIT_SOFTCAPPING: _positive(config, "final_logit_softcapping", family, "gemma2", "gemma3"),
@@ -150,27 +150,27 @@ def metadata(config: Any, family: Family) -> dict[str, Field]:
     return {key.format(arch=family.architecture): field for key, field in sizes.items() if field is not None}
 
 
-def rope_metadata(config: Any) -> dict[str, Field | None]:
+def rope_metadata(config: Any) -> dict[str, GgufField | None]:
     """The part of the metadata that an extension of the context changes."""
     rope, local = full_rope(config), config.rope_parameters.get("sliding_attention")
     kind = rope["rope_type"]
     scaled = kind in ("linear", "yarn")
     original = rope.get("original_max_position_embeddings") if kind in ("yarn", "longrope") else None
     return {
-        Keys.Rope.DIMENSION_COUNT: Field(rotated_size(config), U32),
-        Keys.Rope.FREQ_BASE: Field(float(rope["rope_theta"]), F32),
-        Keys.Rope.FREQ_BASE_SWA: Field(float(local["rope_theta"]), F32) if local else None,
-        Keys.Rope.SCALING_TYPE: Field(kind, STRING) if scaled else None,
-        Keys.Rope.SCALING_FACTOR: Field(float(rope["factor"]), F32) if scaled else None,
-        Keys.Rope.SCALING_ORIG_CTX_LEN: Field(int(original), U32) if original else None,
+        Keys.Rope.DIMENSION_COUNT: GgufField(rotated_size(config), U32),
+        Keys.Rope.FREQ_BASE: GgufField(float(rope["rope_theta"]), F32),
+        Keys.Rope.FREQ_BASE_SWA: GgufField(float(local["rope_theta"]), F32) if local else None,
+        Keys.Rope.SCALING_TYPE: GgufField(kind, STRING) if scaled else None,
+        Keys.Rope.SCALING_FACTOR: GgufField(float(rope["factor"]), F32) if scaled else None,
+        Keys.Rope.SCALING_ORIG_CTX_LEN: GgufField(int(original), U32) if original else None,
         Keys.Rope.SCALING_YARN_BETA_FAST: _given(rope, "beta_fast", kind),
         Keys.Rope.SCALING_YARN_BETA_SLOW: _given(rope, "beta_slow", kind),
-        Keys.Rope.SCALING_ATTN_FACTOR: Field(_longrope_attention(config), F32) if kind == "longrope" else None,
+        Keys.Rope.SCALING_ATTN_FACTOR: GgufField(_longrope_attention(config), F32) if kind == "longrope" else None,
     }
 
 
-def _given(rope: dict[str, Any], key: str, kind: str) -> Field | None:
-    return Field(float(rope[key]), F32) if kind == "yarn" and rope.get(key) is not None else None
+def _given(rope: dict[str, Any], key: str, kind: str) -> GgufField | None:
+    return GgufField(float(rope[key]), F32) if kind == "yarn" and rope.get(key) is not None else None
 
 
 def _longrope_attention(config: Any) -> float:
@@ -182,16 +182,16 @@ def _longrope_attention(config: Any) -> float:
     return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
 
-def _positive(config: Any, key: str, family: Family, *architectures: str) -> Field | None:
+def _positive(config: Any, key: str, family: GgufFamily, *architectures: str) -> GgufField | None:
     value = getattr(config, key, None)
-    return Field(float(value), F32) if value and family.architecture in architectures else None
+    return GgufField(float(value), F32) if value and family.architecture in architectures else None
 
 
-def _sliding_window(config: Any, family: Family) -> Field | None:
+def _sliding_window(config: Any, family: GgufFamily) -> GgufField | None:
     if family.architecture in ("gemma2", "gemma3"):
-        return Field(int(config.sliding_window), U32)
+        return GgufField(int(config.sliding_window), U32)
     if family.architecture == "phi3":
-        return Field(int(config.sliding_window or 0), U32)
+        return GgufField(int(config.sliding_window or 0), U32)
     return None
 
 
@@ -227,7 +227,7 @@ def llama3_factors(rope: dict[str, Any], size: int) -> Tensor:
     return (1 / ((1 - smooth) / float(rope["factor"]) + smooth)).float()
 
 
-def warnings_of(config: Any, family: Family) -> list[str]:
+def warnings_of(config: Any, family: GgufFamily) -> list[str]:
     """What the user of the file should know."""
     window = getattr(config, "sliding_window", None)
     if family.architecture == "llama" and window and window < config.max_position_embeddings:
@@ -238,7 +238,7 @@ def warnings_of(config: Any, family: Family) -> list[str]:
     return []
 
 
-def to_gguf(name: str, tensor: Tensor, config: Any, family: Family) -> Tensor:
+def to_gguf(name: str, tensor: Tensor, config: Any, family: GgufFamily) -> Tensor:
     """A tensor of the model as it stands in the file, float32 where it changes."""
     if family.norm_offset and name.endswith("norm.weight"):
         return tensor.float() + family.norm_offset

@@ -20,7 +20,7 @@ from gguf import GGUFReader, GGUFValueType, GGUFWriter, Keys, LlamaFileType
 from torch import Tensor
 
 from longfit.errors import ExportError
-from longfit.exporting.gguf_families import Family, Field, to_gguf
+from longfit.exporting.gguf_families import GgufFamily, GgufField, to_gguf
 
 FILE_TYPES = {
     "F16": (Type.F16, LlamaFileType.MOSTLY_F16),
@@ -34,7 +34,7 @@ SLICE_ELEMENTS = 1 << 22  # of a tensor that are quantised at a time: 16 MiB of 
 NOT_CARRIED = ("general.file_type", "general.quantization_version", "general.architecture")
 
 
-def tensor_names(names: Iterable[str], config: Any, family: Family) -> dict[str, str]:
+def tensor_names(names: Iterable[str], config: Any, family: GgufFamily) -> dict[str, str]:
     """llama.cpp's name of every tensor of the model.
 
     Raises: ExportError: it has none.
@@ -47,7 +47,7 @@ def tensor_names(names: Iterable[str], config: Any, family: Family) -> dict[str,
     return {name: str(theirs) for name, theirs in found.items()}
 
 
-def _architecture(family: Family) -> Any:
+def _architecture(family: GgufFamily) -> Any:
     return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
 
 
@@ -118,9 +118,9 @@ def rounding_bound(tensor: Tensor, kind: Type) -> Tensor:
 def write_gguf(
     path: Path,
     *,
-    family: Family,
+    family: GgufFamily,
     config: Any,
-    fields: dict[str, Field],
+    fields: dict[str, GgufField],
     shapes: dict[str, tuple[int, ...]],
     make: Callable[[str], Tensor],
     extra: dict[str, Tensor],
@@ -169,7 +169,7 @@ def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: Type)
 
 
 def check_gguf(
-    path: Path, *, family: Family, config: Any, shapes: dict[str, tuple[int, ...]], make: Callable[[str], Tensor]
+    path: Path, *, family: GgufFamily, config: Any, shapes: dict[str, tuple[int, ...]], make: Callable[[str], Tensor]
 ) -> float:
     """Read every tensor of a file back and compare it with what it should hold.
 
@@ -200,13 +200,13 @@ def check_gguf(
     return worst
 
 
-def carried_metadata(path: Path, family: Family) -> dict[str, Field]:
+def carried_metadata(path: Path, family: GgufFamily) -> dict[str, GgufField]:
     """The metadata of a base's own GGUF file, as they are.
 
     Raises: ExportError: it is a file of another architecture, or one of several.
     """
     reader = GGUFReader(str(path))
-    fields: dict[str, Field] = {}
+    fields: dict[str, GgufField] = {}
     for key, field in reader.fields.items():
         if key.startswith(("GGUF.", "split.")) or key in NOT_CARRIED:
             continue
@@ -214,7 +214,7 @@ def carried_metadata(path: Path, family: Family) -> dict[str, Field]:
         if kind == GGUFValueType.ARRAY and not field.contents():  # says nothing, and cannot be written
             continue
         item = field.types[-1] if kind == GGUFValueType.ARRAY else None
-        fields[key] = Field(field.contents(), kind, item)
+        fields[key] = GgufField(field.contents(), kind, item)
     architecture = reader.get_field(Keys.General.ARCHITECTURE)
     name = architecture.contents() if architecture else None
     if name != family.architecture:

@@ -18,7 +18,7 @@ from gguf import GGUFReader, GGUFWriter, Keys
 from gguf.constants import GGUFType
 
 from longfit.errors import ExportError
-from longfit.exporting.gguf_families import Family, to_gguf
+from longfit.exporting.gguf_families import GgufFamily, to_gguf
 from longfit.exporting.gguf_file import in_full, tensor_names
 from longfit.model import gguf
 from longfit.model.adapter_weights import AdapterWeights, LowRank
@@ -39,7 +39,7 @@ def require_plain(adapter: AdapterWeights, source: str) -> None:
         )
 
 
-def write_lora(path: Path, adapter: AdapterWeights, *, family: Family, config: Any, name: str) -> int:
+def write_lora(path: Path, adapter: AdapterWeights, *, family: GgufFamily, config: Any, name: str) -> int:
     """Write the adapter.
 
     Returns: the number of tensors.

@@ -16,13 +16,13 @@ from gguf import GGUFValueType, Keys, TokenType
 
 from longfit.errors import ExportError
 from longfit.exporting.chat_format import ChatFormat, chat_format
-from longfit.exporting.gguf_families import BOOL, F32, STRING, U32, Family, Field
+from longfit.exporting.gguf_families import BOOL, F32, STRING, U32, GgufFamily, GgufField
 from longfit.model.gguf_split_rules import PRE_NAMES, split_rule, steps_of
 
 ARRAY, I32 = GGUFValueType.ARRAY, GGUFValueType.INT32
 
 
-def tokenizer_metadata(tokenizer: Any, vocab_size: int) -> dict[str, Field]:
+def tokenizer_metadata(tokenizer: Any, vocab_size: int) -> dict[str, GgufField]:
     """All ``tokenizer.*`` fields.
 
     Args:
@@ -41,12 +41,12 @@ def tokenizer_metadata(tokenizer: Any, vocab_size: int) -> dict[str, Field]:
         fields = _byte_level(backend)
     else:
         fields = _sentencepiece(backend, tokens, kinds)
-    fields[Keys.Tokenizer.LIST] = Field(tokens, ARRAY, STRING)
-    fields[Keys.Tokenizer.TOKEN_TYPE] = Field([int(kind) for kind in kinds], ARRAY, I32)
+    fields[Keys.Tokenizer.LIST] = GgufField(tokens, ARRAY, STRING)
+    fields[Keys.Tokenizer.TOKEN_TYPE] = GgufField([int(kind) for kind in kinds], ARRAY, I32)
     return fields | special_metadata(tokenizer)
 
 
-def require_rule(family: Family, fields: dict[str, Field]) -> None:
+def require_rule(family: GgufFamily, fields: dict[str, GgufField]) -> None:
     """Raise ExportError for an architecture whose texts llama.cpp splits by one rule, whatever the file says."""
     pre = fields[Keys.Tokenizer.PRE].value
     if family.architecture == "qwen2" and pre != "qwen2":
@@ -55,7 +55,7 @@ def require_rule(family: Family, fields: dict[str, Field]) -> None:
         )
 
 
-def special_metadata(tokenizer: Any) -> dict[str, Field]:
+def special_metadata(tokenizer: Any) -> dict[str, GgufField]:
     """Special tokens, whether a text begins and ends with them, the chat template and the token that ends a turn."""
     keys = {
         Keys.Tokenizer.BOS_ID: tokenizer.bos_token_id,
@@ -63,15 +63,15 @@ def special_metadata(tokenizer: Any) -> dict[str, Field]:
         Keys.Tokenizer.UNK_ID: tokenizer.unk_token_id,
         Keys.Tokenizer.PAD_ID: tokenizer.pad_token_id,
     }
-    fields = {key: Field(int(token), U32) for key, token in keys.items() if token is not None}
+    fields = {key: GgufField(int(token), U32) for key, token in keys.items() if token is not None}
     made = tokenizer("a").input_ids
-    fields[Keys.Tokenizer.ADD_BOS] = Field(bool(made and made[0] == tokenizer.bos_token_id), BOOL)
-    fields[Keys.Tokenizer.ADD_EOS] = Field(bool(made and made[-1] == tokenizer.eos_token_id), BOOL)
+    fields[Keys.Tokenizer.ADD_BOS] = GgufField(bool(made and made[0] == tokenizer.bos_token_id), BOOL)
+    fields[Keys.Tokenizer.ADD_EOS] = GgufField(bool(made and made[-1] == tokenizer.eos_token_id), BOOL)
     if isinstance(tokenizer.chat_template, str):
-        fields[Keys.Tokenizer.CHAT_TEMPLATE] = Field(tokenizer.chat_template, STRING)
+        fields[Keys.Tokenizer.CHAT_TEMPLATE] = GgufField(tokenizer.chat_template, STRING)
         turn_end = end_of_turn(tokenizer, chat_format(tokenizer))
         if turn_end is not None and turn_end != tokenizer.eos_token_id:
-            fields[Keys.Tokenizer.EOT_ID] = Field(turn_end, U32)
+            fields[Keys.Tokenizer.EOT_ID] = GgufField(turn_end, U32)
     return fields
 
 
@@ -99,16 +99,16 @@ def _is_byte_level(backend: dict[str, Any]) -> bool:
     return any(step["type"] == "ByteLevel" for step in steps_of(backend["pre_tokenizer"], "pretokenizers"))
 
 
-def _byte_level(backend: dict[str, Any]) -> dict[str, Field]:
+def _byte_level(backend: dict[str, Any]) -> dict[str, GgufField]:
     if not backend["model"]["merges"]:
         raise ExportError(
             "tokenizer: byte-level BPE without a single merge, one token a byte; a GGUF file cannot say so. Use longfit"
             " merge, or longfit export --format gguf-lora"
         )
     return {
-        Keys.Tokenizer.MODEL: Field("gpt2", STRING),
-        Keys.Tokenizer.PRE: Field(pre_name(backend), STRING),
-        Keys.Tokenizer.MERGES: Field([_merge_text(merge) for merge in backend["model"]["merges"]], ARRAY, STRING),
+        Keys.Tokenizer.MODEL: GgufField("gpt2", STRING),
+        Keys.Tokenizer.PRE: GgufField(pre_name(backend), STRING),
+        Keys.Tokenizer.MERGES: GgufField([_merge_text(merge) for merge in backend["model"]["merges"]], ARRAY, STRING),
     }
 
 
@@ -131,7 +131,7 @@ def pre_name(backend: dict[str, Any]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------ SentencePiece BPE
-def _sentencepiece(backend: dict[str, Any], tokens: list[str], kinds: list[TokenType]) -> dict[str, Field]:
+def _sentencepiece(backend: dict[str, Any], tokens: list[str], kinds: list[TokenType]) -> dict[str, GgufField]:
     """Tokens with scores; ``kinds`` learns which are bytes and which is unknown."""
     model = backend["model"]
     if not model.get("byte_fallback"):
@@ -148,10 +148,10 @@ def _sentencepiece(backend: dict[str, Any], tokens: list[str], kinds: list[Token
         elif token == model.get("unk_token"):
             kinds[index] = TokenType.UNKNOWN
     return {
-        Keys.Tokenizer.MODEL: Field("llama", STRING),
-        Keys.Tokenizer.PRE: Field("default", STRING),
-        Keys.Tokenizer.SCORES: Field(scores, ARRAY, F32),
-        Keys.Tokenizer.ADD_PREFIX: Field(_adds_space(backend), BOOL),
+        Keys.Tokenizer.MODEL: GgufField("llama", STRING),
+        Keys.Tokenizer.PRE: GgufField("default", STRING),
+        Keys.Tokenizer.SCORES: GgufField(scores, ARRAY, F32),
+        Keys.Tokenizer.ADD_PREFIX: GgufField(_adds_space(backend), BOOL),
     }
 
 

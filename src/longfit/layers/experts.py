@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from longfit.layers.quantized_linear import Product, QuantizedLinear, autocast_input
 
 
-class Span(NamedTuple):
+class ExpertTokens(NamedTuple):
     """Tokens ``start .. stop - 1``, all of one expert."""
 
     expert: int
@@ -58,7 +58,7 @@ class ExpertsMatmul(torch.autograd.Function):
         B: Tensor | None,
         weight: Tensor,
         constants: Tensor,
-        spans: tuple[Span, ...],
+        spans: tuple[ExpertTokens, ...],
         weights: ExpertProduct,
         scaling: float,
     ) -> Tensor:
@@ -184,7 +184,7 @@ class PackedExperts(nn.Module):
         """Whether no block constant of any expert is NaN or infinite."""
         return all(self.expert(name, weight, n).constants_finite() for n in range(self.num_experts))
 
-    def multiply(self, name: str, x: Tensor, weight: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    def multiply(self, name: str, x: Tensor, weight: Tensor, spans: tuple[ExpertTokens, ...]) -> Tensor:
         """Multiply ``[S, in]``, sorted by expert, by each token's expert: ``[S, out]``, in the dtype of ``x``."""
         x = autocast_input(x)
         layer, adapter = self.formats[name], self.adapters.get(name)
@@ -211,7 +211,7 @@ def packed_experts(module: nn.Module) -> PackedExperts | None:
     return found if isinstance(found, PackedExperts) else None
 
 
-def spans_of(expert_ids: Tensor, num_experts: int) -> tuple[Span, ...]:
+def spans_of(expert_ids: Tensor, num_experts: int) -> tuple[ExpertTokens, ...]:
     """Where each expert's tokens lie in a sorted list of expert numbers.
 
     Args:
@@ -221,6 +221,6 @@ def spans_of(expert_ids: Tensor, num_experts: int) -> tuple[Span, ...]:
     spans, start = [], 0
     for expert, count in enumerate(counts[:num_experts]):
         if count:
-            spans.append(Span(expert, start, start + count))
+            spans.append(ExpertTokens(expert, start, start + count))
         start += count
     return tuple(spans)

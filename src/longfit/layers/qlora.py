@@ -84,7 +84,7 @@ class QLoRAMatmul(torch.autograd.Function):
         return x_grad, adapter_x_grad, A_grad, B_grad, *(None,) * 5
 
 
-class LowRank(nn.Module):
+class FrozenLowRank(nn.Module):
     """A frozen low-rank matrix ``B A``; moves with its layer, and is in no file, since a start is computed anew."""
 
     A: Tensor
@@ -196,7 +196,7 @@ class QLoRALinear(LoraLinear):
             super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)
         if start_of(config) in LOW_RANK_STARTS:
             A, B = self.lora_A[adapter_name].weight.detach(), self.lora_B[adapter_name].weight.detach()
-            self.starts[adapter_name] = LowRank(A.clone(), B * self.scaling[adapter_name])
+            self.starts[adapter_name] = FrozenLowRank(A.clone(), B * self.scaling[adapter_name])
             self.lora_variant[adapter_name] = TakenOut()
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -27,7 +27,7 @@ KeyValue = tuple[Tensor, Tensor]  # [B, K, n, D] twice; the values may have anot
 
 
 @dataclass(frozen=True)
-class Segment:
+class OwnedTokens:
     """The tokens ``[start, end)`` of a sequence and the process that has them."""
 
     start: int
@@ -36,7 +36,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Piece:
+class SentKeys:
     """The tokens ``[low, high)`` of some key/value heads of segment ``source``, seen by segment ``target``."""
 
     source: int
@@ -50,17 +50,17 @@ class Piece:
 class Parcel:
     """Pieces of one segment for one process: the longest of them, and others that are its last tokens."""
 
-    longest: Piece
-    pieces: tuple[Piece, ...]
+    longest: SentKeys
+    pieces: tuple[SentKeys, ...]
 
-    def part(self, piece: Piece, tensor: Tensor) -> Tensor:
+    def part(self, piece: SentKeys, tensor: Tensor) -> Tensor:
         """A piece of a tensor ``[B, k, n, D]`` that holds the longest."""
         return tensor[:, :, piece.low - self.longest.low :]
 
 
-def find_parcels(pieces: Sequence[Piece], segments: Sequence[Segment]) -> list[Parcel]:
+def find_parcels(pieces: Sequence[SentKeys], segments: Sequence[OwnedTokens]) -> list[Parcel]:
     """Put together what travels from one segment to one process."""
-    together: dict[tuple[int, int, int, int], list[Piece]] = {}
+    together: dict[tuple[int, int, int, int], list[SentKeys]] = {}
     for piece in pieces:
         way = (piece.source, segments[piece.target].owner, piece.heads.start, piece.heads.stop)
         together.setdefault(way, []).append(piece)
@@ -84,7 +84,7 @@ class Traffic:
         return sent
 
 
-def cut(num_tokens: int, num_processes: int, *, balanced: bool) -> tuple[Segment, ...]:
+def cut(num_tokens: int, num_processes: int, *, balanced: bool) -> tuple[OwnedTokens, ...]:
     """Cut a sequence into equal segments, in the order of its tokens.
 
     Args:
@@ -95,7 +95,7 @@ def cut(num_tokens: int, num_processes: int, *, balanced: bool) -> tuple[Segment
     count = num_segments(num_processes, balanced=balanced)
     size = num_tokens // count
     owners = [*range(num_processes), *(reversed(range(num_processes)) if balanced else ())]
-    return tuple(Segment(number * size, (number + 1) * size, owner) for number, owner in enumerate(owners))
+    return tuple(OwnedTokens(number * size, (number + 1) * size, owner) for number, owner in enumerate(owners))
 
 
 def num_segments(num_processes: int, *, balanced: bool) -> int:
@@ -103,7 +103,7 @@ def num_segments(num_processes: int, *, balanced: bool) -> int:
     return num_processes * (2 if balanced else 1)
 
 
-def find_pieces(schedule: Schedule, segments: Sequence[Segment], *, num_kv_heads: int) -> list[Piece]:
+def find_pieces(schedule: Schedule, segments: Sequence[OwnedTokens], *, num_kv_heads: int) -> list[SentKeys]:
     """Say what every segment sees of every other.
 
     Args:
@@ -114,7 +114,7 @@ def find_pieces(schedule: Schedule, segments: Sequence[Segment], *, num_kv_heads
         for heads, low in _first_seen(schedule, segment.start, num_kv_heads):
             for source, other in enumerate(segments[:target]):
                 if other.end > low:
-                    pieces.append(Piece(source, target, heads, max(low, other.start), other.end))
+                    pieces.append(SentKeys(source, target, heads, max(low, other.start), other.end))
     return pieces
 
 
@@ -142,17 +142,17 @@ class HaloTransport:
         segments: of the whole sequence.
         own: the numbers of this process's segments.
         num_kv_heads: K.
-        group: the processes of the sequence; ``Segment.owner`` is a rank in it.
+        group: the processes of the sequence; ``OwnedTokens.owner`` is a rank in it.
         traffic: counts what is sent.
     """
 
     whole: Schedule
-    segments: tuple[Segment, ...]
+    segments: tuple[OwnedTokens, ...]
     own: tuple[int, ...]
     num_kv_heads: int
     group: dist.ProcessGroup
     traffic: Traffic
-    pieces: list[Piece] = field(init=False)
+    pieces: list[SentKeys] = field(init=False)
     parcels: list[Parcel] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -252,13 +252,13 @@ class HaloTransport:
                 write(parcel, parts)
         return sum(out_sizes)
 
-    def _sent(self, tensors: Sequence[KeyValue], piece: Piece) -> list[Tensor]:
+    def _sent(self, tensors: Sequence[KeyValue], piece: SentKeys) -> list[Tensor]:
         """A piece among the sent tokens of its source."""
         number = self.own.index(piece.source)
         first = self.segments[piece.source].start + self.sent_from(number)
         return [x[:, piece.heads, piece.low - first : piece.high - first] for x in tensors[number]]
 
-    def _seen(self, tensors: Sequence[KeyValue], piece: Piece) -> list[Tensor]:
+    def _seen(self, tensors: Sequence[KeyValue], piece: SentKeys) -> list[Tensor]:
         """A piece in the halo of its target."""
         number = self.own.index(piece.target)
         first = self._first(number)
@@ -284,7 +284,7 @@ def _size(shape: tuple[int, ...]) -> int:
     return shape[0] * shape[1] * shape[2] * shape[3]
 
 
-def _num_bytes(piece: Piece, key: Tensor, value: Tensor) -> int:
+def _num_bytes(piece: SentKeys, key: Tensor, value: Tensor) -> int:
     """Bytes of a piece of keys and values like these."""
     vectors = key.shape[0] * (piece.heads.stop - piece.heads.start) * (piece.high - piece.low)
     return vectors * (key.shape[3] * key.element_size() + value.shape[3] * value.element_size())

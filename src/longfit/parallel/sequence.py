@@ -21,18 +21,18 @@ from longfit.attention.visibility import build_schedule, document_starts
 from longfit.engine.hf_model import base_model
 from longfit.engine.loss.training_loss import shifted_labels, training_loss
 from longfit.engine.sweep.probe import nature_of
-from longfit.engine.sweep.shared_sequence import Asked, Stretch
+from longfit.engine.sweep.shared_sequence import AttentionKind, Stretch
 from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.errors import ModelError
 from longfit.numerics.labels import IGNORED
-from longfit.parallel.halo import HaloTransport, Segment, Traffic, cut, num_segments
+from longfit.parallel.halo import HaloTransport, OwnedTokens, Traffic, cut, num_segments
 
 
 class SharedWindow:
     """This process's part of one batch of windows; what a swept layer asks is answered once per kind of attention."""
 
     def __init__(
-        self, starts: Tensor, *, segments: tuple[Segment, ...], group: dist.ProcessGroup, traffic: Traffic
+        self, starts: Tensor, *, segments: tuple[OwnedTokens, ...], group: dist.ProcessGroup, traffic: Traffic
     ) -> None:
         """Take part in a window.
 
@@ -45,7 +45,7 @@ class SharedWindow:
         self._starts, self._segments, self._group, self._traffic = starts, segments, group, traffic
         rank = dist.get_rank(group)
         self._own = tuple(number for number, segment in enumerate(segments) if segment.owner == rank)
-        self._transports: dict[Asked, HaloTransport] = {}
+        self._transports: dict[AttentionKind, HaloTransport] = {}
 
     @property
     def tokens(self) -> Tensor:
@@ -62,7 +62,7 @@ class SharedWindow:
             start, first_tile = start + size, first_tile - (-size // tile)
         return tuple(found)
 
-    def transport(self, asked: Asked) -> HaloTransport:
+    def transport(self, asked: AttentionKind) -> HaloTransport:
         """How keys travel for one kind of attention."""
         if asked not in self._transports:
             schedule = build_schedule(

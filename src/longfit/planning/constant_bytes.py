@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from longfit.engine.working_memory import GRADIENT_ROWS
 from longfit.kernels.dense_weight_bytes import HELD_BYTES, TILE_BYTES
 from longfit.optim.state_sizes import PAGE_BYTES, SMALLEST_8BIT_NUMEL
-from longfit.planning.layer_kinds import LayerKind, Matrix, last_parts
+from longfit.planning.layer_kinds import LayerShape, Matrix, last_parts
 from longfit.planning.settings import PlanSettings, UnplannedError
 from longfit.planning.shapes import ModelShape
 
@@ -64,7 +64,7 @@ def weights(shape: ModelShape, settings: PlanSettings) -> WeightBytes:
         packed = settings.quant != "none" and matrix.in_features % 2 == 0
         return (packed_bytes(matrix, settings) if packed else matrix.numel * element) + bias
 
-    def layer(kind: LayerKind) -> int:
+    def layer(kind: LayerShape) -> int:
         found = sum(stored(matrix) * matrix.count for matrix in kind.matrices) + element * kind.dense_params
         if (experts := kind.experts) is None:
             return found
@@ -87,7 +87,7 @@ BROADCAST_BYTES = 250 << 20
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedParameters:
     """What is trained.
 
     Attributes:
@@ -132,7 +132,7 @@ def require_known_targets(shape: ModelShape, settings: PlanSettings) -> None:
         )
 
 
-def trained(shape: ModelShape, settings: PlanSettings) -> Trained:
+def trained(shape: ModelShape, settings: PlanSettings) -> TrainedParameters:
     """Count trained parameters (``model/adapters.py``: adapters on every linear layer but the output matrix).
 
     Raises: UnplannedError: ``targets`` names a layer that a plan does not know.
@@ -161,10 +161,10 @@ def trained(shape: ModelShape, settings: PlanSettings) -> Trained:
     rows_only = settings.train_new_tokens
     vocabulary = shape.vocab_params if rows_only else shape.vocab_size * shape.hidden_size * settings.train_embeddings
     head = rows_only or (shape.tied and settings.train_embeddings)
-    return Trained(adapters, vocabulary, norms, head=head, rows_only=rows_only)
+    return TrainedParameters(adapters, vocabulary, norms, head=head, rows_only=rows_only)
 
 
-def state_bytes(parts: Trained, settings: PlanSettings) -> int:
+def state_bytes(parts: TrainedParameters, settings: PlanSettings) -> int:
     """Bytes of all optimiser state, as a checkpoint has it (``optim/page_layout.py``)."""
 
     def bytes_of(numel: int, master: int) -> int:
@@ -177,7 +177,7 @@ def state_bytes(parts: Trained, settings: PlanSettings) -> int:
     return sum(bytes_of(numel, 0) for numel in parts.adapters) + sum(bytes_of(numel, master) for numel in whole)
 
 
-def page_bytes(parts: Trained, settings: PlanSettings) -> int:
+def page_bytes(parts: TrainedParameters, settings: PlanSettings) -> int:
     """Bytes of all optimiser state in whole pages, wherever they are."""
     return _blocks(state_bytes(parts, settings), PAGE_BYTES) * PAGE_BYTES
 
@@ -202,7 +202,7 @@ class Gradients:
     kept: int
 
 
-def gradients(shape: ModelShape, parts: Trained, settings: PlanSettings, *, loss_tile: int) -> Gradients:
+def gradients(shape: ModelShape, parts: TrainedParameters, settings: PlanSettings, *, loss_tile: int) -> Gradients:
     """Count gradients: adapters in float32, the rest in the dtype of the base, or in float32 where that is float16.
 
     Args:

@@ -121,7 +121,7 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class LayerKind:
+class LayerShape:
     """Layers that are alike.
 
     Attributes:
@@ -161,7 +161,7 @@ def gated_product(hidden: int, inner: int) -> tuple[Matrix, ...]:
 
 def mixture_kinds(
     model_type: str, values: Mapping[str, Any], attention: tuple[Matrix, ...], *, hidden: int, num_layers: int
-) -> tuple[LayerKind, ...]:
+) -> tuple[LayerShape, ...]:
     """The kinds of layers of a mixture of experts.
 
     Args:
@@ -174,15 +174,15 @@ def mixture_kinds(
         count, oss = int(values["num_local_experts"]), model_type == "gpt_oss"
         experts = Experts(count, top_k, hidden, inner, ACTIVATIONS[model_type], transposed=oss, biased=oss)
         dense = count * hidden + (count + int(values["num_attention_heads"]) if oss else 0)  # its bias and sinks
-        return (LayerKind(num_layers, attention, 0, experts, dense),)
+        return (LayerShape(num_layers, attention, 0, experts, dense),)
     if model_type == "qwen3_moe":
         count, step = int(values.get("num_local_experts") or values["num_experts"]), int(values["decoder_sparse_step"])
         only = set(values.get("mlp_only_layers") or ())
         sparse = sum(layer not in only and count > 0 and (layer + 1) % step == 0 for layer in range(num_layers))
         experts = Experts(count, top_k, hidden, int(values["moe_intermediate_size"]), ACTIVATIONS[model_type])
         kinds = (
-            LayerKind(sparse, attention, 0, experts, count * hidden),
-            LayerKind(num_layers - sparse, (*attention, *gated_product(hidden, inner)), inner),
+            LayerShape(sparse, attention, 0, experts, count * hidden),
+            LayerShape(num_layers - sparse, (*attention, *gated_product(hidden, inner)), inner),
         )
     else:
         assert model_type == "llama4_text", model_type
@@ -192,8 +192,8 @@ def mixture_kinds(
         experts = Experts(count, top_k, hidden, inner, ACTIVATIONS[model_type], transposed=True, packed=False)
         wide = int(values["intermediate_size_mlp"])
         kinds = (
-            LayerKind(sparse, (*attention, *gated_product(hidden, inner)), inner, experts, count * hidden),
-            LayerKind(num_layers - sparse, (*attention, *gated_product(hidden, wide)), wide),
+            LayerShape(sparse, (*attention, *gated_product(hidden, inner)), inner, experts, count * hidden),
+            LayerShape(num_layers - sparse, (*attention, *gated_product(hidden, wide)), wide),
         )
     return tuple(kind for kind in kinds if kind.count)
 

@@ -147,7 +147,9 @@ def _weights(shape: ModelShape, settings: PlanSettings, device: str) -> list[Com
     ]
 
 
-def _learning(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.Trained, device: str) -> list[Component]:
+def _learning(
+    shape: ModelShape, settings: PlanSettings, parts: constant_bytes.TrainedParameters, device: str
+) -> list[Component]:
     loss_tile = per_token_bytes.loss_bytes(shape, settings, gradient=True)
     grads = constant_bytes.gradients(shape, parts, settings, loss_tile=loss_tile)
     early = grads.kept if settings.gradient_accumulation > 1 else 0
@@ -183,7 +185,9 @@ def _num_adapted(shape: ModelShape, settings: PlanSettings) -> int:
     return linears + experts
 
 
-def _replicas(shape: ModelShape, settings: PlanSettings, parts: constant_bytes.Trained, device: str) -> list[Component]:
+def _replicas(
+    shape: ModelShape, settings: PlanSettings, parts: constant_bytes.TrainedParameters, device: str
+) -> list[Component]:
     """What torch's DistributedDataParallel adds: buckets as large as all gradients, and a first broadcast."""
     if settings.processes == 1 or settings.shard > 1:
         return []
@@ -258,7 +262,7 @@ def _tiles(shape: ModelShape, settings: PlanSettings, device: str) -> list[Compo
     ]
 
 
-def _files(settings: PlanSettings, parts: constant_bytes.Trained) -> list[Component]:
+def _files(settings: PlanSettings, parts: constant_bytes.TrainedParameters) -> list[Component]:
     saved = 4 * parts.adapter_params
     whole = parts.whole_params - (parts.vocabulary if parts.rows_only else 0)
     saved += settings.element_bytes * whole

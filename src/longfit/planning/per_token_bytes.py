@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from longfit.attention.limits import KEY_BLOCK
 from longfit.engine.working_memory import CPU_LOGITS, CPU_SAVED_ATTENTION_BYTES, DEVICE_LOGITS
-from longfit.planning.layer_kinds import LayerKind
+from longfit.planning.layer_kinds import LayerShape
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
@@ -68,7 +68,7 @@ def tile_bytes(shape: ModelShape, settings: PlanSettings, *, tokens: int) -> Til
     return TileBytes(*(max(getattr(kind, name) for kind in kinds) for name in ("forward", "mlp", "attention")))
 
 
-def _kind_bytes(shape: ModelShape, kind: LayerKind, settings: PlanSettings, *, tokens: int) -> TileBytes:
+def _kind_bytes(shape: ModelShape, kind: LayerShape, settings: PlanSettings, *, tokens: int) -> TileBytes:
     e, hidden, inner = settings.element_bytes, shape.hidden_size, kind.inner
     queries, keys, family = shape.query_width, shape.kv_width, shape.family
     fused_norms = settings.fuses and not family.wide_norms  # engine/sweep/fused_modules.py
@@ -101,7 +101,7 @@ def _kind_bytes(shape: ModelShape, kind: LayerKind, settings: PlanSettings, *, t
     return TileBytes(tokens * forward, tokens * mlp, tokens * attention)
 
 
-def _dropped_bytes(kind: LayerKind, settings: PlanSettings) -> int:
+def _dropped_bytes(kind: LayerShape, settings: PlanSettings) -> int:
     """Bytes a token of what dropout keeps for each adapter: its input, and what was dropped (a byte, or a factor).
 
     Those of the last matrix, down, are gone when most is alive.

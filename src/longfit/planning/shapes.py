@@ -16,11 +16,11 @@ from longfit.errors import ModelError
 from longfit.files.reading import read_object, reading
 from longfit.model.weight_files import require_sane_counts
 from longfit.planning.gguf_config import gguf_config
-from longfit.planning.layer_kinds import MIXTURES, LayerKind, Matrix, gated_product, mixture_kinds
+from longfit.planning.layer_kinds import MIXTURES, LayerShape, Matrix, gated_product, mixture_kinds
 
 
 @dataclass(frozen=True)
-class Family:
+class FamilyShape:
     """How the decoder layers of a model family are built, and what its ``config.json`` may leave out.
 
     Attributes:
@@ -46,19 +46,19 @@ class Family:
 
 _GEMMA: dict[str, Any] = {"norms": 4, "wide_norms": True}
 FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(qkv_bias=True),
-    "qwen3": Family(qk_norm=True, defaults={"head_dim": 128}),
-    "phi3": Family(fused=True),
-    "gemma2": Family(
+    "llama": FamilyShape(),
+    "mistral": FamilyShape(),
+    "qwen2": FamilyShape(qkv_bias=True),
+    "qwen3": FamilyShape(qk_norm=True, defaults={"head_dim": 128}),
+    "phi3": FamilyShape(fused=True),
+    "gemma2": FamilyShape(
         **_GEMMA,
         defaults={
             **{"head_dim": 256, "tie_word_embeddings": True, "sliding_window": 4096},
             **{"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         },
     ),
-    "gemma3_text": Family(
+    "gemma3_text": FamilyShape(
         **_GEMMA,
         qk_norm=True,
         rotary_per_kind=True,
@@ -68,20 +68,20 @@ FAMILIES = {
             "max_position_embeddings": 131_072,
         },
     ),
-    "mixtral": Family(defaults={"num_local_experts": 8, "num_experts_per_tok": 2}),
-    "qwen3_moe": Family(
+    "mixtral": FamilyShape(defaults={"num_local_experts": 8, "num_experts_per_tok": 2}),
+    "qwen3_moe": FamilyShape(
         qk_norm=True,
         defaults={
             **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1},
             **{"sliding_window": 4096},
         },
     ),
-    "gpt_oss": Family(
+    "gpt_oss": FamilyShape(
         qkv_bias=True,
         o_bias=True,
         defaults={"num_local_experts": 128, "num_experts_per_tok": 4, "head_dim": 64, "sliding_window": 128},
     ),
-    "llama4_text": Family(
+    "llama4_text": FamilyShape(
         defaults={
             **{"num_local_experts": 16, "num_experts_per_tok": 1, "head_dim": 128, "interleave_moe_layer_step": 1},
             **{"intermediate_size_mlp": 16_384, "attention_chunk_size": 8192, "no_rope_layer_interval": 4},
@@ -125,7 +125,7 @@ class ModelShape:
         kinds: of layers, where they are not all alike.
     """
 
-    family: Family
+    family: FamilyShape
     model_type: str
     hidden_size: int
     intermediate_size: int
@@ -139,12 +139,12 @@ class ModelShape:
     native_context: int
     tower: tuple[Matrix, ...] = ()
     tower_params: int = 0
-    kinds: tuple[LayerKind, ...] = ()
+    kinds: tuple[LayerShape, ...] = ()
 
     @property
-    def layer_kinds(self) -> tuple[LayerKind, ...]:
+    def layer_kinds(self) -> tuple[LayerShape, ...]:
         """What the layers are made of; counts add up to the number of layers."""
-        return self.kinds or (LayerKind(self.num_layers, self.layer_matrices, self.intermediate_size),)
+        return self.kinds or (LayerShape(self.num_layers, self.layer_matrices, self.intermediate_size),)
 
     @property
     def all_matrices(self) -> tuple[Matrix, ...]:

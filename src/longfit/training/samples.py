@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from longfit.data.template import choose_template
+from longfit.engine.model_state import preserve_modes
 from longfit.errors import RunError
 from longfit.files.reading import reading
 from longfit.files.writing import append_lines, write_text, writing
@@ -23,25 +24,22 @@ def answer(model: Any, tokenizer: Any, prompt: str, *, document: str | None = No
     """What the model says to a prompt, the likeliest token each time."""
     from transformers import DynamicCache
 
-    base, was_training = model, model.training
     ids = torch.tensor([_prompt_ids(tokenizer, prompt, document)], device=model.device)
     ends = _end_tokens(model, tokenizer)
     made: list[int] = []
-    model.eval()
-    try:
+    with preserve_modes(model.modules()):
+        model.eval()
         cache = DynamicCache()
         for start in range(0, ids.shape[1], READ_TOKENS):
             part = ids[:, start : start + READ_TOKENS]
-            logits = base(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         while len(made) < max_new_tokens:
             token = int(logits[0, -1].argmax())
             if token in ends:
                 break
             made.append(token)
             step = torch.tensor([[token]], device=ids.device)
-            logits = base(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    finally:
-        model.train(was_training)
+            logits = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     return str(tokenizer.decode(made, skip_special_tokens=True))
 
 

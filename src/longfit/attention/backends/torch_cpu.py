@@ -29,7 +29,7 @@ MASK_BLOCK = 128
 more than half of the plain torch backend's time, and two thirds of it for a window of 4,096."""
 
 
-class Part(NamedTuple):
+class KeyRange(NamedTuple):
     """Keys ``[low, high)`` that one call of the kernel shows to a piece's queries: all, causally, or by mask."""
 
     low: int
@@ -37,12 +37,12 @@ class Part(NamedTuple):
     visible: str  # "all" | "causal" | "mask"
 
 
-class Piece(NamedTuple):
+class QueryRange(NamedTuple):
     """Queries ``[low, high)`` of the whole sequence and the parts that together show them their keys."""
 
     low: int
     high: int
-    parts: tuple[Part, ...]
+    parts: tuple[KeyRange, ...]
 
 
 class Call(NamedTuple):
@@ -52,13 +52,13 @@ class Call(NamedTuple):
     heads: slice
     kv_heads: slice
     first_key: Tensor  # [t] of the whole tile
-    piece: Piece
+    piece: QueryRange
 
     def queries(self, start: int) -> tuple[slice, slice, slice]:
         """Where its queries are: an index of ``[B, H, t, D]``."""
         return self.rows, self.heads, slice(self.piece.low - start, self.piece.high - start)
 
-    def keys(self, part: Part) -> tuple[slice, slice, slice]:
+    def keys(self, part: KeyRange) -> tuple[slice, slice, slice]:
         """Where the keys of one of its parts are: an index of ``[B, K, n, D]``."""
         return self.rows, self.kv_heads, slice(part.low, part.high)
 
@@ -114,7 +114,7 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def pieces(first_key: Tensor, start: int) -> Iterator[Piece]:
+def pieces(first_key: Tensor, start: int) -> Iterator[QueryRange]:
     """Cut a tile into pieces; every query is in exactly one.
 
     Args:
@@ -138,19 +138,19 @@ def pieces(first_key: Tensor, start: int) -> Iterator[Piece]:
     yield from _shared(block)
 
 
-def _shared(block: list[tuple[int, int, int]]) -> Iterator[Piece]:
+def _shared(block: list[tuple[int, int, int]]) -> Iterator[QueryRange]:
     if len(block) == 1:
         yield _run(*block[0])
     elif block:
         low, high = block[0][1], block[-1][2]
-        yield Piece(low, high, (Part(block[0][0], high, "mask"),))
+        yield QueryRange(low, high, (KeyRange(block[0][0], high, "mask"),))
 
 
-def _run(first: int, low: int, high: int) -> Piece:
+def _run(first: int, low: int, high: int) -> QueryRange:
     if high - low == 1:
-        return Piece(low, high, (Part(first, high, "all"),))
-    square = Part(low, high, "causal")
-    return Piece(low, high, (Part(first, low, "all"), square) if first < low else (square,))
+        return QueryRange(low, high, (KeyRange(first, high, "all"),))
+    square = KeyRange(low, high, "causal")
+    return QueryRange(low, high, (KeyRange(first, low, "all"), square) if first < low else (square,))
 
 
 def _calls(tile: QueryTile) -> Iterator[Call]:
@@ -164,7 +164,7 @@ def _calls(tile: QueryTile) -> Iterator[Call]:
                     yield Call(rows, heads, kv_heads, first_key[row], piece)
 
 
-def _mask(call: Call, part: Part, tile: QueryTile) -> Tensor | None:
+def _mask(call: Call, part: KeyRange, tile: QueryTile) -> Tensor | None:
     """Additive mask [1, 1, Q, S]; the kernel reads it in the dtype of the queries."""
     if part.visible != "mask":
         return None

@@ -26,7 +26,7 @@ from longfit.attention.visibility import Schedule
 
 
 @dataclass(frozen=True)
-class Asked:
+class AttentionKind:
     """What a layer's attention asks for; decides which keys travel. Hashable."""
 
     num_heads: int
@@ -75,7 +75,7 @@ class SharedSequence(Protocol):
         """Its stretches, in tiles of so many tokens."""
         ...
 
-    def transport(self, asked: Asked) -> KeyTransport:
+    def transport(self, asked: AttentionKind) -> KeyTransport:
         """How keys travel for a layer; the same object for the same question."""
         ...
 
@@ -83,7 +83,7 @@ class SharedSequence(Protocol):
 class TileLeft(Exception):
     """Raised through a layer once the keys and values of a tile are known: nothing after them is wanted."""
 
-    def __init__(self, key: Tensor, value: Tensor, asked: Asked) -> None:
+    def __init__(self, key: Tensor, value: Tensor, asked: AttentionKind) -> None:
         super().__init__("a layer went on after its keys and values were known")
         self.key, self.value, self.asked = key, value, asked
 

@@ -26,7 +26,7 @@ from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import Schedule, keeps_own_structure
 from longfit.engine.sweep.kv_window import KeyValueWindow
 from longfit.engine.sweep.saved_attention import SavedAttention
-from longfit.engine.sweep.shared_sequence import Asked, Stretch, TileLeft, num_tiles
+from longfit.engine.sweep.shared_sequence import AttentionKind, Stretch, TileLeft, num_tiles
 from longfit.engine.sweep.visible_keys import VisibleKeys
 from longfit.errors import ModelError
 
@@ -337,7 +337,7 @@ class LeavingTile(SweptTile):
     """A tile of which only the keys and values are wanted."""
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
-        raise TileLeft(key, value, Asked(query.shape[1], key.shape[1], spec.group_size, spec.sliding_window))
+        raise TileLeft(key, value, AttentionKind(query.shape[1], key.shape[1], spec.group_size, spec.sliding_window))
 
 
 class KeysTile(LeavingTile):
