@@ -4,8 +4,8 @@
     python benchmarks/sharing.py --render   the table from the JSON
 
 Replicas (DDP), shards (FSDP2), shared windows with shifted and with exact attention, and shards of shared windows;
-Llama, Qwen3 and Gemma-3 with two layers, 4-bit, adapters, norms and embeddings that train; two packed documents of 50
-and 13 tokens, so that no border lies where a document, a tile or a group ends. The cases are those of
+Llama, Qwen3 and Gemma-3 with two layers, 4-bit, adapters, norms and embeddings that train; two packed documents of 37
+and 10 tokens, so that no border lies where a document, a tile or a group ends. The cases are those of
 ``tests/parallel/test_combinations.py``, on two processes too. Off by, relative: losses; gradients of the fifth step, of
 the norm of their own tensor and of that of the whole gradient. Beside them one process against itself with tiles of 20
 tokens for 12: what another order of addition does where nothing is shared. Aim: 1e-12 in float64, 1e-6 in float32.
@@ -91,7 +91,7 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "# What processes learn together, against one", "",
         f"`python benchmarks/sharing.py`, {results['machine']['cpu']}, commit {results['commit']}; five steps, four"
-        " windows of two packed documents (50 and 13 tokens), 4-bit base, adapters, norms and embeddings train. The row"
+        " windows of two packed documents (37 and 10 tokens), 4-bit base, adapters, norms and embeddings train. The row"
         " of one process is itself with tiles of 20 tokens for 12: another order of addition, nothing shared. Largest"
         " relative difference over Llama, Qwen3 and Gemma-3.", "",
         "| dtype | processes | way | attention | losses | gradients, of their tensor | gradients, of the whole |",
