@@ -3,7 +3,7 @@
 from tests.parallel.forked import run_in_processes
 
 from longfit.errors import ProcessesError
-from longfit.parallel.agreement import differences, require_agreement, versions
+from longfit.parallel.agreement import differences, least, require_agreement, versions
 
 
 def test_differences_are_named_with_who_has_what() -> None:
@@ -36,3 +36,12 @@ def test_every_process_hears_of_a_difference() -> None:
 
 def test_alone_there_is_nobody_to_disagree_with() -> None:
     require_agreement({"seed": 1})
+
+
+def _free(rank: int) -> dict[str, int]:
+    return least({"host": 100 - rank, "disk": 7 + rank})
+
+
+def test_processes_choose_by_the_same_numbers() -> None:
+    assert run_in_processes(_free, 2) == [{"host": 99, "disk": 7}] * 2
+    assert least({"host": 5}) == {"host": 5}

@@ -67,6 +67,34 @@ def test_what_is_left_free_is_chosen_so_that_it_fits(make_config: MakeConfig, mo
         plan_run(forced, Path("runs/x"), device=CPU, on_event=events.append)
 
 
+def test_a_run_that_goes_on_keeps_its_tile_where_anything_else_makes_it_fit(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another tile adds numbers in another order, so it would have other losses than the unbroken run."""
+    model = Path(__file__).parents[1] / "data" / "configs" / "SmolLM2-135M.json"
+    config = make_config(**{"context.context": 16_384, "model.name": str(model)})
+    shape = memory_check.read_shape(model)
+    settings = plan_settings(config, device=CPU, native_context=64)
+    smaller_tile = memory_plan(shape, settings.changed({"tile": settings.tile_tokens(shape) // 2})).peak("host")
+    not_saved = memory_plan(shape, settings.changed({"saved_attention": 0})).peak("host")
+    whole = memory_plan(shape, settings).peak("host")
+    events: list[Event] = []
+
+    def choose(limit: int, *, resumes: bool) -> RunConfig:
+        monkeypatch.setattr(memory_check, "machine_limits", lambda device, run_dir, *, processes: {"host": limit})
+        return plan_run(config, Path("runs/x"), device=CPU, on_event=events.append, resumes=resumes)[0]
+
+    enough = max(smaller_tile, not_saved)
+    assert enough < whole
+    assert choose(enough, resumes=False).engine.tile is not None
+    kept = choose(enough, resumes=True).engine
+    assert (kept.tile, kept.saved_attention) == (None, 0)
+    assert not [event for event in events if event.kind == "warning"]
+    assert choose(not_saved - 1, resumes=True).engine.tile is not None
+    (warning,) = [event for event in events if event.kind == "warning"]
+    assert warning.text.endswith("losses may differ from an unbroken run in rounding")
+
+
 @pytest.mark.parametrize(
     ("settings", "parallelism", "told"),
     [

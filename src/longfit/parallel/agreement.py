@@ -1,4 +1,4 @@
-"""Compare what the processes of a run see before they begin: versions, settings, data.
+"""Compare what the processes of a run see before they begin, versions, settings and data; let them choose alike.
 
 Replicas that began from different data or settings would train on, each towards its own model, and average nonsense;
 different versions may call different exchanges, and hang. So each process describes itself, all descriptions are
@@ -47,6 +47,19 @@ def require_agreement(description: Mapping[str, object]) -> None:
         shown = lines[:SHOWN] + [f"... and {len(lines) - SHOWN:,} more"] * (len(lines) > SHOWN)
         advice = "give all processes the same command, files and installation"
         raise ProcessesError("\n  ".join([f"the processes of this run do not agree; {advice}:", *shown]))
+
+
+def least(numbers: Mapping[str, int]) -> dict[str, int]:
+    """Return, in all processes, the smallest number that any of them has under each name; call it in every one.
+
+    What a process reads from its machine, such as the memory that is free, is another number a moment later. What is
+    chosen by it must be chosen by the same number everywhere.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return dict(numbers)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, dict(numbers))
+    return {name: min(of_process[name] for of_process in gathered) for name in numbers}
 
 
 def differences(descriptions: list[dict[str, object]]) -> list[str]:

@@ -23,10 +23,11 @@ from longfit.compat.torch import is_out_of_memory
 from longfit.config import RunConfig
 from longfit.errors import ModelError, PlanError
 from longfit.kernels.cpu import processor
+from longfit.parallel.agreement import least
 from longfit.planning import constant_bytes
-from longfit.planning.ladder import KEYS, Suggestion, climb, step_down
+from longfit.planning.ladder import KEYS, Suggestion, climb, excess, step_down
 from longfit.planning.machines import fused_kernels_here, read_rates
-from longfit.planning.memory import HOST_BASE_BYTES
+from longfit.planning.memory import HOST_BASE_BYTES, memory_plan
 from longfit.planning.plan import Plan, ladder_lines, plan_shape
 from longfit.planning.settings import PlanSettings, UnplannedError
 from longfit.planning.shapes import ModelShape, read_shape
@@ -70,17 +71,21 @@ def plan_run(
     on_event: OnEvent,
     processes: int = 1,
     parallelism: str = "NO",
+    resumes: bool = False,
 ) -> tuple[RunConfig, Plan | None]:
-    """Plan a run on this machine, and choose what it leaves free so that it fits.
+    """Plan a run on this machine, and choose what it leaves free so that it fits; in all of its processes alike.
 
     Args:
         run_dir: where its checkpoints go.
         device: where it runs.
         processes: of a data-parallel run.
         parallelism: Accelerate's name for how they divide the work.
+        resumes: whether the run was begun before: its tile then stays, as another adds numbers in another order,
+            unless nothing else makes it fit what is free by now.
     Returns: the config, perhaps with a smaller tile or another place for layer inputs; the plan, None if there is none.
     Raises: PlanError: it cannot fit; the message says what would make it fit.
     """
+    limits = least(machine_limits(device, run_dir, processes=processes))
     try:
         _require_planned(config, device, parallelism)
         shape = read_shape(config.model.name)
@@ -89,9 +94,8 @@ def plan_run(
     except (UnplannedError, ModelError) as error:
         on_event(Event("phase", f"no memory plan: {error}"))
         return config, None
-    limits = machine_limits(device, run_dir, processes=processes)
     given = frozenset(name for name, key in KEYS.items() if key in config.given())
-    suggestions, changed = climb(shape, settings, limits, fixed=given, silent=True)
+    suggestions, changed = _fit(shape, settings, limits, given, resumes=resumes)
     plan = plan_shape(shape, changed, limits, name=config.model.name, rates=read_rates(device.type), fixed=given)
     if not plan.fits:
         asked = plan_shape(shape, settings, limits, name=config.model.name)
@@ -101,11 +105,25 @@ def plan_run(
         config = config.replace(
             {key: value for keys in chosen for key, value in keys.items()}, origin="auto: the memory plan"
         )
-        on_event(Event("phase", f"to fit, chosen: {' '.join(suggestion.paste for suggestion in suggestions)}"))
+        pasted = " ".join(suggestion.paste for suggestion in suggestions)
+        if resumes and changed.tile != settings.tile:
+            on_event(Event("warning", f"to fit, chosen: {pasted}: losses may differ from an unbroken run in rounding"))
+        else:
+            on_event(Event("phase", f"to fit, chosen: {pasted}"))
     limit = limits[plan.device_place]
     text = f"planned peak: {format_bytes(plan.device_peak)} of {format_bytes(limit)} {plan.device_place} memory"
     on_event(Event("phase", text, {"planned_peak_bytes": plan.device_peak}))
     return config, plan
+
+
+def _fit(
+    shape: ModelShape, settings: PlanSettings, limits: dict[str, int], given: frozenset[str], *, resumes: bool
+) -> tuple[list[Suggestion], PlanSettings]:
+    if resumes:
+        suggestions, changed = climb(shape, settings, limits, fixed=given | {"tile"}, silent=True)
+        if not excess(memory_plan(shape, changed), limits):
+            return suggestions, changed
+    return climb(shape, settings, limits, fixed=given, silent=True)
 
 
 def _require_planned(config: RunConfig, device: torch.device, parallelism: str) -> None:

@@ -213,6 +213,7 @@ def _settle(config: RunConfig, here: _Here, origin: _Origin) -> tuple[RunConfig,
         on_event=here.notify,
         processes=here.accelerator.num_processes,
         parallelism=here.accelerator.distributed_type.value,
+        resumes=here.resume,
     )
 
 
