@@ -12,11 +12,14 @@ from tests.training.tiny import interrupt_at, save_tiny_model
 from longfit.config import sections
 from longfit.engine.loss.training_loss import training_loss
 from longfit.errors import ConfigError, RunError
+from longfit.training import start
+from longfit.training.checkpoint import read_state
+from longfit.training.computed_with import computed_with
 from longfit.training.loop import TrainResult, train
 from longfit.training.metrics import Event, read_metrics
 from longfit.training.prepare import open_run
 from longfit.training.prepare_data import pack_documents, read_data
-from longfit.training.run_directory import read_config
+from longfit.training.run_directory import last_checkpoint, read_config
 from longfit.training.run_list import list_runs
 
 
@@ -76,6 +79,34 @@ def test_a_resumed_run_may_be_moved_and_may_save_more_often(make_config: MakeCon
         "step-000004",
     ]
     assert any(text.startswith("engine.tile changed from None to 16") for text in warnings)
+
+
+def test_a_run_that_goes_on_with_other_kernels_is_told_so(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library built anew may add in another order: a resumed run would differ in rounding, and nobody knew why."""
+
+    def warnings_of(**resume: bool) -> list[str]:
+        texts: list[str] = []
+        stop = interrupt_at(2 if not resume else 3)
+
+        def on_event(event: Event) -> None:
+            texts.append(event.text) if event.kind == "warning" else None
+            stop(event)
+
+        train(make_config(), on_event=on_event, **resume)
+        return [text for text in texts if text.startswith("computed so far with")]
+
+    assert warnings_of() == []
+    assert warnings_of(resume=True) == []
+    now = {**computed_with(), "kernels": "built anew"}
+    monkeypatch.setattr(start, "computed_with", lambda: now)
+    (told,) = warnings_of(resume=True)
+    assert told == (
+        f"computed so far with kernels {computed_with()['kernels']}, now built anew: losses may differ from an unbroken"
+        " run in rounding"
+    )
+    assert read_state(last_checkpoint(tmp_path / "run")).computed_with == now
 
 
 def test_nothing_is_written_into_an_existing_directory(make_config: MakeConfig, tmp_path: Path) -> None:

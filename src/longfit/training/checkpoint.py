@@ -5,7 +5,7 @@
         trainable.safetensors   the trained tensors exactly as they are in memory, by parameter name
         optimizer.pt            the optimiser's state
         metrics.jsonl           the run's metrics up to this step
-        state.json              step, windows seen, versions, number of processes
+        state.json              step, windows seen, number of processes, versions and kernels
         checksums.json          of all of these
 
 A checkpoint is written under a hidden name and renamed when every byte is on the disk, so whatever has the name of a
@@ -21,7 +21,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class RunState:
     gradient_accumulation: int | None = None  # of these; None is what the config says
     run_id: str = ""  # the same in all checkpoints of a run, and in its file of paged optimiser state
     loss_scale: float = 1.0  # of the next step
+    computed_with: dict[str, str] = field(default_factory=dict)  # `computed_with.py`
     format: int = FORMAT
 
 

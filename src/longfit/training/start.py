@@ -6,7 +6,7 @@ that of the run that goes on.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from longfit.training.checkpoint import (
     set_aside,
     trained_tensors,
 )
+from longfit.training.computed_with import computed_with, told_change
 from longfit.training.distribute import choose_loss, make_accelerator, require_shardable, same_windows, wrap
 from longfit.training.metrics import Event, MetricsFile, OnEvent, ignore, read_metrics
 from longfit.training.optimizer import PagingMeter, make_optimizer
@@ -335,7 +336,10 @@ def _require_disk_room(config: RunConfig, here: _Here, model: Any, *, has_valida
 def _first_state(here: _Here, origin: _Origin, trained: _Trained, metrics: MetricsFile) -> tuple[RunState, float]:
     """Where the run begins, or goes on, and the seconds that its steps have taken so far."""
     scale = loss_scale.first_scale(trained.model.get_input_embeddings().weight.dtype)
-    begun = RunState(0, 0, 0, num_processes=here.layout.data, run_id=origin.identity.run_id, loss_scale=scale)
+    begun = RunState(
+        0, 0, 0, num_processes=here.layout.data, run_id=origin.identity.run_id, loss_scale=scale,
+        computed_with=computed_with(),
+    )  # fmt: skip
     if not here.resume:
         return begun, 0.0
     state = _go_on(here, metrics, begun, origin.sound, trained)
@@ -415,10 +419,13 @@ def _go_on(
     if checkpoint is None:
         here.notify(Event("warning", f"{run_dir}: nothing was saved yet; the run starts from the beginning"))
         return begun
-    return load_checkpoint(
+    state = load_checkpoint(
         checkpoint,
         model=trained.model,
         optimizer=trained.optimizer,
         device=accelerator.device,
         shards=trained.shards,
     )
+    if (told := told_change(state.computed_with, begun.computed_with)) is not None:
+        here.notify(Event("warning", told))
+    return replace(state, computed_with=begun.computed_with)

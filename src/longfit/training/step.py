@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from hashlib import blake2b
 
@@ -22,7 +23,6 @@ from longfit.compat.torch_distributed import local_part
 from longfit.errors import PlanError
 from longfit.parallel.sequence import SequenceParallelLoss
 from longfit.training import loss_scale
-from longfit.training.checkpoint import RunState
 from longfit.training.interruption import Interruptible
 from longfit.training.metrics import Event, peak_memory_bytes
 from longfit.training.micro_batches import Batch, count_trained, make_batch, window_indices
@@ -81,13 +81,13 @@ def take_step(run: TrainingRun, interruptible: Interruptible) -> None:
     of_each = _of_each_process(run) if run.layout.devices > 1 else {}
     with interruptible.held():  # the parameters, the state and the line about them change together
         run.optimizer.step()
-        run.state = RunState(
+        run.state = replace(
+            run.state,
             step=step + 1,
             windows_seen=run.state.windows_seen + sum(len(batch.indices) for batch in batches) * run.layout.data,
             tokens_seen=run.state.tokens_seen + num_tokens,
             num_processes=run.layout.data,
             gradient_accumulation=train.gradient_accumulation,
-            run_id=run.state.run_id,
             loss_scale=loss_scale.after_step(scale, step + 1),
         )
         seconds = time.perf_counter() - began
