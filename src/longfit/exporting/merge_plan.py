@@ -7,16 +7,17 @@ they are written apart, and the result says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from longfit.compat.transformers import tied_weights
+from longfit.compat.transformers_experts import experts_layout
 from longfit.errors import ExportError
 from longfit.exporting.base_weights import (
     BaseWeights,
@@ -29,10 +30,11 @@ from longfit.exporting.base_weights import (
     quantized_weights,
 )
 from longfit.exporting.model_folder import write_model_files
+from longfit.exporting.rearranged import RearrangedWeights
 from longfit.exporting.shards import MAX_SHARD_BYTES, Planned, write_shards
 from longfit.exporting.trained import Trained
 from longfit.model.accounting import is_finite
-from longfit.model.adapter_weights import AdapterWeights
+from longfit.model.adapter_weights import AdapterWeights, Experts
 from longfit.model.description import read_config
 from longfit.model.vocabulary import added_rows, tables
 from longfit.training.metrics import Event, OnEvent, ignore
@@ -55,6 +57,7 @@ class MergePlan:
         tied: in words.
         comes_apart: whether the output head is written apart from the embeddings that the base ties it to.
         no_original: why there is no 16-bit original; empty if there is one.
+        rearranged: the base, where its files have other tensors than the model; None where they have the same.
     """
 
     trained: Trained
@@ -70,6 +73,7 @@ class MergePlan:
     tied: str
     comes_apart: bool
     no_original: str
+    rearranged: RearrangedWeights | None = None
 
     @classmethod
     def of(cls, trained: Trained, *, dtype: torch.dtype) -> MergePlan:
@@ -79,13 +83,16 @@ class MergePlan:
             model's tensors.
         """
         config = read_config(trained.adapter)
-        adapter = AdapterWeights(trained.adapter)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
+        adapter = AdapterWeights(trained.adapter, experts=stacked_experts(skeleton))
         base = open_base(trained.base, config)
         no_original = ""
         if isinstance(base, FolderWeights) and base.is_quantized:
             no_original = "the base is a 4-bit checkpoint: there are no 16-bit originals"
+        rearranged = None
+        if not set(skeleton.state_dict()) - set(tied_weights(skeleton)) <= set(base.names()):
+            base = rearranged = RearrangedWeights(base, skeleton)
         if added_rows(config):
             base = GrownWeights(base, {f"{name}.weight" for name in tables(skeleton)}, rows=config.vocab_size)
         shapes = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
@@ -112,6 +119,7 @@ class MergePlan:
             tied=_say_tied(tied_to, untied),
             comes_apart=bool(untied),
             no_original=no_original,
+            rearranged=rearranged,
         )
 
     @property
@@ -172,14 +180,18 @@ class MergePlan:
             if done == total:
                 on_event(Event("phase", f"  {total} tensors, {format_bytes(self.num_bytes)}"))
 
-        write_shards(
-            folder,
-            self.tensors,
-            lambda planned: self.make(planned.name, weights),
-            max_shard_bytes=max_shard_bytes,
-            on_tensor=tell,
-        )
+        files: Sequence[Planned] = self.tensors
+        make: Callable[[Planned], Tensor] = lambda planned: self.make(planned.name, weights)  # noqa: E731
+        if self.rearranged is not None:
+            files, make = self.rearranged.in_files(self.tensors, lambda name: self.make(name, weights))
+        write_shards(folder, files, make, max_shard_bytes=max_shard_bytes, on_tensor=tell)
         write_model_files(folder, self.trained, self.config, dtype=self.dtype)
+
+
+def stacked_experts(skeleton: nn.Module) -> dict[str, Experts]:
+    """A model's modules of stacked experts that can have adapters, by name."""
+    layouts = ((path, experts_layout(module)) for path, module in skeleton.named_modules())
+    return {path: Experts(found.weights, found.transposed) for path, found in layouts if found is not None}
 
 
 def _comes_apart(name: str, source: str, adapter: AdapterWeights) -> bool:
@@ -204,8 +216,7 @@ def _require_tensors(
     if missing:
         raise ExportError(
             f"{trained.base}: {len(missing)} tensors of the model are not in its files under the model's names, first "
-            f"{missing[0]}: this family's files are rearranged when they are loaded, and cannot be merged tensor by "
-            "tensor; load the run with PEFT and call merge_and_unload"
+            f"{missing[0]}, nor are they made of others; this is another base"
         )
     other = [name for name in written if base.shape(aliases.get(name, name)) != shapes[name]]
     if other:
@@ -214,11 +225,6 @@ def _require_tensors(
             f"{list(shapes[other[0]])}; this is another base"
         )
     lost = sorted(adapter.changed() - shapes.keys())
-    if any("expert" in name for name in lost):
-        raise ExportError(
-            f"{trained.adapter}: has adapters on stacked experts ({lost[0]}), which are not merged tensor by tensor; "
-            "load the run with PEFT and call merge_and_unload"
-        )
     if lost:
         raise ExportError(
             f"{trained.adapter}: {len(lost)} of its tensors belong to nothing in the base, first {lost[0]}; it was "

@@ -4,6 +4,7 @@
     base_model.model.P.lora_magnitude_vector            DoRA: each row then has this length
     base_model.model.P.weight, .bias                    trained whole (norms, embeddings): takes the base's place
     base_model.model.P.token_adapter...                 rows of an embedding that were trained
+    base_model.model.P.experts.[base_layer.]lora_A...   stacked experts: each its own B_e A_e
 
 A key that is none of these is refused by name: an adapter that is read in part is another model.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,15 +53,61 @@ class LowRank:
         return weight
 
 
+@dataclass(frozen=True)
+class Experts:
+    """A module of stacked experts: its parameters in PEFT's order, and which way round they are.
+
+    Attributes:
+        parameters: names in the module, those that PEFT wraps first standing first.
+        transposed: they are ``[E, I, O]``.
+    """
+
+    parameters: tuple[str, ...]
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class LowRankExperts:
+    """The low-rank updates of stacked experts: A ``[E R, I]``, B ``[O, R E]`` with the expert innermost."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    transposed: bool
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """Apply the updates to a float32 ``[E, O, I]``, or ``[E, I, O]`` where transposed, expert by expert, in place.
+
+        Raises: ModelError: the adapter is of other shapes.
+        """
+        num_experts = weight.shape[0]
+        sizes = weight.shape[:0:-1] if not self.transposed else weight.shape[1:]  # I, O
+        if (self.A.shape[1], self.B.shape[0]) != tuple(sizes) or self.A.shape[0] % num_experts:
+            raise ModelError(
+                f"stacked experts: the base has {list(weight.shape)}, the adapter A {list(self.A.shape)} and "
+                f"B {list(self.B.shape)}; this adapter belongs to another base"
+            )
+        a = self.A.float().view(num_experts, -1, self.A.shape[1])  # [E, R, I]
+        b = self.B.float().view(self.B.shape[0], -1, num_experts).permute(2, 0, 1)  # [E, O, R]
+        for expert, each_a, each_b in zip(weight, a, b, strict=True):
+            if self.transposed:
+                expert.addmm_(each_a.t(), each_b.t(), alpha=self.scaling)
+            else:
+                expert.addmm_(each_b, each_a, alpha=self.scaling)
+        return weight
+
+
 class AdapterWeights:
     """An adapter folder, read tensor by tensor."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, experts: Mapping[str, Experts] | None = None) -> None:
         """Open it.
 
+        Args:
+            experts: the base's modules of stacked experts, by name; without them adapters on experts are refused.
         Raises: ModelError: it is not plain LoRA, or holds something that longfit cannot merge.
         """
-        self.folder = folder
+        self.folder, self._modules = folder, dict(experts or {})
         self.settings: dict[str, Any] = read_object(
             folder / "adapter_config.json", ModelError, what="the adapter's configuration", do="copy it again"
         )
@@ -79,6 +127,7 @@ class AdapterWeights:
         self.low_rank: dict[str, dict[str, str]] = {}
         self.whole: dict[str, str] = {}
         self.rows: dict[str, str] = {}
+        self.experts: dict[str, Experts] = {}
         unknown = []
         for key in self._file.keys():  # noqa: SIM118
             name = key.removeprefix(PREFIX)
@@ -86,7 +135,7 @@ class AdapterWeights:
             if not key.startswith(PREFIX) or (not found and "lora_" in name):
                 unknown.append(key)
             elif found:
-                self.low_rank.setdefault(f"{found[1]}.weight", {})[found[2]] = key
+                self.low_rank.setdefault(self._weight_of(found[1]), {})[found[2]] = key
             elif ROWS.search(name):
                 self.rows[ROWS.sub(".weight", name)] = key
             else:
@@ -95,12 +144,29 @@ class AdapterWeights:
         if unknown:
             raise ModelError(f"{len(unknown)} tensors that longfit cannot merge, first {unknown[0]}")
 
+    def _weight_of(self, module: str) -> str:
+        """The weight that a module's adapter changes. Of stacked experts PEFT wraps one parameter after the other, and
+        each wrapper is the ``base_layer`` of the next."""
+        path = module
+        while path.endswith(".base_layer"):
+            path = path.removesuffix(".base_layer")
+        if path not in self._modules:
+            return f"{module}.weight"
+        experts, targets = self._modules[path], self.settings.get("target_parameters") or ()
+        wrapped = [name for name in experts.parameters if any(f".{path}.{name}".endswith(f".{t}") for t in targets)]
+        depth = (len(module) - len(path)) // len(".base_layer")
+        if depth >= len(wrapped):
+            return f"{module}.weight"  # of nothing in the base, which is said by name
+        name = f"{path}.{wrapped[-1 - depth]}"
+        self.experts[name] = experts
+        return name
+
     def _require_lora(self) -> None:
         settings = self.settings
         odd = [
             f"{key}={settings[key]!r}"
             for key in ("target_parameters", "layer_replication", "use_qalora", "use_bdlora", "alora_invocation_tokens")
-            if settings.get(key)
+            if settings.get(key) and not (key == "target_parameters" and self._modules)
         ]
         start = settings.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
@@ -127,13 +193,21 @@ class AdapterWeights:
         return self.low_rank.keys() | self.whole.keys() | self.rows.keys()
 
     def update_of(self, name: str) -> LowRank | None:
-        """The low-rank update of a weight. Raises ModelError where it is not finite."""
+        """The low-rank update of a weight; None for stacked experts. Raises ModelError where it is not finite."""
         keys = self.low_rank.get(name)
-        if keys is None:
+        if keys is None or name in self.experts:
             return None
         A, B = (self._tensor(keys[part]) for part in ("lora_A", "lora_B"))
         magnitude = self._tensor(keys["lora_magnitude_vector"]) if "lora_magnitude_vector" in keys else None
         return LowRank(A, B, self._scaling(name.removesuffix(".weight"), int(A.shape[0])), magnitude)
+
+    def experts_update_of(self, name: str, num_experts: int) -> LowRankExperts | None:
+        """The low-rank updates of a parameter of stacked experts. Raises ModelError where they are not finite."""
+        if name not in self.experts:
+            return None
+        keys = self.low_rank[name]
+        A, B = (self._tensor(keys[part]) for part in ("lora_A", "lora_B"))
+        return LowRankExperts(A, B, self._scaling(name, len(A) // num_experts), self.experts[name].transposed)
 
     def _scaling(self, module: str, rank: int) -> float:
         alpha = float(_by_pattern(self.settings.get("alpha_pattern"), module, self.settings["lora_alpha"]))
@@ -154,6 +228,8 @@ class AdapterWeights:
                     "this adapter belongs to another base"
                 )
             weight = update.add_to(weight.to(torch.float32, copy=True))
+        if (experts := self.experts_update_of(name, len(weight))) is not None:
+            weight = experts.add_to(weight.to(torch.float32, copy=True))
         if name in self.rows:
             weight = weight.clone()
             indices, rows = self.rows_of(name)
