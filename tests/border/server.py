@@ -157,14 +157,17 @@ def _forked(
 ) -> dict[str, object]:  # fmt: skip
     began = time.monotonic()
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        before = _bytes_of("VmRSS")
+        before = os.memfd_create("before")  # of the fork: it has none of the memory that this process maps from files
         child = os.fork()
         if not child:
+            os.write(before, str(_bytes_of("VmRSS")).encode())
             if cache is not None:
                 os.environ["LONGFIT_CACHE"] = cache
             _run(words, cwd, out.fileno(), err.fileno(), limits=limits, end_at=end_at)
         most_s = kill_after if kill_after is not None else LIMIT_S if limits else math.inf
         status, usage, seconds, killed = _wait(child, began, most_s, disk)
+        began_with = int(os.pread(before, 20, 0) or b"0")
+        os.close(before)
         texts = []
         for file in (out, err):
             file.seek(0)
@@ -176,7 +179,7 @@ def _forked(
         "err": texts[1],
         "seconds": seconds,
         "cpu_s": usage.ru_utime + usage.ru_stime,
-        "grown_bytes": max(0, usage.ru_maxrss * 1024 - before),
+        "grown_bytes": max(0, usage.ru_maxrss * 1024 - began_with),
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from longfit.data import extraction
 from longfit.data.documents import read_documents
 from longfit.data.extraction import Extraction, extract
 from longfit.errors import DataError
@@ -117,3 +118,66 @@ def test_the_report_of_a_folder_counts_pages_and_names_those_without_text(tmp_pa
     assert documents.report.notes()[1] == "extracted 5 characters from 2 pages of 1 files, 1 pages without text"
     with pytest.raises(DataError, match=r"\.rtf is not read; convert it first, for example: pandoc"):
         read_documents(tmp_path / "n.rtf")
+
+
+def changed_docx(*changes: tuple[str, str]) -> bytes:
+    """The document of `docx`, with replacements in its XML."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(docx())) as old, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name == "word/document.xml":
+                for before, after in changes:
+                    assert before.encode() in data
+                    data = data.replace(before.encode(), after.encode(), 1)
+            new.writestr(name, data)
+    return file.getvalue()
+
+
+def test_a_merged_cell_is_one_cell_however_many_columns_it_says_to_span() -> None:
+    wide = changed_docx(("<w:tcPr>", '<w:tcPr><w:gridSpan w:val="99999999"/>'))
+    assert extract("docx", io.BytesIO(wide))[0] == "Title\n\nFirst.\n\nName\tAge\n\nLast."
+
+
+ENTITIES = "".join(f'<!ENTITY x{n} "{f"&x{n - 1};" * 10}">' for n in range(1, 10))
+LAUGHS = f'<!DOCTYPE d [<!ENTITY x0 "ha">{ENTITIES}]>'
+OUTSIDE = '<!DOCTYPE d [<!ENTITY x9 SYSTEM "file:///etc/hostname">]>'
+
+
+def test_entities_that_multiply_are_refused() -> None:
+    document = changed_docx(("<w:document ", f"{LAUGHS}<w:document "), ("Last.", "&x9;"))
+    with pytest.raises(DataError, match="amplification"):
+        extract("docx", io.BytesIO(document))
+    book = io.BytesIO()
+    with zipfile.ZipFile(book, "w") as archive:
+        archive.writestr("META-INF/container.xml", f'{LAUGHS}<c xmlns="u"><rootfile full-path="&x9;"/></c>')
+    with pytest.raises(DataError, match="amplification"):
+        extract("epub", io.BytesIO(book.getvalue()))
+
+
+def test_a_document_reads_no_other_file() -> None:
+    document = changed_docx(("<w:document ", f"{OUTSIDE}<w:document "), ("Last.", "&x9;"))
+    assert extract("docx", io.BytesIO(document))[0] == "Title\n\nFirst.\n\nName\tAge"
+
+
+def test_what_costs_more_than_its_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = changed_docx(("Last.</w:t></w:r></w:p>", "Last.</w:t></w:r></w:p>" + "<w:p/>" * 7_000_000))
+    assert len(many) < 200_000
+    with pytest.raises(DataError, match=r"word/document\.xml in it has more than 6,000,000 elements and attributes"):
+        extract("docx", io.BytesIO(many))
+    monkeypatch.setattr(extraction, "LEAST_S", -1.0)
+    with pytest.raises(DataError, match=r"takes more than -1 s of a processor, out of proportion to its \d+ bytes"):
+        extract("pdf", io.BytesIO(pdf("Hello")))
+
+
+def test_chapters_that_are_read_again_and_again_are_bounded() -> None:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as book:
+        book.writestr("META-INF/container.xml", '<c xmlns="u"><rootfile full-path="b.opf"/></c>')
+        spine = '<itemref idref="c"/>' * 100
+        book.writestr(
+            "b.opf", f'<package xmlns="o"><manifest><item id="c" href="c.xhtml"/></manifest>{spine}</package>'
+        )
+        book.writestr("c.xhtml", f"<p>{'x' * 1_000_000}</p>")
+    with pytest.raises(DataError, match=r"unpack to .* or more; allowed are 64.0 MiB: save its text"):
+        extract("epub", io.BytesIO(file.getvalue()))

@@ -65,7 +65,7 @@ def test_nulls_that_a_tables_schema_adds_are_not_read() -> None:
     rows = [{"calls": [{"city": "Hue"}], "text": None}, {"calls": [{"zone": "UTC"}], "text": "t"}]
     file = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    assert list(readers.read_parquet(file)) == [(1, rows[0]), (2, rows[1])]
+    assert list(readers.read_parquet(io.BytesIO(file.getvalue()))) == [(1, rows[0]), (2, rows[1])]
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
@@ -136,6 +136,22 @@ def test_parquet_and_arrow_rows_are_read_in_small_batches() -> None:
     expected = list(enumerate(rows, start=1))
     assert list(readers.read_parquet(io.BytesIO(parquet.getvalue()))) == expected
     assert list(readers.read_arrow(io.BytesIO(arrow.getvalue()))) == expected
+
+
+@pytest.mark.parametrize("rows", ["long", "many", "one"])
+def test_a_table_is_not_far_larger_than_its_file(rows: str) -> None:
+    """Dictionaries and compression make of a few bytes: many long texts, more rows than can be, a text as large."""
+    import pyarrow
+    import pyarrow.parquet
+
+    num_rows, text = {"long": (200, "x" * 1_000_000), "many": (2_000_000, "x"), "one": (1, "x" * 70_000_000)}[rows]
+    indices = pyarrow.array([0]).take(pyarrow.array([0] * num_rows)).cast(pyarrow.int32())
+    column = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array([text]))
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), file, compression="zstd")
+    with pytest.raises(DataError, match=r"unpack to .* or more; allowed are 64.0 MiB: write it as .jsonl"):
+        for _ in readers.read_parquet(io.BytesIO(file.getvalue())):
+            pass
 
 
 def test_json_round_trips_whatever_json_writes() -> None:

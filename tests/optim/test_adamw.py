@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -444,6 +445,44 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     assert done.returncode == 0, done.stderr
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(done.stdout) * unit < (8 + 64) << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is known to Linux")
+def test_a_limit_on_the_address_space_is_a_paging_error(tmp_path: Path) -> None:
+    """There is no room for the stack of the paging thread, nor for the mapping of a whole state."""
+    script = f"""
+import re, resource, torch
+from longfit.errors import PagingError
+from longfit.optim.adamw import PagedAdamW
+
+def limited(call):
+    size = int(re.search(r"VmSize:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (size, resource.RLIM_INFINITY))
+    try:
+        call()
+    except PagingError as error:
+        print(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+param = torch.nn.Parameter(torch.ones(1 << 20)); param.grad = torch.ones(1 << 20)
+def made(name):
+    path = {str(tmp_path)!r} + "/" + name
+    return PagedAdamW([param], page_bytes=1 << 20, budget_bytes=2 << 20, path=path)
+torn = made("torn")
+torn.state_dict()
+limited(torn.step)
+whole = made("whole")
+whole.step()
+limited(whole.state_dict)
+assert whole.state_dict()["state"][0]["exp_avg"].abs().sum() > 0
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "could not start the thread that moves pages" in done.stdout
+    assert re.search(r"could not put the whole state beside it: .* raise the limit \(ulimit -v\)", done.stdout)
 
 
 def test_a_model_moved_after_the_first_step_is_refused() -> None:

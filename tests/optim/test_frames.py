@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from longfit.errors import PagingError
 from longfit.optim.frames import Frames, copy_frame
 
 PAGE_BYTES = 4096
@@ -46,6 +47,11 @@ def go_round(device: torch.device) -> None:
 
 def test_pages_come_back_as_they_left() -> None:
     go_round(torch.device("cpu"))
+
+
+def test_a_page_that_finds_no_memory_is_a_paging_error() -> None:
+    with pytest.raises(PagingError, match=r"no memory for a page of .* lower optim\.budget, or raise the limit"):
+        Frames(torch.device("cpu"), page_bytes=1 << 60).enter(0)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tests.border.test_hostile import Touches
 from tests.training.conftest import MakeConfig
 from tests.training.tiny import read_losses
 
@@ -15,6 +17,7 @@ import longfit
 from longfit.cli.app import main
 from longfit.config import RunConfig
 from longfit.errors import RunError
+from longfit.files import checksums
 from longfit.files.lock import NAME as LOCK
 from longfit.training.checkpoint import damage, list_checkpoints
 from longfit.training.loop import train
@@ -130,6 +133,27 @@ sys.stdin.read()
     assert (run_dir / LOCK).exists()  # a file that nobody locks means nothing
     assert not [line for line in resumed(run) if str(run_dir) in line]
     assert not (run_dir / LOCK).exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_what_stands_in_the_place_of_the_lock_is_neither_waited_for_nor_written(
+    run: RunConfig, run_dir: Path, tmp_path: Path, kind: str
+) -> None:
+    (victim := tmp_path / "victim").write_text("precious")
+    {"pipe": os.mkfifo, "link": lambda path: path.symlink_to(victim), "folder": Path.mkdir}[kind](run_dir / LOCK)
+    with pytest.raises(RunError, match=rf"{run_dir / LOCK}: is no regular file; remove it"):
+        train(run, resume=True)
+    assert victim.read_text() == "precious"
+
+
+def test_code_in_an_optimiser_state_is_not_executed(run: RunConfig, run_dir: Path, tmp_path: Path) -> None:
+    """By somebody who makes the checksums anew."""
+    newest = list_checkpoints(run_dir)[-1]
+    torch.save({"state": Touches(tmp_path / "flag")}, newest / "optimizer.pt")
+    checksums.seal_folder(newest)
+    with pytest.raises(RunError, match=r"optimizer\.pt: holds something else than tensors"):
+        train(run, resume=True)
+    assert not (tmp_path / "flag").exists()
 
 
 def test_two_that_choose_a_name_at_once_get_two_names(

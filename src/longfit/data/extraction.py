@@ -9,6 +9,7 @@ them.
 import io
 import json
 import posixpath
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,9 +20,13 @@ from xml.etree import ElementTree
 from longfit.data.html import html_text
 from longfit.data.readers import decode_text
 from longfit.errors import DataError
-from longfit.files.expansion import require_modest_zip
+from longfit.files.expansion import require_modest, require_modest_zip
 from longfit.files.reading import reason
 
+MOST_NODES = 6_000_000
+"""Of XML, about 220 bytes of memory each: some thousand pages of a text processor."""
+LEAST_S, S_PER_MIB = 20.0, 60.0
+"""Of a processor: several times what the slowest kind takes, a PDF of text set letter by letter."""
 INSTALL = "pip install 'longfit[documents]'"
 
 
@@ -48,7 +53,7 @@ def extract(kind: str, stream: BinaryIO) -> tuple[str, Extraction]:
     Args:
         kind: a key of `EXTRACTORS`.
     Returns: its text, units parted by an empty line; what was found.
-    Raises: DataError: damaged, encrypted, or the extra is not installed.
+    Raises: DataError: damaged, encrypted, made to become endless, or the extra is not installed.
     """
     unit, read = EXTRACTORS[kind]
     data = stream.read()
@@ -56,7 +61,8 @@ def extract(kind: str, stream: BinaryIO) -> tuple[str, Extraction]:
         if zipfile.is_zipfile(io.BytesIO(data)):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 require_modest_zip(archive, len(data))
-        parts = [part.strip("\n") for part in read(io.BytesIO(data))]
+                _require_few_nodes(archive)
+        parts = [part.strip("\n") for part in _within_budget(read(io.BytesIO(data)), len(data))]
     except ImportError:
         raise DataError(f"to read {kind} files, install what reads them: {INSTALL}") from None
     except DataError:
@@ -68,6 +74,37 @@ def extract(kind: str, stream: BinaryIO) -> tuple[str, Extraction]:
     empty = tuple(number for number, part in enumerate(parts, start=1) if not part.strip())
     text = "\n\n".join(part for part in parts if part.strip())
     return text, Extraction(unit, len(parts), len(text), empty)
+
+
+def _require_few_nodes(archive: zipfile.ZipFile) -> None:
+    """Raise DataError if the XML of an archive has more elements and attributes than memory should be spent on."""
+    num_nodes = 0
+    for entry in archive.infolist():
+        if entry.filename.endswith((".xml", ".rels", ".opf", ".ncx")):
+            with archive.open(entry) as member:
+                while piece := member.read(1 << 20):
+                    num_nodes += piece.count(b"<") - piece.count(b"</") + piece.count(b'="') + piece.count(b"='")
+                    if num_nodes > MOST_NODES:
+                        raise DataError(
+                            f"{entry.filename} in it has more than {MOST_NODES:,} elements and attributes; save its "
+                            "text, and give that, or leave it out with data.exclude"
+                        )
+
+
+def _within_budget(parts: Iterator[str | None], num_bytes: int) -> Iterator[str]:
+    """Yield the parts of a document of ``num_bytes`` until they are too many: pages may share one text, and forms."""
+    began, num_chars = time.thread_time(), 0
+    most_s = LEAST_S + S_PER_MIB * num_bytes / 2**20
+    for part in parts:
+        num_chars += len(part or "")
+        require_modest(num_chars, num_bytes, do="save its text, and give that")
+        if time.thread_time() - began > most_s:
+            raise DataError(
+                f"takes more than {most_s:.0f} s of a processor, out of proportion to its {num_bytes:,} bytes; save "
+                "its text, and give that, or leave it out with data.exclude"
+            )
+        if part is not None:
+            yield part
 
 
 def _pdf(stream: BinaryIO) -> Iterator[str]:
@@ -83,14 +120,21 @@ def _pdf(stream: BinaryIO) -> Iterator[str]:
         yield page.extract_text() or ""
 
 
-def _docx(stream: BinaryIO) -> Iterator[str]:
+def _docx(stream: BinaryIO) -> Iterator[str | None]:
+    """Read paragraphs and tables; an empty paragraph is no part."""
     import docx
 
-    for block in docx.Document(stream).iter_inner_content():
-        if hasattr(block, "rows"):
-            yield "\n".join("\t".join(cell.text for cell in row.cells) for row in block.rows)
-        elif block.text.strip():
-            yield block.text
+    for block in docx.Document(stream).element.body.inner_content_elements:
+        if hasattr(block, "tr_lst"):
+            yield "\n".join("\t".join(_cell_text(cell) for cell in row.tc_lst) for row in block.tr_lst)
+        else:
+            text = block.text
+            yield text if text.strip() else None
+
+
+def _cell_text(cell: Any) -> str:
+    """Of a cell as the file has it: ``row.cells`` has it for every column that it says to span, which may be 2^31."""
+    return "\n".join(paragraph.text for paragraph in cell.p_lst)
 
 
 def _pptx(stream: BinaryIO) -> Iterator[str]:
@@ -133,7 +177,7 @@ def _notebook(stream: BinaryIO) -> Iterator[str]:
         yield "".join(source) if isinstance(source, list) else str(source)
 
 
-EXTRACTORS: dict[str, tuple[str, Callable[[BinaryIO], Iterator[str]]]] = {
+EXTRACTORS: dict[str, tuple[str, Callable[[BinaryIO], Iterator[str | None]]]] = {
     "pdf": ("pages", _pdf),
     "docx": ("parts", _docx),
     "pptx": ("slides", _pptx),

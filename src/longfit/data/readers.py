@@ -11,11 +11,12 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, BinaryIO
 
 from longfit.errors import ConfigError, DataError
+from longfit.files.expansion import require_modest
 
 Row = dict[str, Any]
 # The line (row number in binary formats) a row begins on, from 1; the row, or what is wrong with that one row.
@@ -31,6 +32,8 @@ BYTE_ORDER_MARKS = (
 )
 NO_TEXT = {b"%PDF-": "a PDF document", b"{\\rtf": "an RTF document", b"%!PS": "a PostScript document"}
 PARQUET_BATCH_ROWS = 64  # rows held at once: long documents are megabytes each
+LEAST_ROW_BYTES = 64  # that a row costs, however well it was compressed
+DENSE_TABLE = "write it as .jsonl, or split it"
 WRAPPERS = (
     "data",
     "rows",
@@ -214,14 +217,18 @@ def read_csv(stream: BinaryIO, *, encoding: str | None = None, delimiter: str | 
 def read_parquet(stream: BinaryIO) -> Iterator[NumberedRow]:
     """Yield the rows of a Parquet file, a few at a time.
 
-    Raises: DataError: not a Parquet file.
+    Raises: DataError: not a Parquet file, or one that holds far more than its size lets expect.
     """
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
-        batches = pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=PARQUET_BATCH_ROWS)
-        yield from _numbered(batches)
+        num_bytes = stream.seek(0, io.SEEK_END)
+        table = pyarrow.parquet.ParquetFile(stream)
+        groups = (table.metadata.row_group(number) for number in range(table.metadata.num_row_groups))
+        claimed = sum(max(group.total_byte_size, group.num_rows * LEAST_ROW_BYTES) for group in groups)
+        require_modest(claimed, num_bytes, do=DENSE_TABLE)
+        yield from _numbered(table.iter_batches(batch_size=PARQUET_BATCH_ROWS), lambda: num_bytes)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"not a readable Parquet file: {error}") from None
 
@@ -229,24 +236,32 @@ def read_parquet(stream: BinaryIO) -> Iterator[NumberedRow]:
 def read_arrow(stream: BinaryIO) -> Iterator[NumberedRow]:
     """Yield the rows of an Arrow stream, the format of ``datasets``' ``save_to_disk``.
 
-    Raises: DataError: not an Arrow stream.
+    Raises: DataError: not an Arrow stream, or one that holds far more than was read of it.
     """
     import pyarrow
     import pyarrow.ipc  # type: ignore[import-untyped]
 
     try:
-        yield from _numbered(pyarrow.ipc.open_stream(stream))
+        yield from _numbered(pyarrow.ipc.open_stream(stream), stream.tell)
     except pyarrow.ArrowInvalid as error:
         raise DataError(f"not a readable Arrow stream: {error}") from None
 
 
-def _numbered(batches: Iterable[Any]) -> Iterator[NumberedRow]:
-    number = 1
+def _numbered(batches: Iterable[Any], num_bytes: Callable[[], int]) -> Iterator[NumberedRow]:
+    """Yield the rows of batches that come out of so many bytes: a dictionary or a run holds a value once for many."""
+    number, expanded = 1, 0
     for batch in batches:
+        expanded += sum(_plain(column).nbytes for column in batch.columns)
+        require_modest(expanded, num_bytes(), do=DENSE_TABLE)
         for start in range(0, batch.num_rows, PARQUET_BATCH_ROWS):
             for row in batch.slice(start, PARQUET_BATCH_ROWS).to_pylist():
                 yield number, {key: _without_nulls(value) for key, value in row.items()}
                 number += 1
+
+
+def _plain(column: Any) -> Any:
+    """A column of an Arrow batch with each value as often as it is there."""
+    return column.dictionary_decode() if hasattr(column, "dictionary_decode") else column
 
 
 def _without_nulls(value: Any) -> Any:

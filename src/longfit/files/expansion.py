@@ -28,12 +28,18 @@ def require_modest_zip(archive: zipfile.ZipFile, archive_bytes: int) -> None:
     require_modest(sum(entry.file_size for entry in archive.infolist()), archive_bytes)
 
 
-def require_modest(expanded_bytes: int, compressed_bytes: int) -> None:
-    """Raise DataError if so many bytes may not come out of so few."""
+def require_modest(
+    expanded_bytes: int, compressed_bytes: int, *, do: str = "unpack it yourself, and give the folder"
+) -> None:
+    """Raise DataError if so many bytes may not come out of so few.
+
+    Args:
+        do: what to advise.
+    """
     if expanded_bytes > most_bytes(compressed_bytes):
         raise DataError(
             f"{format_bytes(compressed_bytes)} unpack to {format_bytes(expanded_bytes)} or more; allowed are "
-            f"{format_bytes(most_bytes(compressed_bytes))}: unpack it yourself, and give the folder"
+            f"{format_bytes(most_bytes(compressed_bytes))}: {do}"
         )
 
 

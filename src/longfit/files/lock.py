@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import socket
+import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -74,10 +75,11 @@ class FolderLock:
     def take(self) -> "FolderLock":
         """Lock the folder, which must exist.
 
-        Raises: RunError: another process has it. OSError: the file system refuses the file.
+        Raises: RunError: another process has it, or something else is in its place. OSError: the file system refuses
+            the file.
         """
         while True:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+            file = _open(self._path)
             last = _holder(file)
             try:
                 if not try_lock(file):
@@ -114,6 +116,23 @@ class FolderLock:
         unlock(self._file)
         os.close(self._file)
         self._file = -1
+
+
+def _open(path: Path) -> int:
+    """Open a lock's file; what a link leads to is not ours to write, and a pipe would be waited for."""
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK"):  # Windows has none of them
+        flags |= getattr(os, name, 0)
+    try:
+        file = os.open(path, flags, 0o644)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise RunError(f"{path}: is no regular file; remove it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise RunError(f"{path}: is no regular file; remove it")
+    return file
 
 
 class _Holder:

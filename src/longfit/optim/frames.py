@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longfit.errors import PagingError
+
 
 class Tier(Protocol):
     """The next slower place for pages."""
@@ -83,7 +85,15 @@ class Frames:
         self._spare.clear()
 
     def _new_frame(self) -> Tensor:
-        return torch.zeros(self.page_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
+        try:
+            return torch.zeros(self.page_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
+        except RuntimeError as error:
+            if self._device.type != "cpu":  # of which a cache can live with less
+                raise
+            raise PagingError(
+                f"no memory for a page of {self.page_bytes:,} bytes: lower optim.budget, or raise the limit of this "
+                "process (ulimit -v)"
+            ) from error
 
     def _on_stream(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()

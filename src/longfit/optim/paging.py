@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longfit.errors import ConfigError
+from longfit.errors import ConfigError, PagingError
 from longfit.optim.frames import Frames, copy_frame
 from longfit.optim.mapped_frames import MappedFrames
 
@@ -199,7 +199,15 @@ class PageCache:
         if self._worker is None:
             self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="longfit-paging")
         move = self._new_move(page, leaving)
-        self._moves[page] = move, self._worker.submit(self._carry_out, move)
+        try:
+            future = self._worker.submit(self._carry_out, move)
+        except (RuntimeError, MemoryError) as error:
+            self._worker = None  # its queue has the move already
+            raise PagingError(
+                "could not start the thread that moves pages: this process may not have so much memory; raise the "
+                "limit (ulimit -v)"
+            ) from error
+        self._moves[page] = move, future
         return True
 
     def _await(self, page: int) -> Tensor:

@@ -4,6 +4,7 @@ State that lives in a file may not fit into memory. The whole tensors of such a 
 beside it: whoever saves them reads them through, and the kernel may drop every page of them at any time.
 """
 
+import errno
 import os
 import sys
 import tempfile
@@ -30,7 +31,7 @@ def whole_state(numel: int, form: StateFormat, *, new_values: NewValues) -> dict
 def zeros_in_file(folder: Path, count: int, dtype: torch.dtype) -> Tensor:
     """Return ``[count]`` zeros, mapped from a nameless file in the folder if they are many.
 
-    Raises: OSError: the disk is full.
+    Raises: OSError: the disk is full, or the process may not have so much memory.
     """
     num_bytes = count * dtype.itemsize
     if num_bytes < _SMALLEST_IN_FILE:
@@ -38,7 +39,10 @@ def zeros_in_file(folder: Path, count: int, dtype: torch.dtype) -> Tensor:
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".longfit-state-") as file:
         if sys.platform == "linux":
             os.posix_fallocate(file.fileno(), 0, num_bytes)  # a disk that is full shows here, not when it is written
-        return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
+        try:
+            return torch.from_file(file.name, shared=True, size=count, dtype=dtype)
+        except RuntimeError as error:  # the file is there and has its size: the process may not map so much
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), file.name) from error
 
 
 def collect(run: ParameterRun, frame: Tensor, into: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ depends on its place, not on what ran before.
 import errno
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -279,12 +280,23 @@ def _load(
             local_rows(parameter).copy_(own_rows(saved[name], parameter))
     if isinstance(optimizer, PagedAdamW):
         if optimizer.committed_mark != _mark(state):  # else its file holds this very state
-            saved = torch.load(folder / "optimizer.pt", map_location="cpu", mmap=True, weights_only=True)
+            saved = _load_state(folder / "optimizer.pt", map_location="cpu", mmap=True)
             optimizer.load_state_dict(saved if shards is None else own_state(saved, shards.parameters))
     else:
-        saved = torch.load(folder / "optimizer.pt", map_location=device, weights_only=True)
+        saved = _load_state(folder / "optimizer.pt", map_location=device)
         optimizer.load_state_dict(saved if shards is None else own_state(saved, shards.parameters))
     return state
+
+
+def _load_state(path: Path, **how: Any) -> dict[str, Any]:
+    """Read tensors and numbers; nothing else that a pickle may hold is made, let alone called."""
+    try:
+        saved: dict[str, Any] = torch.load(path, weights_only=True, **how)
+    except pickle.UnpicklingError as error:  # torch advises to read it with its code
+        raise RunError(
+            f"{path}: holds something else than tensors; delete the checkpoint, it is not longfit's"
+        ) from error
+    return saved
 
 
 def commit_optimizer(optimizer: torch.optim.Optimizer, state: RunState) -> None:
