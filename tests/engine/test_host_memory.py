@@ -73,36 +73,27 @@ def test_no_memory_is_told_as_such():
         host_memory.empty(torch.zeros(1), (1 << 44,))
 
 
-@pytest.mark.parametrize(("resident", "trims"), [(94, 0), (96, 1)])
-def test_holes_are_given_back_near_the_peak(monkeypatch, resident, trims):
-    done = []
-    monkeypatch.setattr(host_memory, "_malloc_trim", lambda: done.append)
-    monkeypatch.setattr(host_memory, "peak_bytes", lambda: 100)
-    monkeypatch.setattr(host_memory, "_resident_bytes", lambda: resident)
-    host_memory.give_back(torch.device("cpu"))
-    host_memory.give_back(torch.device("meta"))
-    assert len(done) == trims
-
-
-@pytest.mark.skipif(host_memory._malloc_trim() is None, reason="no glibc or no /proc/self/statm")
+@pytest.mark.skipif(platform.system() != "Linux", reason="no /proc/self/statm")
 def test_resident_memory_grows_with_what_is_touched_and_the_peak_is_no_smaller():
-    before = host_memory._resident_bytes()
+    before = host_memory.resident_bytes()
     held = torch.zeros(8 << 20).add_(1)  # 32 MiB
-    after = host_memory._resident_bytes()
+    after = host_memory.resident_bytes()
     assert 32 << 20 <= after - before < 64 << 20
     assert host_memory.peak_bytes() >= after - (1 << 20)  # the kernel counts by the page, and lags by a few
     assert held.sum() == held.numel()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc keeps holes")
-def test_holes_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_memory, "peak_bytes", lambda: 0)  # whatever the process had before, this is the peak
+def test_holes_are_given_back_near_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     # Blocks below glibc's smallest threshold for mappings lie in the heap; each second one stays and keeps it there.
     blocks = [torch.zeros(100 << 10, dtype=torch.uint8) for _ in range(640)]
     del blocks[::2]
-    before = host_memory._resident_bytes()
-    give_back(torch.device("meta"))
-    assert host_memory._resident_bytes() == pytest.approx(before, abs=1 << 20)
+    before = host_memory.resident_bytes()
+    for device, peak in (("meta", before), ("cpu", int(before / 0.9))):  # another device; far below the peak
+        monkeypatch.setattr(host_memory, "peak_bytes", lambda peak=peak: peak)
+        give_back(torch.device(device))
+        assert host_memory.resident_bytes() == pytest.approx(before, abs=1 << 20)
+    monkeypatch.setattr(host_memory, "peak_bytes", lambda: before)
     give_back(torch.device("cpu"))
-    assert before - host_memory._resident_bytes() > 25 << 20  # of 32 MB, less the pages that holes share with blocks
+    assert before - host_memory.resident_bytes() > 25 << 20  # of 32 MB, less the pages that holes share with blocks
     assert all(int(block.sum()) == 0 for block in blocks)

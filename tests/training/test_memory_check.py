@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,12 @@ import pytest
 import torch
 
 from longfit.config import RunConfig
+from longfit.engine.loss.training_loss import training_loss
 from longfit.engine.sweep.sweeper import sweeper_of
 from longfit.errors import PlanError
 from longfit.planning.memory import HOST_BASE_BYTES, memory_plan
 from longfit.planning.plan import Plan, plan
-from longfit.training import memory_check, prepare, step
+from longfit.training import distribute, memory_check, prepare
 from longfit.training.loop import train
 from longfit.training.memory_check import StepDown, machine_limits, plan_run, plan_settings
 from longfit.training.metrics import Event
@@ -162,6 +164,24 @@ def test_the_second_lack_stops_and_other_errors_pass() -> None:
         StepDown(None, changes.append, lambda event: None).run(lack)
 
 
+def lacking_in_backward(patch: pytest.MonkeyPatch, *, calls: range) -> None:
+    """Let memory run out at the end of the backward pass of some calls of the loss."""
+    number = count()  # the first call is the rehearsal
+
+    def loss_of(model: Any, *args: Any, **options: Any) -> torch.Tensor:
+        lacks = next(number) in calls
+        loss = training_loss(model, *args, **options)
+        if lacks:
+            first = next(p for p in model.parameters() if p.requires_grad)
+            handle = first.register_post_accumulate_grad_hook(lambda _: (handle.remove(), lack()))
+        return loss
+
+    def lack() -> None:
+        raise LACK
+
+    patch.setattr(distribute, "training_loss", loss_of)
+
+
 @pytest.mark.parametrize("stream", ["none", "file"])
 def test_a_run_goes_on_at_the_same_step_with_the_same_losses(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: str
@@ -176,16 +196,7 @@ def test_a_run_goes_on_at_the_same_step_with_the_same_losses(
         streams.append(sweeper_of(model).weights)
 
     monkeypatch.setattr(prepare, "change_sweep", change_sweep)
-    original, lacks = step._differentiate, iter([LACK])
-
-    def differentiate(run: Any, *args: Any) -> float:
-        value = original(run, *args)
-        lack = next(lacks, None) if run.state.step == 1 else None
-        if lack is not None:
-            raise lack
-        return value
-
-    monkeypatch.setattr(step, "_differentiate", differentiate)
+    lacking_in_backward(monkeypatch, calls=range(2, 3))
     warned: list[str] = []
     broken = train(
         make_config(**{"output.run_dir": str(tmp_path / "broken"), "engine.stream": stream}),
@@ -204,14 +215,7 @@ def test_a_run_goes_on_at_the_same_step_with_the_same_losses(
 def test_a_second_lack_leaves_the_state_saved(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = step._differentiate
-
-    def differentiate(run: Any, *args: Any) -> float:
-        if run.state.step == 1:
-            raise LACK
-        return original(run, *args)
-
-    monkeypatch.setattr(step, "_differentiate", differentiate)
+    lacking_in_backward(monkeypatch, calls=range(2, 99))
     with pytest.raises(PlanError, match=r"step 2: out of memory.*The state before it is in"):
         train(make_config(**{"output.run_dir": str(tmp_path / "run")}))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]

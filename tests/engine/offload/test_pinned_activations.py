@@ -5,13 +5,16 @@ is that no buffer is written while a tile in it may still be used.
 """
 
 import random
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from longfit.compat.torch import storage_identity
 from longfit.engine.offload import pinned_activations
 from longfit.engine.offload.pinned_activations import NUM_BUFFERS, PinnedActivations
 
@@ -33,18 +36,39 @@ class Stream:
         return object()
 
 
+class Fetches(TorchDispatchMode):
+    """Counts the copies out of slabs, by the number of the slab."""
+
+    def __init__(self, slabs: list[Tensor]) -> None:
+        super().__init__()
+        self.slabs, self.fetched = slabs, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            source = storage_identity(args[1])
+            self.fetched += [number for number, slab in enumerate(self.slabs) if storage_identity(slab) == source]
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def offload(monkeypatch: pytest.MonkeyPatch) -> Iterator[PinnedActivations]:
+def slabs() -> list[Tensor]:
+    """Every slab of pinned memory that is made."""
+    return []
+
+
+@pytest.fixture
+def offload(monkeypatch: pytest.MonkeyPatch, slabs: list[Tensor]) -> Iterator[PinnedActivations]:
     current = Stream()
+
+    def slab(memory: object, num_bytes: int) -> Tensor:
+        slabs.append(torch.full((num_bytes,), 255, dtype=torch.uint8))
+        return slabs[-1]
+
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "Stream", Stream)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: current)
         patch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-        patch.setattr(
-            pinned_activations.PinnedMemory,
-            "slab",
-            lambda self, num_bytes: torch.full((num_bytes,), 255, dtype=torch.uint8),
-        )
+        patch.setattr(pinned_activations.PinnedMemory, "slab", slab)
         yield PinnedActivations("cpu")
 
 
@@ -63,60 +87,52 @@ def tiles(count: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
 @pytest.mark.parametrize("seed", range(20))
 def test_a_tile_is_whole_until_the_next_is_got(offload: PinnedActivations, seed: int) -> None:
     expected, choose = tiles(7), random.Random(seed)
-    saved_input = put_all(offload, expected)
+    saved_input, buffers = put_all(offload, expected), set()
     for _ in range(60):
         index = choose.randrange(7)
         got = saved_input.get(index)
         for _ in range(choose.randrange(6)):  # more than there are buffers, and some for tiles that never come
             saved_input.prefetch(choose.randrange(9))
         assert torch.equal(got, expected[index])
-    assert len(offload._buffers) == NUM_BUFFERS
+        buffers.add(storage_identity(got))
+    assert len(buffers) <= NUM_BUFFERS
 
 
-def test_the_order_of_the_sweep_fetches_every_tile_once(
-    offload: PinnedActivations, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fetched: list[int] = []
-    fetch = pinned_activations._PinnedInput._fetch
-
-    def counting(self: object, index: int) -> bool:
-        done = fetch(self, index)
-        fetched.extend([index] * done)
-        return done
-
-    monkeypatch.setattr(pinned_activations._PinnedInput, "_fetch", counting)
+def test_the_order_of_the_sweep_fetches_every_tile_once(offload: PinnedActivations, slabs: list[Tensor]) -> None:
     expected = tiles(6)
     saved_input = put_all(offload, expected)
-    for earlier in range(5):  # keys of all earlier tiles, then gradients last to first
-        saved_input.prefetch(earlier + 1)
-        assert torch.equal(saved_input.get(earlier), expected[earlier])
-    for index in reversed(range(6)):
-        saved_input.prefetch(max(index - 1, 0))
-        assert torch.equal(saved_input.get(index), expected[index])
-    assert fetched == [1, 0, 2, 3, 4, 5, 4, 3, 2, 1, 0]
+    with Fetches(slabs) as fetches:
+        for earlier in range(5):  # keys of all earlier tiles, then gradients last to first
+            saved_input.prefetch(earlier + 1)
+            assert torch.equal(saved_input.get(earlier), expected[earlier])
+        for index in reversed(range(6)):
+            saved_input.prefetch(max(index - 1, 0))
+            assert torch.equal(saved_input.get(index), expected[index])
+    assert fetches.fetched == [1, 0, 2, 3, 4, 5, 4, 3, 2, 1, 0]
 
 
-def test_slabs_and_buffers_are_used_again(offload: PinnedActivations) -> None:
+def test_slabs_and_buffers_are_used_again(offload: PinnedActivations, slabs: list[Tensor]) -> None:
     for _step in range(3):
         saved_inputs = [put_all(offload, tiles(4)) for _layer in range(2)]
         for saved_input in reversed(saved_inputs):
             for index in reversed(range(4)):
                 saved_input.get(index)
             saved_input.close()
-    (slabs,) = offload._free.values()
     assert len(slabs) == 8
-    assert not any(buffer.busy for buffer in offload._buffers)
     wide = put_all(offload, [torch.randn(2, 50, 6)])
     assert wide.get(0).shape == (2, 50, 6)
-    assert {buffer.data.numel() for buffer in offload._buffers} == {2 * 50 * 6 * 4}
+    assert wide.get(0).untyped_storage().nbytes() == 2 * 50 * 6 * 4
 
 
 def test_a_tile_lives_until_it_is_settled(offload: PinnedActivations) -> None:
     saved_input = offload.open(2)
-    saved_input.put(0, torch.ones(1, 2, 3))
-    assert 0 in saved_input._leaving
+    tile = torch.ones(1, 2, 3)
+    lives = weakref.ref(tile)
+    saved_input.put(0, tile)
+    del tile
+    assert lives() is not None
     saved_input.close()  # a forward pass that broke off
-    assert not saved_input._leaving
+    assert lives() is None
 
 
 def test_layers_taken_back_at_the_same_time_are_refused(offload: PinnedActivations) -> None:

@@ -7,9 +7,9 @@ layer exists for every token. But only attention mixes tokens, and causally. So 
     backward    K, V again, up to where they exist; then tiles last to first, each a small local graph through the
                 layer's own modules; dK, dV of a tile are complete when its turn comes; dx is written over dy
 
-A token costs its input, its gradient, K, V and their float32 gradient: 3.5 hidden states for Llama-3.1-8B instead of
-more than 25. The result is exact; only the order of additions differs. No layer runs more often than under ordinary
-checkpointing; keys and values are projected once more.
+A token costs a gradient, K, V and their float32 gradient: 2.6 hidden states for Llama-3.1-8B instead of more than 25,
+beside the layer's input, which waits where it is offloaded to. The result is exact; only the order of additions
+differs. No layer runs more often than under ordinary checkpointing; keys and values are projected once more.
 
 Gradients of parameters are collected per tile, summed in float32 and *returned* by the function. So .grad is written
 once, hooks fire once, and DDP and gradient accumulation see what they see in any other model.
