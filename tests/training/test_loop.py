@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from tests.families.tiny_family import tiny_family
 from tests.training.conftest import MakeConfig
-from tests.training.tiny import interrupt_at, save_tiny_model
+from tests.training.tiny import interrupt_at, read_losses, save_tiny_model
 
 from longfit.config import sections
 from longfit.engine.loss.training_loss import training_loss
 from longfit.errors import ConfigError, RunError
+from longfit.model.load import read_tokenizer
 from longfit.training import start
 from longfit.training.checkpoint import read_state
 from longfit.training.computed_with import computed_with
@@ -225,3 +228,36 @@ def test_every_setting_is_read_by_a_run(
     train(config)
     assert set(sections.known_keys()) - read == set()
     assert read_config(tmp_path / "run").context.group_size == 24  # a quarter of the context, as the model was extended
+
+
+@pytest.mark.parametrize("engine", ["sweep", "plain"])
+def test_documents_of_a_recurrent_model_share_a_window_where_the_sweep_keeps_them_apart(
+    engine: str, make_config: MakeConfig, workplace: Path, tmp_path: Path
+) -> None:
+    """The first loss is that of each document read alone by the model as it is."""
+    family = tiny_family("qwen3_5_text", vocab_size=33)
+    base = tmp_path / "recurrent"
+    family.model.float().save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).write_bytes((workplace / "model" / name).read_bytes())
+    texts = ["the long road", "went on and on", "past hills", "and rivers"]
+    (tmp_path / "texts").mkdir()
+    for number, text in enumerate(texts):
+        (tmp_path / "texts" / f"{number}.txt").write_text(text)
+    said = []
+    settings = {"model__name": str(base), "data__path": str(tmp_path / "texts"), "engine__engine": engine}
+    config = make_config(**settings, train__steps=1, adapter__rank=2, train__gradient_accumulation=4)
+    if engine == "sweep":
+        config = config.replace({"train.gradient_accumulation": 1})
+    assert train(config, on_event=lambda event: said.append(event.text)).finished
+    alone = [line for line in said if line.startswith("one document a window")]
+    assert len(alone) == (0 if engine == "sweep" else 1)
+    tokenizer = read_tokenizer(base)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for text in texts:
+            ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])
+            logits = family.model(input_ids=ids, use_cache=False).logits
+            total += float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+            count += ids.shape[1] - 1
+    assert read_losses(tmp_path / "run")[0] == pytest.approx(total / count, rel=1e-4)

@@ -93,6 +93,10 @@ class Family:
     no_adapter: dict[str, str] = field(default_factory=dict)
     packs_swept: str | None = None
 
+    def mixing(self, engine: str) -> str | None:
+        """Why documents do not share a window with an engine (``"sweep"`` or ``"plain"``); None where they do."""
+        return self.packs_swept if engine == "sweep" else self.packs
+
     def require_trainable(self) -> None:
         """Raise ModelError naming what is not understood."""
         if self.causal is not None:
@@ -130,8 +134,8 @@ class Family:
         if self.packs_swept is not None:
             return f"one document a window: {self.packs_swept}"
         if self.packs is not None:
-            kept = "swept layers begin each document without a state, so training_loss takes packed rows"
-            return f"one document a window in a run: {self.packs}; {kept}"
+            begun = "swept layers begin each document without a state"
+            return f"documents share windows where {begun}; with engine.engine=plain one a window: {self.packs}"
         return "documents share windows"
 
 

@@ -20,6 +20,7 @@ IN_A_LAYER = re.compile(r"(^|\.)(layers|layer|blocks|h)\.\d+\.")  # not what tur
 STATEFUL = re.compile(
     r"Mamba|GatedDelta|DeltaNet|ShortConv|Recurrent|RWKV|Rwkv|xLSTM|LinearAttention|LightningAttention|SSM"
 )
+STATE = "carries a state from token to token"
 
 
 def carries_state(config: Any) -> str | None:
@@ -38,5 +39,5 @@ def carries_state(config: Any) -> str | None:
     for name, module in inner.named_modules():
         kind = type(module).__name__
         if IN_A_LAYER.search(name) and (isinstance(module, nn.Conv1d) or STATEFUL.search(kind)):
-            return f"{name} ({kind}) carries a state from token to token"
+            return f"{name} ({kind}) {STATE}"
     return None

@@ -31,7 +31,7 @@ from longfit.files.writing import writing
 from longfit.kernels.cpu.threads import usable_cores
 from longfit.model import gguf
 from longfit.model.description import read_config, read_tokenizer
-from longfit.model.token_mixing import carries_state
+from longfit.model.token_mixing import STATE, carries_state
 from longfit.notice import notify as tell
 from longfit.training.metrics import Event, OnEvent, ignore
 
@@ -180,6 +180,12 @@ def native_context(model_config: Any) -> int:
     return int(model_config.get_text_config().max_position_embeddings)
 
 
+ONLY_A_RUN_KNOWS = (
+    "counted as if documents shared windows, which they do where a run finds that its swept layers begin each without "
+    "a state; else it gives each a window, and says so"
+)
+
+
 def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
     """Account for every token of the data as a run of this config would pack it; reads no weights.
 
@@ -193,10 +199,14 @@ def count_tokens(config: RunConfig, *, on_event: OnEvent) -> Ledger:
     native = native_context(model_config)
     on_event(Event("phase", "packing the text into windows"))
     mixing = carries_state(model_config)
-    if mixing is not None:
+    swept = mixing is not None and mixing.endswith(STATE) and config.engine.engine == "sweep"
+    if swept:
+        on_event(Event("phase", f"{mixing}: {ONLY_A_RUN_KNOWS}", {"mixing": mixing}))
+    elif mixing is not None:
         on_event(Event("phase", f"one document a window: {mixing}", {"mixing": mixing}))
     config = config.resolve(native_context=native)
-    windows = pack_documents(documents, tokenizer, config, alone=mixing is not None, on_event=on_event)
+    alone = mixing is not None and not swept
+    windows = pack_documents(documents, tokenizer, config, alone=alone, on_event=on_event)
     return Ledger.of(
         windows,
         native_context=native,

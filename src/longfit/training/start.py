@@ -277,9 +277,10 @@ def _pack(
     here.say("packing the text into windows")
     family = understand(base.model, nature=take_exact_attention(base.model))
     family.require_trainable()
-    alone = family.packs is not None
+    mixing = family.mixing(config.engine.engine)
+    alone = mixing is not None
     if alone:
-        here.say(f"one document a window: {family.packs}", mixing=family.packs)
+        here.say(f"one document a window: {mixing}", mixing=mixing)
     windows = pack_documents(documents, base.tokenizer, config, alone=alone, on_event=here.notify)
     validation = pack_documents(held_out, base.tokenizer, config, alone=alone) if held_out is not None else None
     remember_chat(base.model, base.tokenizer, windows)
