@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import zipfile
+from email.message import EmailMessage
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,50 @@ def epub() -> bytes:
     return file.getvalue()
 
 
+def docx_with_more() -> bytes:
+    """A document with what python-docx does not give: a content control, a text box, an inserted run, a footnote."""
+    import docx as library
+    from docx.oxml import parse_xml
+
+    document, file = library.Document(), io.BytesIO()
+    inside = "".join(
+        f"<w:{name}><w:r><w:t>lost</w:t></w:r></w:{name}>" for name in ("sdtContent", "txbxContent", "ins")
+    )
+    space = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+    more = f'<w:p xmlns:w="{space}"><w:r><w:t>Seen.</w:t><w:footnoteReference w:id="2"/></w:r>{inside}</w:p>'
+    document.element.body.insert(0, parse_xml(more))
+    document.save(file)
+    return file.getvalue()
+
+
+def pptx_with_notes() -> bytes:
+    import pptx as library
+
+    show, file = library.Presentation(), io.BytesIO()
+    slide = show.slides.add_slide(show.slide_layouts[5])
+    slide.shapes.title.text, slide.notes_slide.notes_text_frame.text = "Hello", "Speak slowly."
+    show.save(file)
+    return file.getvalue()
+
+
+def mail(text: str = "Dear all\n", *, html: str | None = None, attachment: bytes | None = None) -> bytes:
+    message = EmailMessage()
+    message["From"], message["Subject"], message["X-Spam"] = "ana@x", "Tromsø", "no"
+    message.set_content(text)
+    if html is not None:
+        message.add_alternative(html, subtype="html")
+    if attachment is not None:
+        message.add_attachment(attachment, maintype="application", subtype="pdf")
+    return message.as_bytes()
+
+
+READ_MAIL = "From: ana@x\nSubject: Tromsø\n\nDear all"
+MAILBOX = b"From a@x Mon\n" + mail() + b"\nFrom b@x Tue\n" + mail("A line\n>From the start\n")
+PAGE = mail("", html="<p>See <b>this</b></p>").replace(b"From: ana@x\n", b"")
+
 NOTEBOOK = json.dumps({"cells": [{"cell_type": "markdown", "source": ["# T\n", "x"]}, {"source": "y = 1"}]}).encode()
+RUN = json.dumps({"cells": [{"cell_type": "code", "source": "y", "outputs": [{"text": "1"}, {"text": "2"}]}]}).encode()
+LOST = (("footnotes", 1), ("text boxes", 1), ("content controls", 1), ("tracked insertions", 1))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +131,23 @@ NOTEBOOK = json.dumps({"cells": [{"cell_type": "markdown", "source": ["# T\n", "
         ("pptx", pptx(), "Hello", Extraction("slides", 2, 5, (2,))),
         ("epub", epub(), "Chapter 2\n\né\n\nChapter 1\n\né", Extraction("chapters", 2, 26, ())),
         ("ipynb", NOTEBOOK, "# T\nx\n\ny = 1", Extraction("cells", 2, 12, ())),
+        ("ipynb", RUN, "y", Extraction("cells", 1, 1, (), (("outputs of cells", 2),))),
+        ("docx", docx_with_more(), "Seen.", Extraction("parts", 1, 5, (), LOST)),
+        ("pptx", pptx_with_notes(), "Hello", Extraction("slides", 1, 5, (), (("speaker's notes", 1),))),
+        ("eml", mail(), READ_MAIL, Extraction("mails", 1, 37, ())),
+        (
+            "eml",
+            mail(html="<p>x</p>", attachment=b"%"),
+            READ_MAIL,
+            Extraction("mails", 1, 37, (), (("attachments", 1),)),
+        ),
+        (
+            "mbox",
+            MAILBOX,
+            f"{READ_MAIL}\n\nFrom: ana@x\nSubject: Tromsø\n\nA line\nFrom the start",
+            Extraction("mails", 2, 89, ()),
+        ),
+        ("mht", PAGE, "See this", Extraction("parts", 1, 8, ())),
     ],
 )
 def test_a_document_becomes_text_and_a_report(kind: str, data: bytes, text: str, units: Extraction) -> None:
@@ -102,6 +163,11 @@ def test_damaged_documents_are_refused(kind: str, data: bytes) -> None:
         extract(kind, io.BytesIO(data))
 
 
+def test_a_mail_without_headers_is_no_mail() -> None:
+    with pytest.raises(DataError, match="not a mail: it begins with no headers"):
+        extract("eml", io.BytesIO(b"\nhello\n"))
+
+
 def test_without_the_extra_the_command_that_installs_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pypdf", None)
     with pytest.raises(DataError, match=r"pip install 'longfit\[documents\]'"):
@@ -115,7 +181,13 @@ def test_the_report_of_a_folder_counts_pages_and_names_those_without_text(tmp_pa
     documents = read_documents(tmp_path)
     assert [document.name for document in documents] == ["b.epub", "scan.pdf"]
     assert "scan.pdf: 1 of 2 pages hold no text (1)" in "\n".join(documents.report.warnings())
+    assert "a scanned page is a picture" in "\n".join(documents.report.warnings())
     assert documents.report.notes()[1] == "extracted 5 characters from 2 pages of 1 files, 1 pages without text"
+    (tmp_path / "n.rtf").rename(tmp_path / "more.ipynb")
+    (tmp_path / "more.ipynb").write_bytes(RUN)
+    said = "\n".join(read_documents(tmp_path).report.warnings())
+    assert "left out of documents that are no plain text: outputs of cells (2)" in said
+    (tmp_path / "n.rtf").write_bytes(b"{\\rtf1 x}")
     with pytest.raises(DataError, match=r"\.rtf is not read; convert it first, for example: pandoc"):
         read_documents(tmp_path / "n.rtf")
 

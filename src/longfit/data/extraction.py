@@ -1,9 +1,9 @@
-"""Office documents, books and notebooks as text, with a report of what was found: pages, and pages without any text.
+"""Office documents, books, notebooks and mails as text, with a report of what was found, and of what is left out.
 
-PDF, DOCX and PPTX need the extra ``documents`` (pypdf, python-docx, python-pptx: BSD and MIT licences); EPUB and
-notebooks are web pages in an archive and JSON, which Python reads by itself. A scanned page has no text: it is counted
-and named, never read by character recognition. What this is not: layout; columns and footnotes come as the file has
-them.
+PDF, DOCX and PPTX need the extra ``documents`` (pypdf, python-docx, python-pptx: BSD and MIT licences); EPUB, notebooks
+and mails are web pages in an archive, JSON and MIME, which Python reads by itself. A scanned page has no text: it is
+counted and named, never read by character recognition. What holds text, and is not taken out (footnotes of a DOCX,
+outputs of a notebook's cells, attachments), is counted. What this is not: layout; columns come as the file has them.
 """
 
 import io
@@ -11,6 +11,7 @@ import json
 import posixpath
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -18,6 +19,7 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 from longfit.data.html import html_text
+from longfit.data.mails import read_mail, read_mailbox, read_saved_page
 from longfit.data.readers import decode_text
 from longfit.errors import DataError
 from longfit.files.expansion import require_modest, require_modest_zip
@@ -35,16 +37,29 @@ class Extraction:
     """What was taken out of one file.
 
     Attributes:
-        unit: what the file consists of: pages, slides, chapters, cells or parts.
+        unit: what the file consists of: pages, slides, chapters, cells, mails or parts.
         num_units: of them.
         num_chars: of the text.
         empty: numbers of the units without text, from 1.
+        left_out: what the file holds beside that text, and how often.
     """
 
     unit: str
     num_units: int
     num_chars: int
     empty: tuple[int, ...]
+    left_out: tuple[tuple[str, int], ...] = ()
+
+
+INSIDE_DOCX = {  # elements of its body whose text python-docx does not give, and pictures
+    "footnoteReference": "footnotes",
+    "endnoteReference": "endnotes",
+    "commentReference": "comments",
+    "txbxContent": "text boxes",
+    "sdtContent": "content controls",
+    "ins": "tracked insertions",
+    "blip": "pictures",
+}
 
 
 def extract(kind: str, stream: BinaryIO) -> tuple[str, Extraction]:
@@ -57,12 +72,13 @@ def extract(kind: str, stream: BinaryIO) -> tuple[str, Extraction]:
     """
     unit, read = EXTRACTORS[kind]
     data = stream.read()
+    left_out: Counter[str] = Counter()
     try:
         if zipfile.is_zipfile(io.BytesIO(data)):
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 require_modest_zip(archive, len(data))
                 _require_few_nodes(archive)
-        parts = [part.strip("\n") for part in _within_budget(read(io.BytesIO(data)), len(data))]
+        parts = [part.strip("\n") for part in _within_budget(read(io.BytesIO(data), left_out), len(data))]
     except ImportError:
         raise DataError(f"to read {kind} files, install what reads them: {INSTALL}") from None
     except DataError:
@@ -73,7 +89,7 @@ def extract(kind: str, stream: BinaryIO) -> tuple[str, Extraction]:
         ) from None
     empty = tuple(number for number, part in enumerate(parts, start=1) if not part.strip())
     text = "\n\n".join(part for part in parts if part.strip())
-    return text, Extraction(unit, len(parts), len(text), empty)
+    return text, Extraction(unit, len(parts), len(text), empty, tuple((+left_out).most_common()))
 
 
 def _require_few_nodes(archive: zipfile.ZipFile) -> None:
@@ -107,7 +123,7 @@ def _within_budget(parts: Iterator[str | None], num_bytes: int) -> Iterator[str]
             yield part
 
 
-def _pdf(stream: BinaryIO) -> Iterator[str]:
+def _pdf(stream: BinaryIO, left_out: Counter[str]) -> Iterator[str]:
     import logging
 
     import pypdf
@@ -120,11 +136,14 @@ def _pdf(stream: BinaryIO) -> Iterator[str]:
         yield page.extract_text() or ""
 
 
-def _docx(stream: BinaryIO) -> Iterator[str | None]:
+def _docx(stream: BinaryIO, left_out: Counter[str]) -> Iterator[str | None]:
     """Read paragraphs and tables; an empty paragraph is no part."""
     import docx
 
-    for block in docx.Document(stream).element.body.inner_content_elements:
+    body = docx.Document(stream).element.body
+    kinds = Counter(str(element.tag).rpartition("}")[2] for element in body.iter())
+    left_out.update({words: kinds[kind] for kind, words in INSIDE_DOCX.items() if kinds[kind]})
+    for block in body.inner_content_elements:
         if hasattr(block, "tr_lst"):
             yield "\n".join("\t".join(_cell_text(cell) for cell in row.tc_lst) for row in block.tr_lst)
         else:
@@ -137,10 +156,13 @@ def _cell_text(cell: Any) -> str:
     return "\n".join(paragraph.text for paragraph in cell.p_lst)
 
 
-def _pptx(stream: BinaryIO) -> Iterator[str]:
+def _pptx(stream: BinaryIO, left_out: Counter[str]) -> Iterator[str]:
     import pptx
 
     for slide in pptx.Presentation(stream).slides:
+        notes = slide.notes_slide.notes_text_frame if slide.has_notes_slide else None
+        left_out["speaker's notes"] += bool(notes is not None and notes.text.strip())
+        left_out["pictures"] += sum(str(element.tag).endswith("}blip") for element in slide.element.iter())
         yield "\n".join(text for shape in slide.shapes for text in _shape_texts(shape) if text.strip())
 
 
@@ -155,7 +177,7 @@ def _shape_texts(shape: Any) -> Iterator[str]:
             yield "\t".join(cell.text for cell in row.cells)
 
 
-def _epub(stream: BinaryIO) -> Iterator[str]:
+def _epub(stream: BinaryIO, left_out: Counter[str]) -> Iterator[str]:
     """Read the chapters of a book in the order of its spine."""
     with zipfile.ZipFile(stream) as book:
         container = ElementTree.fromstring(book.read("META-INF/container.xml"))
@@ -168,19 +190,23 @@ def _epub(stream: BinaryIO) -> Iterator[str]:
                 yield html_text(decode_text(book.read(posixpath.normpath(name))))
 
 
-def _notebook(stream: BinaryIO) -> Iterator[str]:
+def _notebook(stream: BinaryIO, left_out: Counter[str]) -> Iterator[str]:
     notebook = json.loads(decode_text(stream.read()))
     if not isinstance(notebook, dict) or not isinstance(notebook.get("cells"), list):
         raise DataError("not a notebook: it has no list of cells")
     for cell in notebook["cells"]:
         source = cell.get("source", "")
+        left_out["outputs of cells"] += len(cell.get("outputs") or ())
         yield "".join(source) if isinstance(source, list) else str(source)
 
 
-EXTRACTORS: dict[str, tuple[str, Callable[[BinaryIO], Iterator[str | None]]]] = {
+EXTRACTORS: dict[str, tuple[str, Callable[[BinaryIO, Counter[str]], Iterator[str | None]]]] = {
     "pdf": ("pages", _pdf),
     "docx": ("parts", _docx),
     "pptx": ("slides", _pptx),
     "epub": ("chapters", _epub),
     "ipynb": ("cells", _notebook),
+    "eml": ("mails", read_mail),
+    "mbox": ("mails", read_mailbox),
+    "mht": ("parts", read_saved_page),
 }

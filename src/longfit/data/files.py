@@ -36,6 +36,10 @@ KIND_OF_SUFFIX = {
     ".pptx": "pptx",
     ".epub": "epub",
     ".ipynb": "ipynb",
+    ".eml": "eml",
+    ".mbox": "mbox",
+    ".mht": "mht",
+    ".mhtml": "mht",
 }
 CONVERT_FIRST = {  # formats whose bytes are markup or machine code around the text: never trained on as they are
     **{suffix: f"pandoc FILE{suffix} -o FILE.txt" for suffix in (".odt", ".rtf", ".fb2", ".docbook")},
@@ -45,7 +49,7 @@ CONVERT_FIRST = {  # formats whose bytes are markup or machine code around the t
     },
     **{suffix: f"libreoffice --headless --convert-to csv FILE{suffix}" for suffix in (".xls", ".xlsx", ".ods")},
     **{suffix: f"ebook-convert FILE{suffix} FILE.txt" for suffix in (".mobi", ".azw", ".azw3", ".lit")},
-    **{suffix: f"pandoc FILE{suffix} -o FILE.txt" for suffix in (".mht", ".mhtml", ".eml")},
+    ".msg": "msgconvert FILE.msg",
     ".svg": "inkscape FILE.svg --export-type=pdf",
     ".ps": "ps2ascii FILE.ps FILE.txt",
     ".eps": "ps2ascii FILE.eps FILE.txt",

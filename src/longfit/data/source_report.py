@@ -42,10 +42,17 @@ class SourceReport:
         for name, extraction in self.extractions:
             if extraction.empty:
                 shown = ", ".join(map(str, extraction.empty[:10])) + ", ..." * (len(extraction.empty) > 10)
+                pictures = "; a scanned page is a picture, and is not read" * (extraction.unit == "pages")
                 lines.append(
                     f"{name}: {len(extraction.empty):,} of {extraction.num_units:,} {extraction.unit} hold no text "
-                    f"({shown}); a scanned page is a picture, and is not read"
+                    f"({shown}){pictures}"
                 )
+        left_out: Counter[str] = Counter()
+        for _, extraction in self.extractions:
+            left_out.update(dict(extraction.left_out))
+        if left_out:
+            named = ", ".join(f"{what} ({count:,})" for what, count in left_out.most_common())
+            lines.append(f"left out of documents that are no plain text: {named}")
         if self.num_decomposed:
             lines.append(
                 f"{self.num_decomposed:,} of {self.num_words:,} words are decomposed Unicode (NFD), which costs "

@@ -24,7 +24,7 @@ from longfit.data.source_report import SourceReport
 from longfit.errors import DataError
 from longfit.files.reading import reading, require_regular
 
-FORMAT = 1  # of an entry, and of what reading makes of a file: raise it when either changes
+FORMAT = 2  # of an entry, and of what reading makes of a file: raise it when either changes
 SETTLED_SECONDS = 3.0  # FAT and some network file systems count in two seconds
 
 Survey = tuple[dict[str, np.ndarray], SourceReport, bool]  # arrays by name; what was found; whether they are chats
