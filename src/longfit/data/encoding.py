@@ -149,6 +149,9 @@ def _trained_turns(chat: Chat, train_on: str, notes: ChatNotes) -> list[int]:
         )
     if len(prompted) < len(answers):
         notes.counts["chats begin with the assistant: turns before the first other turn are context, not trained"] += 1
+    context = [index for index, flag in enumerate(chat.flags) if flag and index not in answers]
+    if context:
+        notes.counts["turns that are no answers are marked as trained; only answers are trained"] += len(context)
     if train_on == "marked":
         turns = [index for index in prompted if chat.flags[index]]
         if not turns:

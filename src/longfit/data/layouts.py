@@ -11,19 +11,20 @@
 | `text`                                                                          | everyone                | text    |
 
 The first line that fits wins, with capitals or without; answer columns are `ANSWERS`, the first that is there. `system`
-or `system_prompt` beside any of them is the system turn, `tools` or `functions` the tool schemas. Columns that nothing
-reads are named in `Content.unread`. LongLoRA's supervised set (LongAlpaca) puts a whole document into `instruction`;
-nothing special is needed for it.
+(or another of `SYSTEMS`) beside any of them is the system turn, `tools` or `functions` the tool schemas. Columns that
+nothing reads are named in `Content.unread`. LongLoRA's supervised set (LongAlpaca) puts a whole document into
+`instruction`; nothing special is needed for it.
 """
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from longfit.data.messages import Chat, read_chat
+from longfit.data.messages import CONTENT_KEYS, Chat, read_chat
 from longfit.errors import ConfigError, DataError
 
 Row = dict[str, Any]
@@ -33,7 +34,10 @@ TURN_LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue",
 QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "input")
 ANSWERS = ("output", "completion", "response", "answer", "solution")
 TOOLS = ("tools", "functions")
-SYSTEMS = ("system", "system_prompt")
+SYSTEMS = ("system", "system_prompt", "system_message", "system_instruction", "systemInstruction")
+PREFERENCES = (("chosen", "rejected"), ("preferred_output", "non_preferred_output"))
+LIKE_QUESTIONS = ("article", "document", "source", "user", "human", "ask", "input")
+LIKE_ANSWERS = ("answers", "summary", "highlights", "target", "reply", "assistant", "gpt")
 MAPPED = ("text", "messages", "prompt", "answer", "context", "system", "tools")  # what a column map may name
 NAMES = {  # of the layouts, as errors call them
     "messages": "messages",
@@ -85,6 +89,12 @@ def recognise(
     small = {key.lower(): key for key in keys}
     if len(small) == len(keys) and (found := _known(small)):
         return replace(found, columns={name: small[name] for name in found.reads if name in small})
+    for preferred, other in PREFERENCES:
+        if preferred in small and other in small:
+            raise DataError(
+                f"columns {_listed(keys)} hold a preference, and longfit trains on answers: to train on those in "
+                f"{small[preferred]!r}, name them: {_preferred(small, small[preferred])}"
+            )
     raise DataError(
         f"columns {_listed(keys)} are not recognised; known: {_known_layouts()}, where ANSWER is "
         f"{' or '.join(ANSWERS)}. {_column_map(keys)}"
@@ -114,13 +124,26 @@ def _column_map(keys: Collection[str]) -> str:
     """Offer to name the row's columns, with those that look like a question and an answer."""
     names = list(keys)
     if len(names) < 2:
-        text = f"data.text_column={names[0]}" if names else "data.text_column=COLUMN"
+        text = f"data.text_column={shlex.quote(names[0])}" if names else "data.text_column=COLUMN"
         return f"If it is plain text, name its column: {text}"
-    asked = next((name for name in names if name.lower() in QUESTIONS), names[0])
-    said = next((name for name in names if name.lower() in ANSWERS and name != asked), None)
+    asked = next((name for name in names if name.lower() in (*QUESTIONS, *LIKE_QUESTIONS)), names[0])
+    said = next((name for name in names if name.lower() in (*ANSWERS, *LIKE_ANSWERS) and name != asked), None)
     said = said or next(name for name in names if name != asked)
     pair = ", ".join(f"{ours}: {_quoted(theirs)}" for ours, theirs in (("prompt", asked), ("answer", said)))
-    return f"Name yours with a column map, such as data.columns='{{{pair}}}', or data.text_column={names[0]}"
+    return (
+        f"Name yours with a column map, such as data.columns='{{{pair}}}', or data.text_column={shlex.quote(names[0])}"
+    )
+
+
+def _preferred(small: Mapping[str, str], preferred: str) -> str:
+    """The column map that trains on the preferred answers, which are answers alone or chats with their prompt."""
+    asked = next((small[name] for name in QUESTIONS if name in small), None)
+    named = (
+        f"messages: {_quoted(preferred)}"
+        if asked is None
+        else f"prompt: {_quoted(asked)}, answer: {_quoted(preferred)}"
+    )
+    return f"data.columns='{{{named}}}'"
 
 
 def _quoted(name: str) -> str:
@@ -144,10 +167,14 @@ def read_row(row: Row, layout: ColumnLayout) -> Content:
         value = renamed[layout.reads[0]]
         if value is not None and not isinstance(value, str):
             named = (layout.columns or {}).get(layout.reads[0], layout.reads[0])
-            raise DataError(f"column {named!r} holds {type(value).__name__}, not text")
+            raise DataError(f"column {named!r} holds {_no_text(value)}")
         return Content(value or "", None, unread)
-    tools = next((renamed[key] for key in TOOLS if renamed.get(key)), None)
-    return Content(None, read_chat(_with_system(renamed, layout.turns(renamed)), tools=tools), unread)
+    system, *_ = systems = [key for key in SYSTEMS if renamed.get(key)] or [""]
+    tools, *_ = schemas = [key for key in TOOLS if renamed.get(key)] or [""]
+    unread += tuple(key for key in systems[1:] if renamed[key] != renamed[system])
+    unread += tuple(key for key in schemas[1:] if renamed[key] != renamed[tools])
+    turns = _with_system(renamed.get(system), layout.turns(renamed))
+    return Content(None, read_chat(turns, tools=renamed.get(tools)), unread)
 
 
 def _mapped(keys: Collection[str], columns: Mapping[str, str]) -> ColumnLayout:
@@ -191,6 +218,9 @@ def _pair_turns(row: Row, question: str, answer: str) -> list[Any]:
             raise DataError(f"history holds {pair!r:.40}; expected pairs of a question and its answer")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     asked, said = row[question], row[answer]
+    for name, value in ((question, asked), (answer, said)):
+        if isinstance(value, (list, tuple)) and not all(isinstance(turn, dict) for turn in value):
+            raise DataError(f"column {name!r} holds several values, not a text or a list of turns; keep one of them")
     if isinstance(asked, (list, tuple)):
         turns += asked
     else:
@@ -199,30 +229,36 @@ def _pair_turns(row: Row, question: str, answer: str) -> list[Any]:
         parts = [before, asked, *after]
         for name, part in zip(("context", question, "context", "input"), parts, strict=False):
             if part is not None and not isinstance(part, str):
-                raise DataError(f"column {name!r} holds {type(part).__name__}, not text")
+                raise DataError(f"column {name!r} holds {_no_text(part)}")
         turns.append({"role": "user", "content": "\n\n".join(part for part in parts if part)})
     if isinstance(said, (list, tuple)):
         turns += said
     elif said is not None and not isinstance(said, str):
-        raise DataError(f"column {answer!r} holds {type(said).__name__}, not text")
+        raise DataError(f"column {answer!r} holds {_no_text(said)}")
     else:
         turns.append({"role": "assistant", "content": said})
     return turns
 
 
-def _with_system(row: Row, turns: list[Any]) -> list[Any]:
-    """Put a `system` column before the turns."""
-    system = next((row[key] for key in SYSTEMS if row.get(key)), None)
+def _with_system(system: object, turns: list[Any]) -> list[Any]:
+    """Put what a `system` column says before the turns: a text, parts of one, or a turn."""
     if not system:
         return turns
-    if not isinstance(system, str):
-        raise DataError(f"column 'system' holds {type(system).__name__}, not text")
+    if isinstance(system, dict):
+        system = next((system[key] for key in CONTENT_KEYS if system.get(key)), system)
+    if not isinstance(system, str | list):
+        raise DataError(f"column 'system' holds {_no_text(system)}")
     first = turns[0] if isinstance(turns[0], dict) else {}
     if first.get("role", first.get("from")) == "system":
         if first.get("content", first.get("value")) == system:
             return turns
         raise DataError("a system column and another system turn; keep one of them")
     return [{"role": "system", "content": system}, *turns]
+
+
+def _no_text(value: object) -> str:
+    """What a column holds in place of a text, and what to do."""
+    return f"{type(value).__name__}, not text" + '; write it as a text, such as "4"' * isinstance(value, int | float)
 
 
 def _listed(keys: Collection[str]) -> str:

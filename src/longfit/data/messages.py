@@ -3,7 +3,7 @@
 | said in a row as                                                        | becomes                                    |
 |-------------------------------------------------------------------------|--------------------------------------------|
 | `role`, `from` or `speaker`; human, gpt, AI, User, observation, ...     | one of `ROLES`                             |
-| `content`, `value`, `text` or `parts`; a text, or a list of text parts  | `content`, a text                          |
+| `content`, `value`, `text` or `parts`; a text, or parts                 | `content`, a text (`content_parts.py`)     |
 | `{"human": ..., "assistant": ...}`, roles as keys                       | a turn for each                            |
 | `tool_calls` (a list or its JSON), `function_call`, such a turn         | `tool_calls` [{function: {...}}]           |
 | `reasoning_content`, `reasoning`, `thinking`                            | `reasoning_content`                        |
@@ -14,11 +14,11 @@ Everything else a turn says stays in it under its own key: a template may read i
 """
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longfit.data.content_parts import REASONING_KEYS, as_text, read_parts, results_apart
 from longfit.errors import DataError
 
 Message = dict[str, Any]
@@ -33,6 +33,7 @@ ROLE_NAMES = {
     "chatgpt": "assistant",
     "ai": "assistant",
     "bot": "assistant",
+    "chatbot": "assistant",
     "prompter": "user",
     **dict.fromkeys(("function", "observation", "tool_response", "tool_result", "function_response"), "tool"),
     "ipython": "tool",
@@ -40,12 +41,13 @@ ROLE_NAMES = {
     "tool_call": "assistant",
 }
 CALL_TURNS = frozenset({"function_call", "tool_call"})  # turns whose text is the JSON of a call
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 FLAG_KEYS = ("weight", "train", "loss", "loss_mask", "trainable", "training")
 FLAG_TEXTS = {"0": 0, "1": 1, "false": 0, "true": 1}  # as tables write them
 ROLE_KEYS = ("role", "from", "speaker")
 CONTENT_KEYS = ("content", "value", "text", "parts")
-TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
+ARGUMENT_KEYS = ("arguments", "parameters", "input", "args")
+SCHEMA_KEYS = ("input_schema", "inputSchema")  # Anthropic's and MCP's word for parameters
+CALL_PLUMBING = frozenset({"id", "type", "index", "function"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ def read_tools(value: object) -> tuple[Tool, ...]:
         inner = tool.get("function", tool)
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise DataError(f'tool {number} has no name; write {{"type": "function", "function": {{"name": ...}}}}')
+        words = {key: "parameters" for key in SCHEMA_KEYS if "parameters" not in inner}
+        inner = {words.get(key, key): item for key, item in inner.items()}
         inner = {key: _parsed(item, key) if key == "parameters" else item for key, item in inner.items()}
         rest = {key: item for key, item in tool.items() if key != "function"} if "function" in tool else {}
         schemas.append({"type": "function", **rest, "function": inner})
@@ -121,14 +125,28 @@ def read_tools(value: object) -> tuple[Tool, ...]:
 
 
 def _one_role_each(turns: Sequence[object]) -> list[object]:
-    """Take turns apart that are written under their roles, as ``{"human": "...", "assistant": "..."}``."""
+    """Take apart turns that are written under their roles, ``{"human": "...", "assistant": "..."}``, and results."""
     apart: list[object] = []
     for turn in turns:
         if isinstance(turn, dict) and turn and all(isinstance(key, str) and _role(key) in ROLE_NAMES for key in turn):
             apart += [{"role": role, "content": said} for role, said in turn.items() if said is not None]
+        elif isinstance(turn, dict):
+            turn = _in_small_letters(turn)
+            apart += results_apart(turn, _content_key(turn))
         else:
             apart.append(turn)
     return apart
+
+
+def _in_small_letters(turn: dict[str, Any]) -> dict[str, Any]:
+    """Know ``Role`` and ``Content`` for what they are, where no key says it in small letters."""
+    small = {str(key).lower(): value for key, value in turn.items()}
+    known = any(key in turn for key in ROLE_KEYS)
+    return turn if known or len(small) < len(turn) or not any(key in small for key in ROLE_KEYS) else small
+
+
+def _content_key(turn: Mapping[str, Any]) -> str:
+    return next((key for key in CONTENT_KEYS if turn.get(key) is not None), "content")
 
 
 def _role(name: str) -> str:
@@ -147,15 +165,25 @@ def _read_turn(turn: object) -> tuple[Message, bool | None]:
     if name not in ROLE_NAMES:
         raise DataError(f"unknown role {said_role!r}; allowed: {', '.join(ROLE_NAMES)}")
     message: Message = {"role": ROLE_NAMES[name]}
-    content = turn.pop(next((key for key in CONTENT_KEYS if key in turn), "content"), "")
+    content = turn.pop(_content_key(turn), "")
     calls = _parsed(turn.pop("tool_calls", None), "tool_calls") or []
     if "function_call" in turn:
         calls = [turn.pop("function_call"), *calls]
     if name in CALL_TURNS:
         found = _parsed(content, name)
         calls, content = [*(found if isinstance(found, list) else [found]), *calls], ""
-    message["content"], thought = _read_content(content)
-    thoughts = [thought, *(turn.pop(key, None) for key in REASONING_KEYS)]
+    if message["role"] == "tool":
+        content = as_text(content)
+    if isinstance(content, list):
+        parts = read_parts(content)
+        message["content"] = "".join(parts.texts)
+        calls = [*calls, *parts.calls] if isinstance(calls, list) else calls
+        turn |= parts.others
+    elif isinstance(content, str):
+        parts, message["content"] = read_parts([]), content
+    else:
+        raise DataError(f"content is {type(content).__name__}, not text; only text can be trained on")
+    thoughts = ["".join(parts.thoughts), *(turn.pop(key, None) for key in REASONING_KEYS)]
     thoughts = [text for text in thoughts if text]
     if any(not isinstance(text, str) or text != thoughts[0] for text in thoughts):
         raise DataError(f"reasoning must be one text; the turn gives {len(thoughts)} under {', '.join(REASONING_KEYS)}")
@@ -164,52 +192,30 @@ def _read_turn(turn: object) -> tuple[Message, bool | None]:
     if not isinstance(calls, list):
         raise DataError(f"tool_calls is {type(calls).__name__}, not a list of calls")
     if calls:
-        message["tool_calls"] = [_read_call(call) for call in calls]
+        message["tool_calls"] = [_read_call(call, turn) for call in calls]
     flag = _read_flags(turn)
     return {**message, **turn}, flag
 
 
-def _read_content(content: object) -> tuple[str, str | None]:
-    """Join text parts; reasoning given as a part is returned beside the text."""
-    if isinstance(content, str):
-        return content, None
-    if not isinstance(content, list):
-        raise DataError(f"content is {type(content).__name__}, not text; only text can be trained on")
-    texts, thoughts = [], []
-    others: Counter[str] = Counter()
-    for part in content:
-        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
-        if kind in TEXT_PARTS and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind in REASONING_KEYS and isinstance(part.get(kind, part.get("text")), str):
-            thoughts.append(part.get(kind, part.get("text")))
-        else:
-            others[str(kind)] += 1
-    if others:
-        named = ", ".join(f"{count} {kind}" for kind, count in others.items())
-        total = sum(others.values())
-        raise DataError(
-            f"content is list, not text: {total} part{'s are' if total > 1 else ' is'} no text ({named}); "
-            "only text can be trained on"
-        )
-    return "".join(texts), "".join(thoughts) or None
+def _read_call(said: object, turn: Message) -> dict[str, Any]:
+    """Bring a call into the form that chat templates read: arguments as an object, not as its JSON.
 
-
-def _read_call(call: object) -> dict[str, Any]:
-    """Bring a call into the form that chat templates read: arguments as an object, not as its JSON."""
-    call = _parsed(call, "a tool call")
+    What it says beside its name and arguments goes into the turn, so that it is counted as what no template reads.
+    """
+    call: Any = _parsed(said, "a tool call")
     inner = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(inner, dict) or not isinstance(inner.get("name"), str) or not inner["name"]:
         raise DataError('a tool call without a name; write {"name": ..., "arguments": {...}}')
-    arguments = inner.get("arguments", inner.get("parameters"))
+    key = next((key for key in ARGUMENT_KEYS if inner.get(key) is not None), "arguments")
+    arguments = inner.get(key)
     if isinstance(arguments, str):
         parsed = _parsed(arguments, "arguments", strict=False)
         arguments = parsed if isinstance(parsed, dict) else arguments
-    rest = (
-        {key: value for key, value in call.items() if key != "function" and value is not None}
-        if (isinstance(call, dict) and "function" in call)
-        else {}
-    )
+    for other, value in {**call, **inner}.items():
+        if other not in ("name", key) and other not in CALL_PLUMBING and value not in (None, "", [], {}):
+            turn[f"tool_calls.{other}"] = value
+    kept = ("id", "type", "index") if "function" in call else ("id",)
+    rest = {other: call[other] for other in kept if call.get(other) is not None}
     return {"type": "function", **rest, "function": {"name": inner["name"], "arguments": arguments or {}}}
 
 

@@ -48,6 +48,7 @@ WRAPPERS = (
     "entries",
 )
 DELIMITERS = (",", ";", "\t", "|")
+SEPARATOR_LINE = re.compile(r"sep=(.)", re.I)
 CSV_FIELD_CHARS = 2**31 - 1  # the csv module refuses fields above 131,072 characters unless told; a book is longer
 
 
@@ -108,21 +109,27 @@ def read_jsonl(stream: BinaryIO, *, encoding: str | None = None) -> Iterator[Num
             except json.JSONDecodeError as error:
                 if not is_any and error.pos >= len(line.rstrip()):
                     raise DataError(_goes_on(number)) from None
-                row = DataError(f"bad JSON at line {number} column {error.colno}: {error.msg}")
+                row = DataError(f"bad JSON at line {number} column {error.colno}: {error.msg}{_repair(line, error)}")
             except (ValueError, RecursionError) as error:
                 row = DataError(f"line {number}: {_unreadable(error)}")
+            if not is_any and isinstance(row, list) and row and all(isinstance(item, dict) for item in row):
+                raise DataError(f"line {number}: a list of rows, so this is JSON, not JSONL; name the file .json")
             is_any = True
             if not isinstance(row, dict | DataError):
                 row = DataError(f"line {number}: {_no_object(row)}")
             yield number, row
 
 
-def read_json(stream: BinaryIO, *, encoding: str | None = None) -> Iterator[NumberedRow]:
+def read_json(
+    stream: BinaryIO, *, encoding: str | None = None, beside: list[str] | None = None
+) -> Iterator[NumberedRow]:
     """Yield the rows of a JSON file.
 
     These are a list of objects; an object that holds the list under one of `WRAPPERS`; objects one after the other (a
     JSONL file called .json); or one object, which is one row.
 
+    Args:
+        beside: collects what a wrapping object says beside its list, by key: no row has it.
     Raises: DataError: bad JSON, with line and column; anything but objects.
     """
     text = decode_text(stream.read(), encoding=encoding)
@@ -155,14 +162,14 @@ def read_json(stream: BinaryIO, *, encoding: str | None = None) -> Iterator[Numb
         except (ValueError, RecursionError) as error:
             raise DataError(f"line {line}: {_unreadable(error)}") from None
         if not in_list and rows == 0 and _skip_space(text, position) == len(text):
-            yield from _rows_inside(row, line)
+            yield from _rows_inside(row, line, [] if beside is None else beside)
             return
         yield line, _as_row(row, line)
         line += text.count("\n", start, position)
         rows, expects_row = rows + 1, not in_list
 
 
-def _rows_inside(value: object, line: int) -> Iterator[NumberedRow]:
+def _rows_inside(value: object, line: int, beside: list[str]) -> Iterator[NumberedRow]:
     """Yield the rows that a single JSON object holds, or the object as the one row it is."""
     row = _as_row(value, line)
     lists = [key for key in WRAPPERS if isinstance(row.get(key), list)]
@@ -171,6 +178,7 @@ def _rows_inside(value: object, line: int) -> Iterator[NumberedRow]:
     if not lists:
         yield line, row
         return
+    beside += [key for key, value in row.items() if key != lists[0] and value not in (None, "", [], {})]
     for number, inner in enumerate(row[lists[0]], start=1):
         yield number, _as_row(inner, number, what=f"{lists[0]}[{number - 1}]")
 
@@ -181,12 +189,17 @@ def read_csv(stream: BinaryIO, *, encoding: str | None = None, delimiter: str | 
     A row with more or fewer fields than the header is yielded as the error it is.
 
     Args:
-        delimiter: None takes a comma, or what else of `DELIMITERS` the header has where it has no comma.
+        delimiter: None takes what a first line ``sep=;`` says (Excel), else a comma, or what else of `DELIMITERS` the
+            header has where it has no comma.
     Raises: DataError: bad quoting, or a column name twice.
     """
     csv.field_size_limit(CSV_FIELD_CHARS)
     lines = _decoded_lines(stream, encoding=encoding)
-    first = next(lines, "")
+    first, before = next(lines, ""), 0
+    while first and (not first.strip() or SEPARATOR_LINE.fullmatch(first.strip())):
+        if told := SEPARATOR_LINE.fullmatch(first.strip()):
+            delimiter = told[1]
+        first, before = next(lines, ""), before + 1
     if delimiter is None:
         names = re.sub(r'"[^"]*"', "", first)  # what is quoted separates nothing
         delimiter = next((found for found in DELIMITERS if found in names), DELIMITERS[0])
@@ -196,8 +209,10 @@ def read_csv(stream: BinaryIO, *, encoding: str | None = None, delimiter: str | 
         if header is None:
             return
         if twice := [name for name, count in Counter(header).items() if count > 1]:
-            raise DataError(f"line 1: the column {twice[0]!r} is there {header.count(twice[0])} times; rename one")
-        first_line = table.line_num + 1
+            raise DataError(
+                f"line {before + 1}: the column {twice[0]!r} is there {header.count(twice[0])} times; rename one"
+            )
+        first_line = before + table.line_num + 1
         for fields in table:
             if len(fields) == len(header):
                 yield first_line, dict(zip(header, fields, strict=True))
@@ -209,9 +224,9 @@ def read_csv(stream: BinaryIO, *, encoding: str | None = None, delimiter: str | 
                         f"({', '.join(header)}); quote fields that hold the delimiter or a line break"
                     ),
                 )
-            first_line = table.line_num + 1
+            first_line = before + table.line_num + 1
     except csv.Error as error:
-        raise DataError(f"bad CSV at line {table.line_num}: {error}") from None
+        raise DataError(f"bad CSV at line {before + table.line_num}: {error}") from None
 
 
 def read_parquet(stream: BinaryIO) -> Iterator[NumberedRow]:
@@ -313,6 +328,16 @@ def _goes_on(line: int) -> str:
         f"line {line}: an object or a list that goes on in the next line, so this is JSON, not JSONL (a row in each "
         "line); name the file .json"
     )
+
+
+def _repair(line: str, error: json.JSONDecodeError) -> str:
+    """What to do about a line that is nearly JSON."""
+    rest, begins = line[error.pos :].strip(), line.lstrip()
+    if rest == "," and error.msg == "Extra data":
+        return "; rows of JSONL stand without commas between them (sed 's/,[[:space:]]*$//' OLD > NEW)"
+    if begins.startswith(("#", "//")):
+        return "; JSON has no comments: take the line out"
+    return "; Python's notation, not JSON: write rows with json.dumps" if begins.startswith("{'") else ""
 
 
 def _no_object(value: object) -> str:

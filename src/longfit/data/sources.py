@@ -10,7 +10,7 @@ import io
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -123,7 +123,8 @@ class FileSource:
         """Yield what each row holds; rows that hold nothing usable are added to `problems`."""
         reading, first = self.reading, None
         columns = dict(reading.columns)
-        for line, row in self._rows(kind, stream):
+        beside: list[str] = []
+        for line, row in self._rows(kind, stream, beside):
             try:
                 if isinstance(row, DataError):
                     problems.append(f"{name}: {row}")
@@ -135,16 +136,20 @@ class FileSource:
                         f"mixed rows: {layout.name} here, but {first[1].name} at line {first[0]}; "
                         "put them into separate files, or name one column with data.text_column"
                     )
-                yield line, layouts.read_row(row, layout)
+                content = layouts.read_row(row, layout)
+                yield line, replace(content, unread=content.unread + tuple(beside)) if beside else content
+                beside.clear()
             except DataError as error:
-                problems.append(f"{name}: line {line}: {error}")
+                unnamed = first is None and kind in ("csv", "tsv")
+                hint = ". The first line of a table must name its columns" if unnamed else ""
+                problems.append(f"{name}: line {line}: {error}{hint}")
 
-    def _rows(self, kind: str, stream: BinaryIO) -> Iterator[readers.NumberedRow]:
+    def _rows(self, kind: str, stream: BinaryIO, beside: list[str]) -> Iterator[readers.NumberedRow]:
         encoding = self.reading.encoding
         if kind == "jsonl":
             return readers.read_jsonl(stream, encoding=encoding)
         if kind == "json":
-            return readers.read_json(stream, encoding=encoding)
+            return readers.read_json(stream, encoding=encoding, beside=beside)
         if kind in ("csv", "tsv"):
             return readers.read_csv(stream, encoding=encoding, delimiter=None if kind == "csv" else "\t")
         return readers.read_parquet(_seekable(stream)) if kind == "parquet" else readers.read_arrow(stream)

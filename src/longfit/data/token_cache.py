@@ -38,7 +38,7 @@ from longfit.notice import notify
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 4  # of an entry, and of what encoding makes of a chat: raise it when either changes
+FORMAT = 5  # of an entry, and of what encoding makes of a chat: raise it when either changes
 UNFINISHED_SECONDS = 24 * 3600.0  # after which a folder that nobody finished belongs to a process that died
 LIMIT_BYTES = 32 << 30  # of all entries: a dozen sets of 2 GB of text
 MAPPED_BYTES = 64 << 20  # of a file that are looked at before its pages are given back
