@@ -248,6 +248,35 @@ def test_a_bitsandbytes_checkpoint_has_no_originals(make_run: MakeRun, tmp_path:
     assert torch.equal(merged, layer.get_base_layer().dequantize(torch.float32).addmm_(B, A, alpha=32 / 4))
 
 
+@pytest.mark.parametrize("base", ["dense", "bitsandbytes"])
+def test_a_base_in_a_finer_dtype_than_the_runs_is_what_the_run_made_of_it(
+    base: str, make_run: MakeRun, tmp_path: Path
+) -> None:
+    """The run rounded float32 to bfloat16, embeddings too, and quantised that; so do the merge and what measures it."""
+    from longfit.model.load import load
+
+    settings: dict[str, object] = {"model.dtype": "bfloat16", "model__dtype": torch.float32}
+    if base == "bitsandbytes":
+        save_model(tmp_path / "dense", dtype=torch.float32)
+        model, tokenizer = load(tmp_path / "dense", dtype=torch.float32)
+        model.save_pretrained(tmp_path / "bnb")
+        tokenizer.save_pretrained(tmp_path / "bnb")
+        settings["model.name"] = str(tmp_path / "bnb")
+    trained = make_run(**settings)
+    result = merge(trained, tmp_path / "merged", onto="4bit", dtype="float32")
+    # The same weights in float32: what is left is the rounding of log-probabilities, here below 16, to 2^-24 of each.
+    assert result.drift[-1].kl < 2 * 16 * 2.0**-24
+    model, _ = open_trained(trained).load(torch.device("cpu"))
+    name = "model.layers.1.mlp.up_proj"
+    layer = model.get_submodule(f"base_model.model.{name}")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    A, B = layer.lora_A["default"].weight.float(), layer.lora_B["default"].weight.float()
+    in_run = layer.get_base_layer().dequantize(torch.float32)
+    assert torch.equal(merged[f"{name}.weight"], in_run.addmm_(B, A, alpha=32 / 4))
+    embeddings = model.get_base_model().get_input_embeddings().weight
+    assert torch.equal(merged["model.embed_tokens.weight"], embeddings.float())
+
+
 @pytest.mark.parametrize("onto", ["4bit", "16bit"])
 def test_a_base_in_a_foreign_format_is_merged_dequantised(make_run: MakeRun, tmp_path: Path, onto: str) -> None:
     save_stored(tmp_path / "bases", llama(dtype=torch.float32, intermediate_size=160), "fp8")

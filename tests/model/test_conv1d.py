@@ -137,7 +137,6 @@ def test_merging_from_files_quantises_what_load_quantised(gpt2: Path) -> None:
     files = QuantizedWeights(
         FolderWeights(gpt2),
         quantized_weights(skeleton),
-        dtype=torch.float32,
         quant="nf4",
         double_quant=True,
         block_size=64,

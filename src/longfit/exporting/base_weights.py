@@ -4,7 +4,8 @@
     StoredWeights       safetensors quantised by another tool (``model/stored_weights.py``)
     GgufWeights         a .gguf file
     GrownWeights        another base with rows for new tokens, which the adapter then fills
-    QuantizedWeights    another base as it was while the adapter trained: quantised and de-quantised again
+    HeldWeights         another base as a run held it: what is dense rounded to the run's dtype
+    QuantizedWeights    such a base as it was while the adapter trained: quantised and de-quantised again
 
 Nothing is read before it is asked for, nothing stays: the files are mapped, so a model of any size costs the tensors
 that the caller holds.
@@ -90,9 +91,9 @@ class FolderWeights:
                 self._parts[owner].append(key)
 
     @property
-    def is_quantized(self) -> bool:
-        """Whether some of the tensors are stored in 4 bits."""
-        return bool(self._parts)
+    def in_few_bits(self) -> frozenset[str]:
+        """Names of the tensors that are stored in 4 bits."""
+        return frozenset(self._parts)
 
     def names(self) -> list[str]:
         parts = {key for keys in self._parts.values() for key in keys}
@@ -173,12 +174,28 @@ class GrownWeights:
         return grown(weight, self.rows) if name in self.tables else weight
 
 
+class HeldWeights:
+    """See the module; ``in_few_bits`` are the tensors that are stored in few bits, which no dtype rounds."""
+
+    def __init__(self, inner: BaseWeights, dtype: torch.dtype, *, in_few_bits: frozenset[str] = frozenset()) -> None:
+        self.inner, self.dtype, self.in_few_bits = inner, dtype, in_few_bits
+
+    def names(self) -> list[str]:
+        return self.inner.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.inner.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        weight = self.inner.read(name)
+        return weight if name in self.in_few_bits else weight.to(self.dtype)
+
+
 class QuantizedWeights:
     """See the module.
 
     Attributes:
         quantized: names of the weights that pass through few bits; stacked experts do so one by one.
-        dtype: that they were cast to before.
         int8: those of them through 8.
         transposed: those of them that are stored the other way round (`Conv1D`).
     """
@@ -188,7 +205,6 @@ class QuantizedWeights:
         inner: BaseWeights,
         quantized: set[str],
         *,
-        dtype: torch.dtype,
         quant: str,
         double_quant: bool,
         block_size: int,
@@ -196,7 +212,7 @@ class QuantizedWeights:
         transposed: frozenset[str] = frozenset(),
     ) -> None:
         self.inner, self.quantized, self.int8 = inner, quantized, quantized if quant == "int8" else int8
-        self.dtype, self.transposed = dtype, transposed
+        self.transposed = transposed
         self._settings: dict[str, Any] = {"quant_type": quant, "double_quant": double_quant, "block_size": block_size}
 
     def names(self) -> list[str]:
@@ -209,7 +225,6 @@ class QuantizedWeights:
         weight = self.inner.read(name)
         if name not in self.quantized:
             return weight
-        weight = weight.to(self.dtype)
         if name in self.transposed:
             return self._rounded(name, weight.t().contiguous()).t()
         if weight.dim() == 3:

@@ -18,12 +18,11 @@ from longfit.numerics.bitsandbytes_format import to_bitsandbytes
 SETTINGS_BYTES = 256  # of a weight's JSON settings, which have 130 to 200
 
 
-def write_bitsandbytes(folder: Path, plan: MergePlan, kind: str) -> list[str]:
-    """Write NF4 with double quantisation, what is not a linear layer in 16 bits.
+def write_bitsandbytes(folder: Path, plan: MergePlan, kind: str, *, dtype: torch.dtype) -> list[str]:
+    """Write NF4 with double quantisation, what is not a linear layer in ``dtype``.
 
     Returns: names of the files with weights.
     """
-    dtype = plan.trained.compute_dtype
     packed, weights = set(plan.quantizable), plan.weights(kind)
     pending: dict[str, Tensor] = {}
 
@@ -51,9 +50,9 @@ def _tensors(name: str, weight: Tensor, packed: set[str], dtype: torch.dtype) ->
     return {owner if key == "weight" else f"{owner}.{key}": _padded(key, tensor) for key, tensor in parts.items()}
 
 
-def rounded(name: str, weight: Tensor, plan: MergePlan) -> Tensor:
+def rounded(name: str, weight: Tensor, plan: MergePlan, *, dtype: torch.dtype) -> Tensor:
     """A merged weight as the folder holds it."""
-    weight = weight.cpu().to(plan.trained.compute_dtype)
+    weight = weight.cpu().to(dtype)
     if name not in plan.quantizable:
         return weight
     return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4", block_size=64, double_quant=True), torch.float32)

@@ -6,7 +6,7 @@ against what it should hold before anybody sees it, and measured beside the trai
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +131,6 @@ def export(
     out, notify = Path(out), on_event or ignore
     require_new(out)
     trained = open_trained(source, checkpoint=checkpoint, base=base, config=config)
-    if dtype is not None:
-        trained = replace(trained, compute_dtype=DTYPES[dtype])
     if format == "gguf-lora":
         return _export_lora(trained, out, Measuring(text, tokens, device, notify) if measure else None)
     if format == "safetensors":
@@ -164,9 +162,11 @@ def export(
         )
     plan = MergePlan.of(trained, dtype=torch.float32)
     kind = plan.kind_of(onto)
-    written = (
-        GgufExport(plan, kind, out, type, ollama=ollama) if format == "gguf" else BitsandbytesExport(plan, kind, out)
-    )
+    written: GgufExport | BitsandbytesExport
+    if format == "gguf":
+        written = GgufExport(plan, kind, out, type, ollama=ollama)
+    else:
+        written = BitsandbytesExport(plan, kind, out, DTYPES[dtype] if dtype else trained.compute_dtype)
     with result_folder(out, needed_bytes=plan.num_bytes) as folder:
         opened = written.write(folder, notify)
         table, proof, warnings = None, None, list(written.warnings)
@@ -240,20 +240,20 @@ class BitsandbytesExport:
 
     quant, type, levels, advice = "nf4", "nf4", 127, "merge it instead, or train longer"
 
-    def __init__(self, plan: MergePlan, kind: str, out: Path) -> None:
-        self.plan, self.kind, self.files = plan, kind, list[str]()
+    def __init__(self, plan: MergePlan, kind: str, out: Path, dtype: torch.dtype) -> None:
+        self.plan, self.kind, self.dtype, self.files = plan, kind, dtype, list[str]()
         self.warnings: list[str] = []
         self.commands = [f'AutoModelForCausalLM.from_pretrained("{out}")  # transformers, with bitsandbytes installed']
 
     def write(self, folder: Path, notify: OnEvent) -> Path:
         """Write it; returns the folder."""
         notify(Event("phase", f"quantising the model merged onto the {self.kind} base"))
-        self.files += write_bitsandbytes(folder, self.plan, self.kind)
+        self.files += write_bitsandbytes(folder, self.plan, self.kind, dtype=self.dtype)
         return folder
 
     def rounding(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """A weight as the folder holds it."""
-        return rounded(name, weight, self.plan)
+        return rounded(name, weight, self.plan, dtype=self.dtype)
 
 
 def gguf_metadata(plan: MergePlan, family: GgufFamily) -> dict[str, GgufField]:

@@ -23,6 +23,7 @@ from longfit.exporting.base_weights import (
     BaseWeights,
     FolderWeights,
     GrownWeights,
+    HeldWeights,
     QuantizedWeights,
     conv1d_weights,
     open_base,
@@ -57,6 +58,7 @@ class MergePlan:
         tied: in words.
         comes_apart: whether the output head is written apart from the embeddings that the base ties it to.
         no_original: why there is no 16-bit original; empty if there is one.
+        stored_in_few_bits: weights that the base's own files have in 4 bits.
         rearranged: the base, where its files have other tensors than the model; None where they have the same.
     """
 
@@ -73,6 +75,7 @@ class MergePlan:
     tied: str
     comes_apart: bool
     no_original: str
+    stored_in_few_bits: frozenset[str] = frozenset()
     rearranged: RearrangedWeights | None = None
 
     @classmethod
@@ -87,11 +90,13 @@ class MergePlan:
             skeleton = AutoModelForCausalLM.from_config(config)
         adapter = AdapterWeights(trained.adapter, experts=stacked_experts(skeleton))
         base = open_base(trained.base, config)
-        no_original = ""
-        if isinstance(base, FolderWeights) and base.is_quantized:
+        no_original, stored = "", frozenset[str]()
+        if isinstance(base, FolderWeights) and base.in_few_bits:
+            stored = base.in_few_bits
             no_original = "the base is a 4-bit checkpoint: there are no 16-bit originals"
         rearranged = None
         if not set(skeleton.state_dict()) - set(tied_weights(skeleton)) <= set(base.names()):
+            stored |= set(skeleton.state_dict()) - set(base.names()) if stored else set()  # made of such tensors
             base = rearranged = RearrangedWeights(base, skeleton)
         if added_rows(config):
             base = GrownWeights(base, {f"{name}.weight" for name in tables(skeleton)}, rows=config.vocab_size)
@@ -119,6 +124,7 @@ class MergePlan:
             tied=_say_tied(tied_to, untied),
             comes_apart=bool(untied),
             no_original=no_original,
+            stored_in_few_bits=stored,
             rearranged=rearranged,
         )
 
@@ -138,13 +144,15 @@ class MergePlan:
 
     def weights(self, kind: str) -> BaseWeights:
         """The base that the adapter is added to."""
-        if kind == "16bit" or not self.quantized:
+        if kind == "16bit":
             return self.base
         trained = self.trained
+        held = HeldWeights(self.base, trained.compute_dtype, in_few_bits=self.stored_in_few_bits)
+        if not self.quantized:
+            return held
         return QuantizedWeights(
-            self.base,
+            held,
             set(self.quantized),
-            dtype=trained.compute_dtype,
             quant=trained.quant,
             double_quant=trained.double_quant,
             block_size=trained.block_size,
@@ -155,11 +163,11 @@ class MergePlan:
     def make(self, name: str, weights: BaseWeights) -> Tensor:
         """One merged tensor, in ``dtype`` on the CPU."""
         origin = self.aliases.get(name, name)
-        weight = weights.read(origin)
+        # What is read is nobody's but the adapter's: held here too, it would be a third matrix in memory.
         if name in self.transposed:
-            merged = self.adapter.apply(name, weight.t()).t().contiguous().to(self.dtype)
+            merged = self.adapter.apply(name, weights.read(origin).t()).t().contiguous().to(self.dtype)
         else:
-            merged = self.adapter.apply(name, weight).to(self.dtype)
+            merged = self.adapter.apply(name, weights.read(origin)).to(self.dtype)
         if self.dtype == torch.float16 and not is_finite(merged):
             raise ExportError(f"{name}: holds values beyond the range of float16; use --dtype bfloat16")
         return merged

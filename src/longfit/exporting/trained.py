@@ -50,7 +50,12 @@ class Trained:
     int8_threshold: float | None = None
 
     def load(self, device: torch.device, *, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-        """The model as it was trained, in eval mode, and its tokenizer; ``dtype`` to compute in another."""
+        """The model as it was trained, in eval mode, and its tokenizer; ``dtype`` to compute in another.
+
+        A base in few bits has the weights that it had in the run: what was rounded to the run's dtype before it was
+        quantised, or beside what was, stays rounded, whatever computes.
+        """
+        wanted = dtype or self.compute_dtype
         model, _ = load(
             self.base,
             quant=self.quant,
@@ -58,16 +63,25 @@ class Trained:
             block_size=self.block_size,
             int8_modules=list(self.int8_modules) or None,
             int8_threshold=self.int8_threshold,
-            dtype=dtype or self.compute_dtype,
+            dtype=wanted if self.quant == "none" else self.compute_dtype,
             device=device,
             resize_embeddings=bool(added_rows(read_config(self.adapter))),
         )
+        _compute_in(model, wanted)
         adopt_positions(model, self.adapter)
         return load_adapter(model, self.adapter).eval(), self.tokenizer()
 
     def tokenizer(self) -> Any:
         """The tokenizer that the run trained with, chat template included."""
         return read_tokenizer(self.adapter)
+
+
+def _compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Have a model compute in another dtype, in place: its dense weights are cast, bytes stay bytes."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def open_trained(

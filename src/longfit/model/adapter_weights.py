@@ -231,8 +231,8 @@ class AdapterWeights:
         if (experts := self.experts_update_of(name, len(weight))) is not None:
             weight = experts.add_to(weight.to(torch.float32, copy=True))
         if name in self.rows:
-            weight = weight.clone()
             indices, rows = self.rows_of(name)
+            weight = weight.to(torch.promote_types(weight.dtype, rows.dtype), copy=True)
             weight[indices] = rows.to(weight.dtype)
         if name in self.changed() and not is_finite(weight):
             raise ModelError(
