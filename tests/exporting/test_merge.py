@@ -15,6 +15,7 @@ from tests.exporting.conftest import MakeRun
 from tests.model_folders import byte_tokenizer, llama, save_model
 from tests.stored_folders import save_stored
 
+from benchmarks import merge_memory
 from longfit.errors import ExportError, LongfitError, ModelError
 from longfit.exporting import merge_plan
 from longfit.exporting.merge import merge
@@ -358,55 +359,21 @@ def test_killed_it_leaves_nothing_that_is_taken_for_a_result(run: Path, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-def test_memory_is_that_of_two_tensors(tmp_path: Path) -> None:
-    """A model of 24 matrices of 4 MiB: what is held beyond the start is far below the model's 100 MB.
+@pytest.mark.parametrize("kind", merge_memory.KINDS)
+@pytest.mark.parametrize("tied", [True, False])
+def test_memory_is_that_of_two_matrices(kind: str, tied: bool, tmp_path: Path) -> None:
+    """A model of 76 MB in files of 30: what is held beyond the start is two of its largest matrices, not the model.
 
     Mapped pages of the base count as resident but are the system's to drop, so anonymous memory is what is measured.
     """
-    code = """
-import sys, threading, time
-from pathlib import Path
-import torch
-from longfit.exporting.merge_plan import MergePlan
-from longfit.exporting.shards import write_shards
-from longfit.exporting.trained import open_trained
-from longfit.files import checksums
-
-def anonymous():
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-
-plan = MergePlan.of(open_trained(sys.argv[1]), dtype=torch.bfloat16)
-weights = plan.weights("16bit")
-plan.make("model.layers.0.mlp.up_proj.weight", weights)  # what is allocated once is, now
-before, peak, done = anonymous(), 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.0005)
-thread = threading.Thread(target=watch); thread.start()
-write_shards(Path(sys.argv[2]), plan.tensors, lambda planned: plan.make(planned.name, weights))
-done = True
-thread.join()
-print(peak - before)
-"""
     if not Path("/proc/self/status").is_file():
         pytest.skip("RssAnon is Linux's")
-    shape = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 16}
-    save_model(tmp_path / "base", dtype=torch.bfloat16, **shape)
-    model = get_peft_model(llama(**shape), LoraConfig(r=4, target_modules="all-linear"))
-    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
-    save_adapter(model, byte_tokenizer(), tmp_path / "adapter")
-    (tmp_path / "out").mkdir()
-    arguments = [sys.executable, "-c", code, str(tmp_path / "adapter"), str(tmp_path / "out")]
-    # Freed memory goes back at once, so that what is resident is what is held.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    result = subprocess.run(arguments, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    largest = 2048 * 1024 * 4  # the largest matrix in float32, beside which its 16-bit result is held
-    assert int(result.stdout) <= 2 * largest + (4 << 20)  # and small allocations that have no part in it
+    shape = {"vocab_size": 258, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4}
+    adapter = merge_memory.save_adapted(tmp_path, shape, tied=tied, shard_bytes=30_000_000)
+    found = merge_memory.measure(adapter, kind, tmp_path / "out", shard_bytes=30_000_000)
+    assert found.num_files == 3
+    assert found.two_matrices_bytes == 2 * 2048 * 1024 * 4
+    assert found.held_bytes <= found.two_matrices_bytes + merge_memory.SLACK_BYTES < found.model_bytes / 3
 
 
 def test_the_command_prints_the_table(run: Path, tmp_path: Path, capsys) -> None:
