@@ -79,14 +79,14 @@ def test_a_tracker_that_hangs_is_left_to_itself(fake_wandb, tmp_path: Path, monk
     started._processes["wandb"].wait()
 
 
-def test_the_last_wait_is_a_hundredth_of_the_run(tmp_path: Path, monkeypatch) -> None:
+def test_the_last_wait_is_a_two_hundredth_of_the_run(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("FAKE", "hangs")
     started = Trackers(["wandb"], tmp_path, from_step=0)
     started._began = time.monotonic() - 20
     asked: list[float] = []
     monkeypatch.setattr(started._processes["wandb"], "wait", lambda timeout: asked.append(timeout) or 0)
     assert started.finish() == []
-    assert 0.15 < asked[0] < 0.3
+    assert 0.09 < asked[0] <= 0.005 * (time.monotonic() - started._began)
     started._began = time.monotonic() - 100_000
     started.finish()
     assert 9 < asked[1] <= 10

@@ -2,8 +2,9 @@
 
 A run only starts them and, at its end, closes their input. It never waits for one while it trains, hands them nothing
 and holds nothing for them, and they run at the lowest priority: a tracker that is down, slow or full can therefore
-neither stop a run nor slow it, and what it missed is still in the file. At its end a run waits for them for a hundredth
-of the time that it took. Nothing leaves the machine unless the user's environment says so (WANDB_MODE=online).
+neither stop a run nor slow it, and what it missed is still in the file. At its end a run waits for them for a
+two-hundredth of the time that it took. Nothing leaves the machine unless the user's environment says so
+(WANDB_MODE=online).
 
 This file imports only the standard library, because it is also the program that such a process runs.
 """
@@ -23,7 +24,7 @@ from typing import Any
 
 POLL_SECONDS = 1.0
 LAST_WAIT_SECONDS = 10.0  # for a tracker to finish once the run has ended,
-LAST_WAIT_SHARE = 0.01  # and no more than this part of the run's own time
+LAST_WAIT_SHARE = 0.005  # and no more than this part of the run's own time: starting them adds to it
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 Sink = Callable[[int, dict[str, float]], None]
