@@ -157,6 +157,7 @@ BEHAVIOUR = {
     "engine/loss/test_cross_entropy_kernel": "the tiled loss with and without its kernel",
     "engine/sweep/test_memory": "bytes a token of the whole engine",
     "evaluation/test_lm_evaluation_harness": "another tool on our folders",
+    "exporting/test_smollm2": "the demo model, to every format that llama.cpp reads",
     "kernels/cpu/test_neon": "all kernels under an emulator",
     "kernels/test_lazy": "what importing starts",
     "kernels/triton/test_compiled": "all kernels, compiled for cards",

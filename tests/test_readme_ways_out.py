@@ -12,7 +12,7 @@ import pytest
 import torch
 from tests.exporting.adapted import gpt2_rule
 from tests.exporting.conftest import make_run  # noqa: F401
-from tests.exporting.llama_cpp import LlamaCpp
+from tests.exporting.llama_cpp import LlamaCpp, distance, rounding_bound
 from tests.training.tiny import read_losses
 
 from longfit.cli.app import main
@@ -69,8 +69,13 @@ def test_to_vllm_or_transformers(place: Path, monkeypatch) -> None:
 def test_to_llama_cpp(place: Path, monkeypatch) -> None:
     path = run_line("to llama.cpp", place, monkeypatch)[-1]
     theirs = LlamaCpp(place / path, context=64)
-    _, tokenizer, _ = open_run(place / "runs" / "x")
-    assert theirs.tokenize(TEXT) == tokenizer(TEXT).input_ids
+    model, tokenizer, _ = open_run(place / "runs" / "x")
+    ids = tokenizer(TEXT).input_ids
+    assert theirs.tokenize(TEXT) == ids
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0]
+    # In Q8_0 weights are rounded like the inputs that llama.cpp multiplies them with: the two add in quadrature.
+    assert distance(theirs.logits(ids), expected) < 2**0.5 * rounding_bound("Q8_0", 2)
     theirs.close()
 
 

@@ -19,6 +19,10 @@ import torch
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = Path("node_modules") / "@node-llama-cpp" / "linux-x64" / "bins" / "linux-x64"
 
+ROUNDING = {"F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 2.0**-7, "Q4_0": 2.0**-7}
+"""What llama.cpp rounds the input of a product with a matrix of each type to, as a share of the input's largest
+values: F16 and BF16 as they are, to 11 and 8 bits; for the block types to Q8_0, whose step is amax / 127."""
+
 
 class Parameters(ctypes.Structure):
     _fields_ = [("fields", ctypes.c_uint32 * 256)]
@@ -140,3 +144,19 @@ class LlamaCpp:
     def close(self) -> None:
         self.llama.llama_free(self.context)
         self.llama.llama_model_free(self.model)
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Error of the logits as a share of their size, both about their mean, which no probability depends on."""
+    found, expected = (x - x.mean(-1, keepdim=True) for x in (found, expected))
+    return float((found - expected).norm() / expected.norm())
+
+
+def assert_as_rounded(found: torch.Tensor, expected: torch.Tensor, file_type: str, num_layers: int) -> None:
+    """Roundings add in quadrature: four products' inputs a layer, keys and values in F16, and the head's."""
+    assert distance(found, expected) < rounding_bound(file_type, num_layers)
+
+
+def rounding_bound(file_type: str, num_layers: int) -> float:
+    """What the roundings of a decoder add up to, as a share of the logits; twice: norms divide, so that errors grow."""
+    return 2 * ROUNDING[file_type] * (6 * num_layers + 1) ** 0.5

@@ -9,11 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.evaluation.finished_run import prose
+from tests.exporting.adapted import gpt2_rule
 from tests.exporting.conftest import MakeRun
+from tests.exporting.llama_cpp import LlamaCpp, assert_as_rounded
 
 from longfit.cli.app import main
 from longfit.errors import ExportError
 from longfit.exporting.export import export
+from longfit.exporting.trained import open_trained
 from longfit.model.load import load
 
 BITSANDBYTES = """
@@ -59,8 +62,6 @@ def test_safetensors_is_a_merge(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_gguf_file_is_measured_beside_the_trained_model(make_run: MakeRun, tmp_path: Path, capsys) -> None:
-    from tests.exporting.adapted import gpt2_rule
-
     trained = make_run(model__vocab_size=340, tokenizer=gpt2_rule(), context__context=64)
     assert main(["export", str(trained), "--out", str(tmp_path / "out"), "--type", "Q8_0", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -93,3 +94,28 @@ def test_a_dtype_and_settings_of_the_text_act(run: Path, tmp_path: Path, capsys:
     assert "model.quant: is what the run was trained with" in capsys.readouterr().err
     with pytest.raises(ExportError, match="a GGUF file holds is its type; use --type"):
         export(run, tmp_path / "d", dtype="bfloat16")
+
+
+def test_rows_of_new_tokens_are_in_llama_cpp_too(make_run: MakeRun, tmp_path: Path) -> None:
+    """Two role markers that the base lacks: the same tokens, the same logits; no place in an adapter file."""
+    tokenizer = gpt2_rule()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<q>", "<a>"])
+    trained = make_run(
+        model__vocab_size=rows, model__tied=True, tokenizer=tokenizer, context__context=64,
+        adapter__train_new_tokens=True,
+    )  # fmt: skip
+    with pytest.raises(ExportError, match=r"trained 1 tensors whole .* no place for them"):
+        export(trained, tmp_path / "lora", format="gguf-lora")
+    result = export(trained, tmp_path / "out", type="F16")
+    assert result.proof.kl <= result.proof.bound
+    text = "<q>who slept in the year 1984<a>said the town<q>"
+    ids = tokenizer(text).input_ids
+    assert {rows, rows + 1} < set(ids)
+    model, _ = open_trained(trained).load(torch.device("cpu"))
+    theirs = LlamaCpp(tmp_path / "out" / result.files[0], context=64)
+    assert theirs.tokenize(text) == ids
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0]
+    assert_as_rounded(theirs.logits(ids), expected, "F16", 2)
+    theirs.close()

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf import GGUFReader
 from tests.exporting import adapted
 from tests.exporting.adapted import FAMILIES, RULES, TEXT, byte_level, save_adapted, sentencepiece
-from tests.exporting.llama_cpp import LlamaCpp
+from tests.exporting.llama_cpp import ROUNDING, LlamaCpp, assert_as_rounded, distance
 from tests.model_folders import byte_tokenizer
 from tokenizers import Regex, pre_tokenizers
 
@@ -27,10 +27,6 @@ from longfit.exporting.gguf_tokenizer import pre_name, require_rule
 from longfit.exporting.ollama import modelfile
 from longfit.model.load import load
 
-ROUNDING = {"F16": 2.0**-11, "BF16": 2.0**-8, "Q8_0": 2.0**-7, "Q4_0": 2.0**-7}
-"""What llama.cpp rounds the input of a product with a matrix of each type to, as a share of the input's largest
-values: F16 and BF16 as they are, to 11 and 8 bits; for the block types to Q8_0, whose step is amax / 127."""
-
 
 def ids_of(tokenizer: Any, text: str = TEXT) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -39,18 +35,6 @@ def ids_of(tokenizer: Any, text: str = TEXT) -> list[int]:
 def logits_of(model: Any, ids: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids])).logits[0].float()
-
-
-def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Error of the logits as a share of their size, both about their mean, which no probability depends on."""
-    found, expected = (x - x.mean(-1, keepdim=True) for x in (found, expected))
-    return float((found - expected).norm() / expected.norm())
-
-
-def assert_as_rounded(found: torch.Tensor, expected: torch.Tensor, file_type: str, num_layers: int) -> None:
-    """Roundings add in quadrature: four products' inputs a layer, keys and values in F16, and the head's."""
-    bound = 2 * ROUNDING[file_type] * (6 * num_layers + 1) ** 0.5  # twice: norms divide, so that errors grow
-    assert distance(found, expected) < bound
 
 
 @pytest.mark.parametrize("family", FAMILIES)
