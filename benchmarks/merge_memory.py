@@ -167,7 +167,7 @@ def main() -> None:
     if words.render:
         results = json.loads(path.read_text())
     else:
-        from engine_cpu import commit, machine
+        from machine import commit, machine
 
         results = {"machine": machine(), "shape": SHAPE | HEADS, "shard_bytes": SHARD_BYTES, "cells": {}}
         for tied, kind in itertools.product((True, False), KINDS):

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine_cpu import ROOT, commit, machine
+from machine import ROOT, commit, machine
 
 sys.path.append(str(ROOT))
 RESULTS = Path(__file__).resolve().parent / "results"
