@@ -7,7 +7,7 @@ Every model is measured as it lies on the disk, in float32, on held-out text of 
 tensor of a GGUF file has been compared with the merged one before. Where llama.cpp is installed (``make llama-cpp``),
 it reads the GGUF files too, with the precision that it has by itself; the adapter is put on the run's own GGUF base.
 
-Results: benchmarks/results/export_drift.json, .md.
+Results: benchmarks/results/export_drift.json, .md, and the table of docs/measurements.md.
 """
 
 import argparse
@@ -39,7 +39,8 @@ sys.path.append(str(ROOT))
 from tests.exporting.llama_cpp import LlamaCpp
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BEGIN, END = "<!-- the table begins -->", "<!-- the table ends -->"
+PAGES = (RESULTS / "export_drift.md", ROOT / "docs" / "measurements.md")
+BEGIN, END = "<!-- the drift table begins -->", "<!-- the drift table ends -->"
 CPU = torch.device("cpu")
 FILE_TYPES = ("F16", "Q8_0", "Q4_0")
 STEPS, CONTEXT = 6, 128
@@ -127,22 +128,32 @@ def in_llama_cpp(name: str, reference: Reference, path: Path, lora: Path | None 
 
 
 def write(rows: list[Drift], trained: Trained, seconds: float) -> None:
-    """The numbers, and the page's table anew; what else stands on the page stays."""
+    """The numbers, and the pages' tables anew; what else stands on the pages stays."""
     about = {"machine": machine(), "commit": commit(), "base": Path(trained.base).name, "seconds": round(seconds)}
     numbers = json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
     (RESULTS / "export_drift.json").write_text(numbers, encoding="utf-8")
-    table = [
-        "| model | tokens | KL | perplexity | same greedy token |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row.name} | {row.num_tokens:,} | {row.kl:.2e} | {row.perplexity:.3f} | {row.same_greedy:.2%} |"
-            for row in rows
-        ),
-    ]
-    page = RESULTS / "export_drift.md"
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    page.write_text(f"{before}{BEGIN}\n\n" + "\n".join(table) + f"\n\n{END}{after}", encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), rows), encoding="utf-8")
+
+
+def table(rows: list[Drift]) -> str:
+    """All rows as Markdown."""
+    lines = ["| model | tokens | KL | perplexity | same greedy token |", "|---|---|---|---|---|"]
+    for row in rows:
+        numbers = f"{row.num_tokens:,} | {row.kl:.2e} | {row.perplexity:.3f} | {row.same_greedy:.2%}"
+        lines.append(f"| {row.name} | {numbers} |")
+    return "\n".join(lines)
+
+
+def filled(page: str, rows: list[Drift]) -> str:
+    """A page with the table in its place."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.partition(END)[2]}"
+
+
+def read_rows() -> list[Drift]:
+    """The rows that were measured last."""
+    return [Drift(**row) for row in json.loads((RESULTS / "export_drift.json").read_text())["rows"]]
 
 
 if __name__ == "__main__":

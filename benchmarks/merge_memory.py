@@ -135,13 +135,15 @@ def measure(adapter: Path, kind: str, out: Path, *, shard_bytes: int = SHARD_BYT
 
 def table(results: dict[str, Any]) -> str:
     """The page."""
-    machine, shape = results["machine"], ", ".join(f"{key} {value:,}" for key, value in results["shape"].items())
+    machine, shape = results["machine"], results["shape"]
     lines = [
         "# What a merge holds in memory",
         "",
-        f"`python benchmarks/{NAME}.py`, {machine['cpu']}, torch {machine['torch']}. A generated Llama ({shape}) in"
-        " bfloat16, read from and written",
-        f"into files of {results['shard_bytes'] / 1e6:,.0f} MB; rank 16 on all linear layers. MB are 10^6 bytes.",
+        f"`python benchmarks/{NAME}.py`, {machine['cpu']}, torch {machine['torch']}. A generated Llama of"
+        f" {shape['num_hidden_layers']} layers, hidden size {shape['hidden_size']:,},",
+        f"inner size {shape['intermediate_size']:,}, {shape['vocab_size']:,} tokens, in bfloat16, read from and written"
+        f" into files of {results['shard_bytes'] / 1e6:,.0f} MB; rank 16 on all linear layers.",
+        "Held is anonymous memory beyond what there was before the first weight; MB are 10^6 bytes.",
         "",
         "| head | merged onto | model, MB | files | held beyond the start, MB | two largest matrices in float32, MB |",
         "|---|---|---|---|---|---|",
