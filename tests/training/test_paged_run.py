@@ -52,9 +52,9 @@ def in_step_3():
     global steps
     steps += 1
     if steps == 3:
-        before(adamw, "_step_runs", die_at_call(2))
+        before(adamw, "step_runs", die_at_call(2))
 steps = 0
-before(adamw.PagedAdamW, "_parts", in_step_3)
+before(adamw.PagedAdamW, "step", in_step_3)
 """,
     "between the file's commit and the checkpoint's name": "before(writing, 'flush_tree', die_at_call(3))",
 }

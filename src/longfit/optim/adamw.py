@@ -8,8 +8,8 @@ rates where the step is below half a unit in the last place; such a weight never
 - ``master_weights="stochastic"`` keeps no copy (4 bytes a parameter less) and rounds each new bfloat16 value up or
   down at random, right on average.
 
-The mathematics are in ``numerics/adamw.py``, where the state lies in ``layout.py``, how it moves in ``paging.py``, how
-it survives a kill in ``page_file.py``. Here they become a ``torch.optim.Optimizer``.
+The mathematics are in ``numerics/adamw.py``, where the state lies in ``page_layout.py``, how it moves in ``paging.py``,
+how it survives a kill in ``page_file.py``. Here they become a ``torch.optim.Optimizer``.
 """
 
 import os
@@ -23,8 +23,7 @@ from torch import Tensor
 
 from longfit.compat.torch import is_out_of_memory
 from longfit.errors import ConfigError, PagingError
-from longfit.kernels.dispatch import adamw_step
-from longfit.numerics.adamw import AdamwState, AdamwUpdate, StepScalars, step_scalars
+from longfit.numerics.adamw import AdamwState, StepScalars
 from longfit.numerics.stochastic_rounding import rounding_key
 from longfit.optim.checks import (
     check_hyperparameters,
@@ -33,12 +32,12 @@ from longfit.optim.checks import (
     check_settings,
     default_page_bytes,
 )
-from longfit.optim.elements import put, take
 from longfit.optim.frames import Frames
 from longfit.optim.mapped_frames import MappedFrames, can_map
 from longfit.optim.page_file import PageFile
 from longfit.optim.page_layout import Page, PageLayout, ParameterRun, StateFormat, format_of
 from longfit.optim.paging import PageCache
+from longfit.optim.parameter_step import ParameterStep, scalars_of, step_runs
 from longfit.optim.saved_state import collect, scatter, whole_state, zeros_in_file
 
 _TORN = "the last step stopped in the middle, some parameters have moved and others have not"
@@ -52,16 +51,6 @@ class PagingStatistics:
     paged_bytes: int  # pages elsewhere
     moved_bytes: int
     moved_s: float  # seconds of copying, most of them beside the update
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What one parameter contributes to one step."""
-
-    param: Tensor
-    grad: Tensor
-    scalars: StepScalars
-    rounding_key: int
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -161,7 +150,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self._unusable = _TORN
         for batch in self._sweep(pages):
             states = [pair for page, frame in batch for pair in self._states(page, frame) if pair[0].param in parts]
-            _step_runs(states, parts)
+            step_runs(states, parts)
         for number in parts:
             self._steps[number] += 1
         self._unusable = None
@@ -356,7 +345,7 @@ class PagedAdamW(torch.optim.Optimizer):
             )
         self._steps, self._seed = list(record["steps"]), record["seed"]
 
-    def _parts(self) -> dict[int, _Part]:
+    def _parts(self) -> dict[int, ParameterStep]:
         """Return what each parameter with a gradient needs for its next step, by number; nothing has changed yet."""
         parts = {}
         known: dict[tuple[int, int], StepScalars] = {}  # of a group and a step
@@ -373,10 +362,10 @@ class PagedAdamW(torch.optim.Optimizer):
                 )
             step = self._steps[number] + 1
             if (id(group), step) not in known:
-                known[id(group), step] = _scalars_of(group, step)
+                known[id(group), step] = scalars_of(group, step)
             stochastic = param.dtype == torch.bfloat16 and self.master_weights == "stochastic"
             key = rounding_key(self._seed, param=number, step=step) if stochastic else 0
-            parts[number] = _Part(param, param.grad, known[id(group), step], key)
+            parts[number] = ParameterStep(param, param.grad, known[id(group), step], key)
         return parts
 
     def _sweep(self, pages: list[Page], *, change: bool = True) -> Iterator[list[tuple[Page, Tensor]]]:
@@ -420,28 +409,6 @@ class PagedAdamW(torch.optim.Optimizer):
             return zeros_in_file(self._file.path.parent, count, dtype)
         except OSError as error:
             self._file.explain(error, "put the whole state beside it")
-
-
-def _scalars_of(group: dict[str, Any], step: int) -> StepScalars:
-    return step_scalars(
-        step, lr=float(group["lr"]), betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"]
-    )
-
-
-def _step_runs(states: list[tuple[ParameterRun, AdamwState]], parts: dict[int, _Part]) -> None:
-    """Step runs of elements."""
-    updates = []
-    for run, state in states:
-        part = parts[run.param]
-        param, grad = take(part.param, run.start, run.stop), take(part.grad, run.start, run.stop)
-        update = AdamwUpdate(param, grad, state, part.scalars, part.rounding_key, run.start)
-        if part.param.is_contiguous() and part.grad.is_contiguous():
-            updates.append(update)
-        else:  # copies: stepped at once, so that no more than one run's are alive
-            adamw_step([update])
-            if not part.param.is_contiguous():
-                put(part.param, run.start, run.stop, param)
-    adamw_step(updates)
 
 
 def _capacity(budget_bytes: int | None, page_bytes: int) -> int | None:
