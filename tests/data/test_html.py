@@ -4,6 +4,7 @@ import io
 
 import pytest
 
+from longfit.data import html
 from longfit.data.html import html_text, read_html
 from longfit.errors import DataError
 
@@ -37,3 +38,19 @@ def test_a_page_is_read_in_the_encoding_that_it_declares() -> None:
     assert read_html(io.BytesIO(page)) == "café €"
     with pytest.raises(DataError, match="not utf-8"):
         read_html(io.BytesIO(page.replace(b"iso-8859-1", b"utf-8")))
+
+
+@pytest.mark.parametrize(
+    "endless", ["<!--" * 200_000, "<![CDATA[" * 100_000, "<svg>" + "<g>" * 30_000 + "</x>" * 30_000]
+)
+def test_what_is_never_closed_is_not_looked_for_for_ever(endless: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html, "LEAST_S", 0.05)
+    monkeypatch.setattr(html, "S_PER_MIB", 0.0)
+    with pytest.raises(DataError, match=r"takes more than 0 s of a processor, out of proportion to its [\d,]+ bytes"):
+        html_text(endless)
+
+
+def test_spaces_around_tabs_are_taken_away_in_one_pass() -> None:
+    code = "  if x:" + " " * 200_000 + "y"  # an expression that looks for a tab takes a minute for it
+    assert html_text(f"<pre>{code}</pre>") == code
+    assert html_text("<pre>  a \t b\t \tc </pre>") == "  a\tb\t\tc"

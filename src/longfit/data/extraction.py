@@ -9,7 +9,6 @@ outputs of a notebook's cells, attachments), is counted. What this is not: layou
 import io
 import json
 import posixpath
-import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from longfit.data.html import html_text
 from longfit.data.mails import read_mail, read_mailbox, read_saved_page
 from longfit.data.readers import decode_text
 from longfit.errors import DataError
-from longfit.files.expansion import require_modest, require_modest_zip
+from longfit.files.expansion import ProcessorTime, require_modest, require_modest_zip
 from longfit.files.reading import reason
 
 MOST_NODES = 6_000_000
@@ -109,16 +108,11 @@ def _require_few_nodes(archive: zipfile.ZipFile) -> None:
 
 def _within_budget(parts: Iterator[str | None], num_bytes: int) -> Iterator[str]:
     """Yield the parts of a document of ``num_bytes`` until they are too many: pages may share one text, and forms."""
-    began, num_chars = time.thread_time(), 0
-    most_s = LEAST_S + S_PER_MIB * num_bytes / 2**20
+    spent, num_chars = ProcessorTime(num_bytes, least_s=LEAST_S, s_per_mib=S_PER_MIB), 0
     for part in parts:
         num_chars += len(part or "")
         require_modest(num_chars, num_bytes, do="save its text, and give that")
-        if time.thread_time() - began > most_s:
-            raise DataError(
-                f"takes more than {most_s:.0f} s of a processor, out of proportion to its {num_bytes:,} bytes; save "
-                "its text, and give that, or leave it out with data.exclude"
-            )
+        spent.check()
         if part is not None:
             yield part
 

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from typing import BinaryIO
 
 from longfit.data.readers import decode_text
+from longfit.files.expansion import ProcessorTime
 
 UNSEEN = frozenset({"script", "style", "template", "svg", "noscript", "iframe", "object", "canvas"})
 BLOCKS = frozenset(
@@ -21,6 +22,8 @@ CELLS = frozenset({"td", "th"})
 VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())  # noqa: SIM905
 CLOSED_BY_SIBLING = frozenset({"li", "td", "th", "tr", "option", "dd", "dt"})
 DECLARED = re.compile(rb"""<meta[^>]+charset\s*=\s*["']?\s*([\w-]+)|<\?xml[^>]+encoding\s*=\s*["']([\w-]+)""", re.I)
+LEAST_S, S_PER_MIB = 10.0, 4.0  # of a processor; a page takes a second for a MiB
+EVENTS_A_CHECK = 64
 UNDISPLAYED = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.I)
 
 
@@ -34,8 +37,11 @@ def read_html(stream: BinaryIO, *, encoding: str | None = None) -> str:
 
 
 def html_text(page: str) -> str:
-    """Take the visible text out of a page."""
-    extractor = _VisibleText()
+    """Take the visible text out of a page.
+
+    Raises: DataError: it takes longer than a page of its size does.
+    """
+    extractor = _VisibleText(ProcessorTime(len(page), least_s=LEAST_S, s_per_mib=S_PER_MIB))
     extractor.feed(page.replace("\r\n", "\n").replace("\r", "\n"))
     extractor.close()
     return extractor.text()
@@ -59,14 +65,21 @@ def _declared(data: bytes) -> str | None:
 class _VisibleText(HTMLParser):
     """Collect what a reader of the page would see."""
 
-    def __init__(self) -> None:
+    def __init__(self, time: ProcessorTime) -> None:
         super().__init__(convert_charrefs=True)
+        self._time, self._num_events = time, 0
         self._pieces: list[str] = []
         self._unseen: list[str] = []  # the open elements from the outermost unseen one inwards
         self._preformatted = 0
         self._cell_before = False  # of this row
 
+    def _count(self) -> None:
+        self._num_events += 1
+        if self._num_events % EVENTS_A_CHECK == 0:
+            self._time.check()
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._count()
         if self._unseen and (
             (tag == self._unseen[0] and tag in CLOSED_BY_SIBLING) or (self._unseen[0] == "p" and tag in BLOCKS)
         ):
@@ -87,6 +100,7 @@ class _VisibleText(HTMLParser):
             self._cell_before = True
 
     def handle_endtag(self, tag: str) -> None:
+        self._count()
         if self._unseen:
             if tag in self._unseen:
                 del self._unseen[len(self._unseen) - 1 - self._unseen[::-1].index(tag) :]
@@ -98,6 +112,7 @@ class _VisibleText(HTMLParser):
             self._pieces.append("\n")
 
     def handle_data(self, data: str) -> None:
+        self._count()
         if self._unseen:
             return
         if self._preformatted:
@@ -110,7 +125,14 @@ class _VisibleText(HTMLParser):
         """Join the pieces; at most one empty line in a row."""
         lines: list[str] = []
         for line in "".join(self._pieces).split("\n"):
-            line = re.sub(r" *\t *", "\t", line).rstrip() if line.strip() else ""
+            line = "\t".join(_tight(line.split("\t"))).rstrip() if line.strip() else ""
             if line or (lines and lines[-1]):
                 lines.append(line)
         return "\n".join(lines).strip("\n")
+
+
+def _tight(cells: list[str]) -> list[str]:
+    """Take away the spaces around tabs; what a line begins with stays, as it may be code."""
+    last = len(cells) - 1
+    cells = [cell.rstrip(" ") if number < last else cell for number, cell in enumerate(cells)]
+    return [cell.lstrip(" ") if number else cell for number, cell in enumerate(cells)]

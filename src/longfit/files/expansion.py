@@ -1,10 +1,11 @@
-"""How far a compressed file may expand: a few kilobytes must not become a disk full, nor a gigabyte in memory.
+"""What a file may ask for: a few kilobytes must not become a disk full, a gigabyte in memory, nor an hour.
 
 Text and tables compress to a tenth, repetitive ones to a hundredth; deflate ends at a thousandth, newer methods
 nowhere. What stays small is let through however dense it was.
 """
 
 import io
+import time
 import zipfile
 from typing import Any, BinaryIO
 
@@ -41,6 +42,27 @@ def require_modest(
             f"{format_bytes(compressed_bytes)} unpack to {format_bytes(expanded_bytes)} or more; allowed are "
             f"{format_bytes(most_bytes(compressed_bytes))}: {do}"
         )
+
+
+class ProcessorTime:
+    """The time that a document may take: pages may share a text, and what is never closed is looked for time and again.
+
+    Args:
+        num_bytes: of the document.
+        least_s, s_per_mib: seconds of a processor; several times what the slowest sound document takes.
+    """
+
+    def __init__(self, num_bytes: int, *, least_s: float, s_per_mib: float) -> None:
+        self._num_bytes, self._most_s = num_bytes, least_s + s_per_mib * num_bytes / 2**20
+        self._end = time.thread_time() + self._most_s
+
+    def check(self) -> None:
+        """Raise DataError if the time is over."""
+        if time.thread_time() > self._end:
+            raise DataError(
+                f"takes more than {self._most_s:.0f} s of a processor, out of proportion to its {self._num_bytes:,} "
+                "bytes; save its text, and give that, or leave it out with data.exclude"
+            )
 
 
 def bounded(stream: BinaryIO, compressed_bytes: int) -> BinaryIO:
