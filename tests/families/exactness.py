@@ -215,8 +215,8 @@ def check_nf4(family: Family, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from longfit.model.description import read_config
-    from longfit.model.hf_quantizer import LongfitQuantizationConfig
     from longfit.model.load import prequantized, quantization_block
+    from longfit.model.quantization_config import LongfitQuantizationConfig
 
     model = family.model.float().eval()
     ids = family.tokens(1, TOKENS)

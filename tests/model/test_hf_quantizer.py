@@ -9,10 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from longfit.errors import ModelError
 from longfit.layers.linear4bit import Linear4bit
 from longfit.layers.linear8bit import Linear8bit
-from longfit.model.hf_quantizer import from_bitsandbytes_int8
 from longfit.model.load import load
 
 
@@ -122,9 +120,3 @@ def test_bitsandbytes_loads_the_8_bit_model_that_longfit_saved(folder: Path, tmp
         weight = theirs.get_submodule(name).weight
         assert torch.equal(weight.data, codes), name
         assert torch.equal(weight.SCB, absmax), name
-
-
-def test_codes_in_the_order_of_one_card_are_refused() -> None:
-    tensors = {"weight": torch.zeros(2, 4, dtype=torch.int8), "SCB": torch.ones(2), "weight_format": torch.tensor(2)}
-    with pytest.raises(ModelError, match="layout 2"):
-        from_bitsandbytes_int8("layers.0.q_proj.weight", tensors)

@@ -12,7 +12,7 @@ from longfit.exporting.merge_plan import MergePlan
 from longfit.exporting.model_folder import write_model_files
 from longfit.exporting.shards import Planned, write_shards
 from longfit.kernels.dispatch import dequantize_4bit, quantize_4bit
-from longfit.model.hf_quantizer import LongfitQuantizationConfig
+from longfit.model.quantization_config import LongfitQuantizationConfig
 from longfit.numerics.bitsandbytes_format import to_bitsandbytes
 
 SETTINGS_BYTES = 256  # of a weight's JSON settings, which have 130 to 200

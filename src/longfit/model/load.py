@@ -29,13 +29,17 @@ from longfit.files.reading import reading
 from longfit.kernels.cpu import processor
 from longfit.layers.experts import constants_of
 from longfit.layers.quantized_linear import QuantizedLinear
-from longfit.model import gguf
+from longfit.model import (
+    gguf,
+    hf_quantizer,  # noqa: F401  (registers itself with transformers)
+)
 from longfit.model.accounting import accounted
 from longfit.model.adapter_start import require_start
 from longfit.model.description import read_config, read_tokenizer
-from longfit.model.hf_quantizer import AddedError, LongfitQuantizationConfig
 from longfit.model.mapped_files import copy_out
 from longfit.model.pack_experts import packed_parameters
+from longfit.model.quantization_config import LongfitQuantizationConfig
+from longfit.model.quantize_on_load import AddedError
 from longfit.model.stored_formats import StoredFormat, stored_format
 from longfit.model.stored_weights import StoredWeights
 from longfit.model.vocabulary import add_rows, require_rows
