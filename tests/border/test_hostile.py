@@ -80,7 +80,7 @@ def shard_elsewhere(model: Path, flag: Path) -> None:
     [
         (code_of_its_own, "custom code"),
         (tokenizer_of_its_own, "tokenizer"),
-        (pickled_weights, "safetensors"),
+        (pickled_weights, r"model: has no model\.safetensors, .* reads no pickled weights"),
         (weights_by_another_name, "transformers_weights"),
         (adapter_inside, r"adapter_config\.json beside its weights"),
         (shard_elsewhere, "is not a file name"),

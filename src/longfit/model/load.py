@@ -224,8 +224,12 @@ def _load_safetensors(name: str, arguments: dict[str, Any], *, resize_embeddings
                 raise ModelError(f"{name}: quantised already: {NOTHING_LOST}")
             arguments["quantization_config"] = None
             config.quantization_config = prequantized(block).settings()
-        headers = read_headers(Path(name)) if Path(name).is_dir() else {}
-        if headers:
+        if Path(name).is_dir():
+            if not (headers := read_headers(Path(name))):
+                raise ModelError(
+                    f"{name}: has no model.safetensors, in one piece or in shards; longfit reads no pickled weights: "
+                    "fetch the safetensors, or write them with transformers' save_pretrained"
+                )
             require_fitting(headers, config, prequantized=block is not None)
         load = partial(
             AutoModelForCausalLM.from_pretrained, name, config=config, use_safetensors=True, trust_remote_code=False

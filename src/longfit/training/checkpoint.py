@@ -349,6 +349,8 @@ def _cannot_save(run_dir: Path, final: Path, error: OSError, needed: int) -> str
 
 def what_stays(run_dir: Path) -> str:
     """Say what of a run is kept when it has to end, and how to go on."""
+    if not (run_dir / "config.yaml").exists():
+        return f"Nothing is left in {run_dir} that could go on: start the run again"
     earlier = list_checkpoints(run_dir)
     stays = f"{earlier[-1]} stays valid" if earlier else "no checkpoint was saved yet, the run will begin anew"
     return f"{stays}. Then go on with longfit train --run-dir {run_dir} --resume"
