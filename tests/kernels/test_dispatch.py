@@ -98,7 +98,7 @@ class TestUseBackend:
             use_backend("cpu")
         with pytest.raises(BackendError, match=r"'triton' cannot be used"):
             use_backend("triton")
-        with pytest.raises(BackendError, match="'cuda'; allowed: reference, cpu, triton"):
+        with pytest.raises(BackendError, match="'cuda'; allowed: triton, cpu, reference"):
             use_backend("cuda")
         with pytest.raises(BackendError, match="'triton'; allowed: flash, efficient, cpu, aten, reference"):
             use_backend("triton", op="attention")

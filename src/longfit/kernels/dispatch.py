@@ -77,7 +77,7 @@ CALLS = ("attention", "rms_norm", "swiglu", "rotary", "cross_entropy")
 KERNELS = tuple(op for op in TABLE if op not in CALLS)
 """Operations that are one function a backend, and run by the functions below."""
 
-NAMES = ("reference", "cpu", "triton", "liger", "flash", "efficient", "aten")
+NAMES = tuple(dict.fromkeys(backend for row in TABLE.values() for backend in row))
 
 
 @dataclass(frozen=True)
