@@ -204,7 +204,8 @@ def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Co
     hidden = tokens * shape.hidden_size * e
     place = {"device": device, "ram": "host", "pinned": "host", "file": "disk"}[settings.offload]
     inputs = shape.num_layers * hidden
-    keys = max(per_token_bytes.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width
+    attends = any(kind.delta is None for kind in shape.layer_kinds)
+    keys = max(per_token_bytes.layer_windows(shape, settings)) * settings.batch_size * 2 * shape.kv_width * attends
     several = settings.context > settings.tile_tokens(shape)
     saved = per_token_bytes.saved_attention_bytes(shape, settings)
     products, last = per_token_bytes.saved_products_bytes(shape, settings)
@@ -217,6 +218,11 @@ def _sequence(shape: ModelShape, settings: PlanSettings, device: str) -> list[Co
     }
     return [
         Component("layer inputs", place, {**_in(("forward", "loss", "backward"), inputs), "last layer": hidden}),
+        Component(
+            "states at the borders of tiles",
+            place,
+            _in(("forward", "loss", "backward"), per_token_bytes.border_state_bytes(shape, settings)),
+        ),
         Component("hidden states and their gradient", device, {**passing, "evaluation": 3 * hidden}),
         Component("keys and values", device, _in(("forward", *LAYERS, "evaluation"), keys * e)),
         Component("gradients of keys and values", device, _in(LAYERS, keys * 4 if several else 0)),

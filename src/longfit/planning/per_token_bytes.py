@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from longfit.attention.limits import KEY_BLOCK
 from longfit.engine.working_memory import CPU_LOGITS, CPU_SAVED_ATTENTION_BYTES, DEVICE_LOGITS
-from longfit.planning.layer_kinds import LayerShape
+from longfit.planning.layer_kinds import BACKWARD_SHARE, LayerShape
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape
 
@@ -86,7 +86,7 @@ def _kind_bytes(shape: ModelShape, kind: LayerShape, settings: PlanSettings, *, 
         4 * shape.num_heads,  # log-sum-exp
         *(per_head, adapters * e * settings.rank, _dropped_bytes(kind, settings)),
     )
-    saved = sum(held)
+    saved = sum(held) + (2 * e * queries if family.gated else 0)  # the gate, and what it makes of attention
     # gate, up, act, product; the gradients of the product and of up. Fused: gate, up; gradients of all three
     product = (5 if settings.fuses and not (family.wide_norms or family.fused) else 6) * e * inner
     if family.norms == 4:  # the norm behind the MLP: five float32 and two narrow temporaries before anything is let go
@@ -97,6 +97,10 @@ def _kind_bytes(shape: ModelShape, kind: LayerShape, settings: PlanSettings, *, 
     if kind.experts is not None:  # a shared product beside them keeps its own
         forward = 3 * e * hidden + int(e * (kind.experts.forward_numbers() + inner))
         mlp = saved + int(e * (kind.experts.backward_numbers() + 4 * inner))
+    if kind.delta is not None:
+        saved = kind.delta.saved_bytes(hidden, e) + adapters * e * settings.rank + _dropped_bytes(kind, settings)
+        forward = max(forward, kind.delta.forward_bytes(hidden, e))
+        return TileBytes(tokens * forward, tokens * (saved + max(product, int(BACKWARD_SHARE * saved))), 0)
     attention = norm_input + 5 * e * hidden + (4 * e + 4) * queries + per_head
     return TileBytes(tokens * forward, tokens * mlp, tokens * attention)
 
@@ -110,6 +114,14 @@ def _dropped_bytes(kind: LayerShape, settings: PlanSettings) -> int:
         return 0
     kept = settings.element_bytes + (1 if settings.device == "cuda" else settings.element_bytes)
     return kept * sum(matrix.in_features * matrix.adapted(settings.targets) for matrix in kind.matrices[:-1])
+
+
+def border_state_bytes(shape: ModelShape, settings: PlanSettings) -> int:
+    """Bytes of the states that tiles hand on, saved at each border until backward (``recurrent_state.py``)."""
+    borders = -(-settings.context // settings.tile_tokens(shape)) - 1
+    recurrent = [kind for kind in shape.layer_kinds if kind.delta is not None]
+    states = sum(kind.count * kind.delta.state_bytes(settings.element_bytes) for kind in recurrent if kind.delta)
+    return borders * settings.batch_size * states
 
 
 def attention_kernel_bytes(shape: ModelShape, settings: PlanSettings) -> int:

@@ -16,7 +16,15 @@ from longfit.errors import ModelError
 from longfit.files.reading import read_object, reading
 from longfit.model.weight_files import require_sane_counts
 from longfit.planning.gguf_config import gguf_config
-from longfit.planning.layer_kinds import MIXTURES, LayerShape, Matrix, gated_product, mixture_kinds
+from longfit.planning.layer_kinds import (
+    HYBRIDS,
+    MIXTURES,
+    LayerShape,
+    Matrix,
+    gated_product,
+    hybrid_kinds,
+    mixture_kinds,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +38,7 @@ class FamilyShape:
         qkv_bias: their projections have biases.
         o_bias: the output projection has one.
         fused: one matrix makes q, k, v, and one gate and up.
+        gated: a second half of the queries' matrix makes a gate for what attention gives.
         rotary_per_kind: windowed and full layers have rotary tables of their own.
         defaults: keys and values that a configuration may leave out.
     """
@@ -40,6 +49,7 @@ class FamilyShape:
     qkv_bias: bool = False
     o_bias: bool = False
     fused: bool = False
+    gated: bool = False
     rotary_per_kind: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -81,6 +91,16 @@ FAMILIES = {
         o_bias=True,
         defaults={"num_local_experts": 128, "num_experts_per_tok": 4, "head_dim": 64, "sliding_window": 128},
     ),
+    "qwen3_5_text": FamilyShape(
+        wide_norms=True,
+        qk_norm=True,
+        gated=True,
+        defaults={
+            **{"linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128},
+            **{"linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "full_attention_interval": 4},
+            **{"head_dim": 256, "num_key_value_heads": 4, "vocab_size": 248_320},
+        },
+    ),
     "llama4_text": FamilyShape(
         defaults={
             **{"num_local_experts": 16, "num_experts_per_tok": 1, "head_dim": 128, "interleave_moe_layer_step": 1},
@@ -90,8 +110,8 @@ FAMILIES = {
 }
 """By transformers' ``model_type``. A plain Llama covers SmolLM2, Yi, TinyLlama and many others."""
 
-WRAPPERS = {"gemma3": "gemma3_text", "llama4": "llama4_text"}
-"""Multimodal configurations, and the family of their decoder. Of Llama-4 only the decoder is loaded."""
+WRAPPERS = {"gemma3": "gemma3_text", "llama4": "llama4_text", "qwen3_5": "qwen3_5_text"}
+"""Multimodal configurations, and the family of their decoder. Of Llama-4 and Qwen3.5 only the decoder is loaded."""
 
 HUB_TIMEOUT_S = 10
 
@@ -147,6 +167,11 @@ class ModelShape:
         return self.kinds or (LayerShape(self.num_layers, self.layer_matrices, self.intermediate_size),)
 
     @property
+    def hybrid(self) -> bool:
+        """Whether some layers have a recurrence in place of attention."""
+        return any(kind.delta is not None for kind in self.kinds)
+
+    @property
     def all_matrices(self) -> tuple[Matrix, ...]:
         """Every kind of linear layer and of expert's weight in the decoder."""
         experts = (kind.experts.matrices for kind in self.layer_kinds if kind.experts is not None)
@@ -177,7 +202,7 @@ class ModelShape:
         """The linear layers of one layer's attention, where they are not fused."""
         hidden, queries, keys, bias = self.hidden_size, self.query_width, self.kv_width, self.family.qkv_bias
         return (
-            Matrix(queries, hidden, bias, names=("q_proj",)),
+            Matrix(queries * (2 if self.family.gated else 1), hidden, bias, names=("q_proj",)),
             Matrix(keys, hidden, bias, count=2, names=("k_proj", "v_proj")),
             Matrix(hidden, queries, self.family.o_bias, names=("o_proj",)),
         )
@@ -198,7 +223,8 @@ class ModelShape:
     @property
     def norm_params(self) -> int:
         """Weights of all normalisation layers of the decoder."""
-        per_layer = self.family.norms * self.hidden_size + (2 * self.head_dim if self.family.qk_norm else 0)
+        per_head = 2 * self.head_dim if self.family.qk_norm and not self.hybrid else 0  # of some layers only: in kinds
+        per_layer = self.family.norms * self.hidden_size + per_head
         return self.num_layers * per_layer + self.hidden_size
 
     @property
@@ -263,9 +289,13 @@ class ModelShape:
             tower=tower,
             tower_params=tower_params,
         )
+        attention = shape.attention_matrices
+        if model_type in HYBRIDS:
+            kinds = hybrid_kinds(values, attention, hidden=hidden, head_dim=shape.head_dim, num_layers=num_layers)
+            return replace(shape, kinds=kinds)
         if model_type not in MIXTURES:
             return shape
-        kinds = mixture_kinds(model_type, values, shape.attention_matrices, hidden=hidden, num_layers=num_layers)
+        kinds = mixture_kinds(model_type, values, attention, hidden=hidden, num_layers=num_layers)
         return replace(shape, kinds=kinds)
 
 
