@@ -188,10 +188,38 @@ def whole_state(state_dict: Mapping[str, Any], parameters: list[Tensor]) -> dict
         parameters: of the model, in the order of the optimiser's.
     """
     state = {}
-    for number, fields in state_dict["state"].items():
+    for number, fields in _with_what_others_have(state_dict["state"], parameters).items():
         parameter = parameters[number]
         state[number] = {name: _made_whole(value, parameter) for name, value in fields.items()}
     return {**state_dict, "state": state}
+
+
+def _with_what_others_have(
+    state: Mapping[int, Mapping[str, Any]], parameters: list[Tensor]
+) -> dict[int, Mapping[str, Any]]:
+    """Add, in the order of parameters, the state of those that this device has no row of: tensors without rows.
+
+    A matrix of fewer rows than devices leaves some with nothing, and an optimiser keeps no state of nothing. But they
+    must take part where the others make it whole.
+    """
+    described = {
+        number: {name: value.dtype if _is_rows(value, parameters[number]) else value for name, value in fields.items()}
+        for number, fields in state.items()
+    }
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, described)
+    found: dict[int, Mapping[str, Any]] = {}
+    for number, parameter in enumerate(parameters):
+        others = next((of_device[number] for of_device in gathered if number in of_device), None)
+        if number in state:
+            found[number] = state[number]
+        elif others is not None:
+            rows = local_rows(parameter)
+            found[number] = {
+                name: rows.new_empty(rows.shape, dtype=value) if isinstance(value, torch.dtype) else value
+                for name, value in others.items()
+            }
+    return found
 
 
 def own_state(state_dict: Mapping[str, Any], parameters: list[Tensor]) -> dict[str, Any]:
@@ -199,6 +227,8 @@ def own_state(state_dict: Mapping[str, Any], parameters: list[Tensor]) -> dict[s
     state = {}
     for number, fields in state_dict["state"].items():
         parameter = parameters[number]
+        if local_rows(parameter).numel() == 0:
+            continue
         state[number] = {
             name: own_rows(value, parameter).clone() if _is_like(value, parameter) else value
             for name, value in fields.items()
@@ -206,12 +236,16 @@ def own_state(state_dict: Mapping[str, Any], parameters: list[Tensor]) -> dict[s
     return {**state_dict, "state": state}
 
 
+def _is_rows(value: Any, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == local_rows(parameter).shape
+
+
 def _is_like(value: Any, parameter: Tensor) -> bool:
     return isinstance(value, Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape
 
 
 def _made_whole(value: Any, parameter: Tensor) -> Any:
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.to_local().shape:
+    if not isinstance(parameter, DTensor) or not _is_rows(value, parameter):
         return value
     spread = DTensor.from_local(
         value.to(parameter.device),
