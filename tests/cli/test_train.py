@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from longfit.cli import train
 from longfit.cli.app import main
 
 
@@ -54,6 +55,16 @@ def test_wrong_settings_are_refused_all_at_once(
     assert "which run?" in refused(["train", "--resume"], capsys)
     assert "no base model given" in refused(["train"], capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_devices_that_cannot_be_divided_so_are_refused_before_processes_are_started(
+    train_words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "start_processes", lambda *_, **__: pytest.fail("processes were started"))
+    told = refused([*train_words, "--devices", "3", "--sequence", "2"], capsys)
+    assert "parallel.sequence=2 does not divide 3 devices; try 1 or 3" in told
+    told = refused([*train_words, "--devices", "4", "--shard", "3"], capsys)
+    assert "parallel.shard=3 does not divide 4 devices; try 2 or 4" in told
 
 
 def test_a_run_from_the_command_line(

@@ -12,6 +12,7 @@ import typer
 
 from longfit.cli.output import print_json, print_lines, print_note, print_table, show_progress
 from longfit.errors import ConfigError
+from longfit.parallel.device_layout import choose_layout
 from longfit.parallel.launch import INTERRUPTED, Place, is_started, start_processes
 from longfit.words import format_bytes
 
@@ -118,8 +119,12 @@ def train(
         _print_explained(config, as_json=as_json)
         return
 
-    if config.parallel.devices not in (None, 1) and not is_started(os.environ):
-        code = start_processes(sys.argv[1:], devices=config.parallel.devices or 1)
+    parallel = config.parallel
+    if parallel.devices not in (None, 1) and not is_started(os.environ):
+        devices = parallel.devices or 1
+        if not resume:  # else the run's own settings count too, which its processes read
+            choose_layout(devices, data=parallel.data, sequence=parallel.sequence, shard=parallel.shard)
+        code = start_processes(sys.argv[1:], devices=devices)
         if code:
             raise typer.Exit(code)
         return
