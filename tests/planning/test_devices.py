@@ -1,11 +1,13 @@
 """What several devices change in a plan: parts of weights and tokens, halos, bytes sent."""
 
+from pathlib import Path
+
 import pytest
 
 from longfit.errors import ConfigError
 from longfit.parallel import traffic
 from longfit.planning.devices import sent_bytes
-from longfit.planning.ladder import climb
+from longfit.planning.ladder import climb, longest_context
 from longfit.planning.memory import MemoryPlan, memory_plan
 from longfit.planning.settings import PlanSettings
 from longfit.planning.shapes import ModelShape, read_shape
@@ -14,6 +16,10 @@ LLAMA_33B = {
     "model_type": "llama", "hidden_size": 6656, "intermediate_size": 17920, "num_hidden_layers": 60,
     "num_attention_heads": 52, "num_key_value_heads": 52, "vocab_size": 32000, "max_position_embeddings": 2048,
 }  # fmt: skip
+
+
+ROOT = Path(__file__).parents[2]
+LLAMA_70B = ROOT / "tests" / "data" / "configs" / "Llama-3.1-70B.json"
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +90,54 @@ def test_what_does_not_divide_or_go_together_is_refused() -> None:
         PlanSettings(context=1024, processes=2, shard=3)
     with pytest.raises(ConfigError, match="shards are gathered, not streamed"):
         PlanSettings(context=1024, processes=2, shard=2, stream="ram")
+
+
+def planned(card: str, ways: str, attention: str) -> tuple[int, float, float, float]:
+    """The longest context on two cards with layer inputs in 128 GiB, and GiB on a card, in the host, sent."""
+    model, vram = {"33B, 24 GiB each": (LLAMA_33B, 24), "70B, 48 GiB each": (LLAMA_70B, 48)}[card]
+    shape, limits = read_shape(model), {"accelerator": vram << 30, "host": (128 << 30) // 2}
+    chosen = {"sequence": 2 if "sequence 2" in ways else 1, "shard": 2 if "shard 2" in ways else 1}
+    settings = PlanSettings(context=1024, processes=2, attention=attention, offload="ram", **chosen)
+    longest = longest_context(shape, settings, limits)
+    settings = settings.changed({"context": longest})
+    memory = memory_plan(shape, settings)
+    sizes = memory.peak("accelerator"), 2 * memory.peak("host"), sent_bytes(shape, settings)
+    return longest, *(size / (1 << 30) for size in sizes)
+
+
+def cells_of(path: str, begin: str) -> list[list[str]]:
+    """The cells of the rows of a page's tables that begin so."""
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith(begin)]
+
+
+def is_printed(text: str, value: float) -> bool:
+    """Whether a number of three figures is the value, rounded."""
+    shown = text.removesuffix(" GiB")
+    places = len(shown.partition(".")[2])
+    return abs(float(shown) - value) <= 0.5 * 10**-places + 1e-9
+
+
+def test_what_the_readme_says_waits_in_the_host_of_two_cards_is_planned() -> None:
+    """Its other columns are what the command prints: ``tests/cli/test_plan.py``."""
+    rows = cells_of("README.md", "| 33B, ") + cells_of("README.md", "| 70B, ")
+    assert len(rows) == 6
+    for card, ways, context, _, in_host, _ in rows:
+        longest, attention = context.split(", ")
+        found, _, host, _ = planned(card, ways, attention)
+        assert longest == f"{found:,}"
+        assert is_printed(in_host, host)
+
+
+def test_what_the_page_of_many_devices_says_of_two_cards_is_what_is_planned() -> None:
+    ways = [("shard 1", "exact"), ("shard 2", "exact"), *(("shard 2, sequence 2", a) for a in ("exact", "shifted"))]
+    models = {"| Llama-33B": "33B, 24 GiB each", "| Llama-70B": "70B, 48 GiB each"}
+    page = "docs/explanation/many-devices.md"
+    on_each, sent = cells_of(page, "| on each card, GiB"), cells_of(page, "| sent a step by each, GiB")
+    for number, (begin, card) in enumerate(models.items()):
+        (contexts,) = cells_of(page, begin)
+        for column, (way, attention) in enumerate(ways, start=1):
+            longest, on_card, _, sent_by_each = planned(card, way, attention)
+            assert contexts[column] == f"{longest:,}"
+            assert is_printed(on_each[number][column], on_card)
+            assert is_printed(sent[number][column], sent_by_each)
