@@ -15,6 +15,7 @@ import torch
 from longfit.config import RunConfig
 from longfit.errors import ExportError
 from longfit.files.reading import read_object
+from longfit.model.compute_dtype import compute_in
 from longfit.model.context import adopt_positions
 from longfit.model.description import read_config, read_tokenizer
 from longfit.model.load import load
@@ -67,21 +68,13 @@ class Trained:
             device=device,
             resize_embeddings=bool(added_rows(read_config(self.adapter))),
         )
-        _compute_in(model, wanted)
+        compute_in(model, wanted)
         adopt_positions(model, self.adapter)
         return load_adapter(model, self.adapter).eval(), self.tokenizer()
 
     def tokenizer(self) -> Any:
         """The tokenizer that the run trained with, chat template included."""
         return read_tokenizer(self.adapter)
-
-
-def _compute_in(model: Any, dtype: torch.dtype) -> None:
-    """Have a model compute in another dtype, in place: its dense weights are cast, bytes stay bytes."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
 
 
 def open_trained(

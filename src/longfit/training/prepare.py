@@ -19,6 +19,7 @@ from longfit.engine.sweep.install import change_sweep, enable_sweep, stream_weig
 from longfit.errors import ConfigError
 from longfit.kernels.cpu import processor
 from longfit.model.adapters import adapter_report, add_adapters
+from longfit.model.compute_dtype import compute_in
 from longfit.model.context import ContextReport, extend_context
 from longfit.model.liger_kernels import fuse
 from longfit.model.load import auto_dtype, load
@@ -232,11 +233,14 @@ def open_run(
     Raises: RunError: no run there, or nothing saved in it.
     """
     run_dir, device = Path(run_dir), _device(device)
-    config = config or run_directory.read_config(run_dir)
+    own = run_directory.read_config(run_dir)
+    config = config or own
     adapter = run_directory.find_adapter(run_dir, checkpoint)
     if device.type == "cpu" and config.model.dtype != "float32" and processor.auto_dtype()[0] == "float32":
         config = config.replace({"model.dtype": "float32"}, origin="auto: fast on this processor")
-    model, tokenizer = load_base(config, device)
+    model, tokenizer = load_base(config.replace({"model.dtype": own.model.dtype}), device)
+    if config.model.dtype not in ("auto", own.model.dtype):
+        compute_in(model, getattr(torch, config.model.dtype))
     extend(model, tokenizer, config)
     restore_chat(model, tokenizer, adapter)
     return load_adapter(model, adapter).eval(), tokenizer, config
