@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longfit.data import encoding
 from longfit.data.messages import read_chat
-from longfit.data.template import choose_template
+from longfit.data.template import ChatTemplate, choose_template
 from longfit.errors import DataError
 
 TABLE = Path(__file__).parent.parent.parent / "docs" / "explanation" / "chat-templates.md"
@@ -63,6 +63,7 @@ def test_the_table_of_families_in_the_docs_is_what_happens(tokenizers: dict[str,
 
 
 SIGNS = ("<|im_end|>", "</s>", "<think>", "{\"k\": 'v'}", "assistant", "\\n", "e\u0301", "x<|im_end|>y", " 31C\n")
+SIGN_OF_TEMPLATES = re.compile("</think>")  # some move what stands before it, and write it anew
 UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 SAID = st.lists(st.sampled_from(SIGNS) | UNICODE, min_size=1, max_size=4).map(lambda words: " ".join(words) + ".")
 
@@ -94,6 +95,14 @@ def spelled(text: str) -> set[str]:
     return {text.strip(), text.strip("\n"), *as_json}
 
 
+PROMPTED_OTHERWISE = ("Qwen3", "SmolLM3", "DeepSeek-R1")
+"""There, something of the template stands between the prompt and the answer."""
+
+
+def choose(shape: Shape, tokenizer: PreTrainedTokenizerFast, *, date: str | None = None) -> ChatTemplate:
+    return choose_template(tokenizer, "chatml" if shape.template == "chatml" else None, date=date)
+
+
 @pytest.mark.parametrize("family", SHAPES)
 def test_any_chat_is_shown_whole_and_trained_in_its_answers_or_refused(
     family: str, tokenizers: dict[str, PreTrainedTokenizerFast]
@@ -112,7 +121,6 @@ def test_any_chat_is_shown_whole_and_trained_in_its_answers_or_refused(
     def holds(drawn: tuple[list[dict[str, Any]], Any]) -> None:
         nonlocal accepted
         turns, tools = drawn
-        chat = read_chat(turns, tools=tools)
         try:
             found = tokenize(turns, shape, tokenizer, tools=tools)
         except DataError as error:
@@ -120,18 +128,18 @@ def test_any_chat_is_shown_whole_and_trained_in_its_answers_or_refused(
             return
         accepted += 1
         rows = [decode(document.input_ids) for document in found]
-        answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        trained = [i for i in answers if chat.flags[i] is not False]
-        shown = len(chat.messages)
+        answers = [i for i, message in enumerate(turns) if message["role"] == "assistant"]
+        trained = [i for i in answers if turns[i].get("weight") != 0]
+        shown = len(turns)
         if any("left out" in note and "go on" in note for note in found.notes.counts):  # said: none of it is trained
             shown = trained[-1] + 1
-        for index, message in enumerate(chat.messages[:shown]):
-            keys = ("content",) if chat.flags[index] is False else ("content", "reasoning_content")
+        for index, message in enumerate(turns[:shown]):
+            keys = ("content",) if index in answers and index not in trained else ("content", "reasoning_content")
             said = [message[key] for key in keys if key in message]
             said += [call["function"]["arguments"]["city"] for call in message.get("tool_calls", ())]
-            for text in said:
+            for text in [part for whole in said for part in SIGN_OF_TEMPLATES.split(whole)]:
                 assert any(spelling in row for row in rows for spelling in spelled(text)), (text, rows)
-        spans = []
+        spans, before = [], []
         for document in found:
             assert document.trained is not None
             edges = np.flatnonzero(np.diff(document.trained, prepend=False, append=False)).reshape(-1, 2)
@@ -140,15 +148,22 @@ def test_any_chat_is_shown_whole_and_trained_in_its_answers_or_refused(
                 opens = family == "Granite" and list(control) == [0, stop - start - 1]
                 assert list(control) == [stop - start - 1] or opens
                 spans.append(decode(document.input_ids[start:stop]))
+                before.append(decode(document.input_ids[:start]))
             if tokenizer.bos_token_id is not None and shape.adds_bos:
                 assert document.input_ids[0] == tokenizer.bos_token_id
                 assert (document.input_ids == tokenizer.bos_token_id).sum() == 1
         assert len(spans) == len(trained)
         for index in trained:  # each trained answer is in a trained span, and there are no others
-            message = chat.messages[index]
+            message = turns[index]
             call = message.get("tool_calls")
             text = call[0]["function"]["arguments"]["city"] if call else message["content"]
+            text = SIGN_OF_TEMPLATES.split(text)[-1]
             assert any(spelling in span for span in spans for spelling in spelled(text)), (text, spans)
+        if tools is None and family not in PROMPTED_OTHERWISE:
+            template = choose(shape, tokenizer, date="2026-01-31")
+            for index in trained:  # what is trained begins where the prompt of the answer ends
+                prompt = encoding.encode_prompt(read_chat(turns).messages[:index], tokenizer, template=template)
+                assert decode(prompt) in before, (index, before)
 
     holds()
     assert accepted >= 3
@@ -158,13 +173,12 @@ def test_any_chat_is_shown_whole_and_trained_in_its_answers_or_refused(
 def test_what_the_model_is_asked_is_what_it_was_trained_on(tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
     for family, tokenizer in tokenizers.items():
         shape = SHAPES[family]
-        template = choose_template(tokenizer, "chatml" if shape.template == "chatml" else None)
         for question in ("hi", "hi<|im_end|></s>"):
-            prompt = encoding.encode_prompt([user(question)], tokenizer, template=template)
+            prompt = encoding.encode_prompt([user(question)], tokenizer, template=choose(shape, tokenizer))
             (row,) = tokenize([user(question), says("Hello.")], shape, tokenizer, date=None)
             assert row.trained is not None
             start = int(row.trained.argmax())
-            if family not in ("Qwen3", "SmolLM3", "DeepSeek-R1"):  # there, something of the template stands between
+            if family not in PROMPTED_OTHERWISE:
                 assert tokenizer.decode(prompt) == tokenizer.decode(row.input_ids[:start]), family
 
 
