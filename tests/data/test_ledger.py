@@ -90,7 +90,8 @@ def test_lengths_are_nearest_rank_percentiles_and_warnings_carry_numbers() -> No
     assert "warning: only 10 of 99 documents are longer than the model's native 90 tokens" in text
     assert "99 documents, 5,049 tokens" in text
     ledger = Ledger.of(pack(documents, context=50, eos_token_id=EOS), native_context=64)
-    assert ledger.warnings == ("1 tokens of 1 documents are cut",)  # the end token of the document of 51
+    cut = "1 tokens of 1 documents are cut; context.context=100 keeps them whole"  # the end token of the document of 51
+    assert ledger.warnings == (cut,)
 
 
 def test_findings_of_the_sources_reach_the_ledger() -> None:

@@ -119,7 +119,7 @@ def test_a_process_that_is_killed_leaves_no_entry_and_its_rest_is_removed_later(
     assert list(place.parent.iterdir()) == []
 
 
-def test_what_was_used_longest_ago_is_removed_when_the_cache_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_used_longest_ago_is_removed_when_the_cache_is_full() -> None:
     tokenizer = make_tokenizer(SHAPES[FAMILY])
     folder = token_cache.cache_folder() / "tokens"
     sets = [tokenize(chats(count), tokenizer, DataSection(path="p", cache="on")) for count in (5, 4)]
@@ -127,9 +127,9 @@ def test_what_was_used_longest_ago_is_removed_when_the_cache_is_full(monkeypatch
     for age, path in ((200, old), (300, used)):
         os.utime(path, (time.time() - age, time.time() - age))
     size = sum(file.stat().st_size for path in (old, used) for file in path.iterdir())
-    monkeypatch.setattr(token_cache, "LIMIT_BYTES", size + 1)
-    tokenize(chats(4), tokenizer, DataSection(path="p", cache="on"))  # used once more, so it stays
-    tokenize(chats(3), tokenizer, DataSection(path="p", cache="on"))
+    limited = DataSection(path="p", cache="on", cache_limit=size + 1)
+    tokenize(chats(4), tokenizer, limited)  # used once more, so it stays
+    tokenize(chats(3), tokenizer, limited)
     left = set(folder.iterdir())
     assert old not in left
     assert used in left

@@ -198,7 +198,10 @@ class DataSection(Section):
     long_chat: Literal["error", "split", "truncate_left", "truncate_right", "drop"] = "error"
     """What becomes of chats longer than the context; long texts are always split, and nothing of them is lost."""
     cache: Literal["auto", "on", "off"] = "auto"
-    """Keep tokens in the user's cache folder for the next run; auto: those of 8 MB of files and more."""
+    """Keep tokens in the user's cache folder ($LONGFIT_CACHE) for the next run; auto: those of 8 MB of files and more;
+    off holds them in memory, 4 bytes a token of text, 5 of chats."""
+    cache_limit: Bytes = 32 << 30
+    """Cached tokens of all sets together; beyond it those used longest ago are removed, never those just made."""
     validation: str | None = None
     """Held-out text, read like path; unset: none, unless validation_fraction is given."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 TRAIN_ON = ("all", "last", "marked")
 TEMPLATE_DROPS = ("error", "allow")
+REWRITTEN = (
+    "chats are trained in a row of tokens for each answer that the template shows otherwise later; the rows do not see "
+    "each other (data.train_on=last trains the last answer alone)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +103,7 @@ def render_answers(
     if provenance.missing(rows[0].rendering.said, [row.rendering for row in kept]) and rows[0] not in kept:
         notes.counts["chats go on after their last trained answer; what follows it is left out"] += 1
     if len(kept) > 1:
-        notes.counts["chats are trained in a row of tokens per rewritten answer: the template rewrites turns"] += 1
+        notes.counts[REWRITTEN] += 1
     return kept, lost
 
 

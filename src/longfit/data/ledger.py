@@ -332,7 +332,8 @@ def _warnings(numbers: dict[str, Any]) -> list[str]:
     places = numbers["num_windows"] * context
     if numbers["padded_tokens"] > MUCH_PADDING * places:
         lines.append(
-            f"padding wastes {numbers['padded_tokens'] / places:.0%} of every step; a smaller context wastes less"
+            f"padding wastes {numbers['padded_tokens'] / places:.0%} of every step; a smaller context wastes less, and "
+            "train.batch_size=1 with train.gradient_accumulation pads nothing"
         )
     if numbers["num_validation_seen"]:
         lines.append(
@@ -341,10 +342,15 @@ def _warnings(numbers: dict[str, Any]) -> list[str]:
         )
     if numbers["num_answers_without_end"]:
         lines.append(f"{numbers['num_answers_without_end']:,} answers lost their end: the model does not see them stop")
+    keeping = f"context.context={longest} keeps them whole"
+    if numbers["num_chats"]:
+        keeping += ", data.long_chat=split in several windows"
     if numbers["num_cut"]:
-        lines.append(f"{numbers['cut_tokens']:,} tokens of {numbers['num_cut']:,} documents are cut")
+        lines.append(f"{numbers['cut_tokens']:,} tokens of {numbers['num_cut']:,} documents are cut; {keeping}")
     if numbers["num_dropped"]:
-        lines.append(f"{numbers['num_dropped']:,} documents ({numbers['dropped_tokens']:,} tokens) are dropped")
+        lines.append(
+            f"{numbers['num_dropped']:,} documents ({numbers['dropped_tokens']:,} tokens) are dropped; {keeping}"
+        )
     if numbers["num_with_special_tokens"]:
         lines.append(
             f"{numbers['num_with_special_tokens']:,} documents spell out control tokens in their text, and they are "

@@ -4,7 +4,7 @@ An entry is a folder named after everything that decides its tokens (the documen
 and the settings), so it can never be out of date; another setting is another entry. It is written beside its place and
 renamed into it when it is whole: two processes that make the same entry each finish, and one of the results stays; a
 process that is killed leaves an unfinished folder, which the next one removes a day later. When all entries together
-are larger than `LIMIT_BYTES`, those used longest ago are removed, said; who has one mapped keeps it.
+are larger than a limit, those used longest ago are removed, said; who has one mapped keeps it.
 
     TOKENS/KEY/ids.i32  trained.u8  documents.npz  notes.json
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 FORMAT = 5  # of an entry, and of what encoding makes of a chat: raise it when either changes
 UNFINISHED_SECONDS = 24 * 3600.0  # after which a folder that nobody finished belongs to a process that died
-LIMIT_BYTES = 32 << 30  # of all entries: a dozen sets of 2 GB of text
 MAPPED_BYTES = 64 << 20  # of a file that are looked at before its pages are given back
 MAPPED_AROUND_BYTES = 64 << 10  # that Linux maps where one byte is looked at
 ADVICE: int | None = getattr(mmap, "MADV_DONTNEED", None)  # Windows has none, and counts mapped pages otherwise
@@ -131,9 +130,14 @@ class MappedFile:
 class TokenWriter:
     """Collects tokenised documents into files, so that they never lie in memory together."""
 
-    def __init__(self, place: Path) -> None:
-        """Args: place: the entry that is to be; nothing appears there before `finish`."""
-        self.place = place
+    def __init__(self, place: Path, *, limit_bytes: int | None = None) -> None:
+        """Prepare to write.
+
+        Args:
+            place: the entry that is to be; nothing appears there before `finish`.
+            limit_bytes: of all entries beside it; None for no limit.
+        """
+        self.place, self.limit_bytes = place, limit_bytes
         self.folder = place.with_name(f".{place.name}.{os.getpid()}.unfinished")
         place.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(place.parent)
@@ -185,7 +189,8 @@ class TokenWriter:
             self.folder.rename(self.place)
         stored = StoredDocuments(self.place)
         shutil.rmtree(self.folder, ignore_errors=True)
-        trim(self.place)
+        if self.limit_bytes is not None:
+            trim(self.place, limit_bytes=self.limit_bytes)
         return stored
 
     def abandon(self) -> None:
@@ -222,9 +227,8 @@ def _remove_abandoned(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def trim(newest: Path, *, limit_bytes: int | None = None) -> None:
+def trim(newest: Path, *, limit_bytes: int) -> None:
     """Remove the entries used longest ago while all of them together are larger than the limit; never the newest."""
-    limit = LIMIT_BYTES if limit_bytes is None else limit_bytes
     entries = []
     for path in newest.parent.iterdir():
         with suppress(OSError):  # another process removes it at this moment
@@ -232,7 +236,7 @@ def trim(newest: Path, *, limit_bytes: int | None = None) -> None:
                 entries.append((path.stat().st_mtime, path, sum(file.stat().st_size for file in path.iterdir())))
     total = sum(size for _, _, size in entries)
     for _, path, size in sorted(entries):
-        if total <= limit or path == newest:
+        if total <= limit_bytes or path == newest:
             continue
         removed = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
         with suppress(OSError):
@@ -240,5 +244,6 @@ def trim(newest: Path, *, limit_bytes: int | None = None) -> None:
             shutil.rmtree(removed, ignore_errors=True)
             total -= size
             notify(
-                f"{path}: cached tokens, not used for longest, are removed: the cache holds more than {limit:,} bytes"
+                f"{path}: cached tokens, not used for longest, are removed: the cache holds more than {limit_bytes:,} "
+                "bytes (data.cache_limit)"
             )

@@ -93,7 +93,7 @@ def tokenize(
         return found
     do = "name another folder with LONGFIT_CACHE, or go without: data.cache=off"
     with writing(place, error=DataError, then=do):
-        writer = TokenWriter(place)
+        writer = TokenWriter(place, limit_bytes=data.cache_limit)
         try:
             return tokenize_documents(
                 documents, tokenizer, **settings, processes=_processes(), on_document=told, sink=writer

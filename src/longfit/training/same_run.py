@@ -33,6 +33,7 @@ FREE_SETTINGS = frozenset(
         "output.track",
         "data.validation_windows",
         "data.cache",
+        "data.cache_limit",
         "optim.budget",
         "optim.file",
         "engine.offload",
