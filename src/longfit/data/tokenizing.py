@@ -23,7 +23,8 @@ from longfit.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXT_BATCH_CHARS = 4 << 20  # tokenised together, by threads: enough for every core, little beside the result
+TEXT_CHARS_A_CORE, TEXT_BATCH_CHARS = 1 << 19, 4 << 20
+"""Tokenised together, by threads: much work for a core, and at most so much, for each character takes 40 bytes."""
 CHAT_BATCH_CHARS = 1 << 18  # sent to a process: much work beside what sending takes, little progress at once
 
 
@@ -93,7 +94,7 @@ def tokenize_documents(
         date: for chats: the day that templates print, as 2026-01-31.
         control_tokens: what control tokens are that a text spells out: "text", or the model's own ("control").
         stop_ids: token ids at which the model's own settings stop generation.
-        processes: in which chats are encoded; texts are tokenised by threads in any case.
+        processes: in which chats are encoded; texts are tokenised by threads, so much at once that as many have work.
         on_document: called with the number of documents done, for progress.
         sink: collects the tokens elsewhere than in memory; then the documents of the result are its own.
     Returns: one entry a document, in order; several for a chat whose template rewrites turns.
@@ -123,7 +124,7 @@ def tokenize_documents(
             encoded = map_in_order(encoder, batches, processes=processes) if processes > 1 else map(encoder, batches)
         else:
             texts = TextEncoder(tokenizer, control_tokens=control_tokens)
-            encoded = map(texts, _batches(group, num_chars=TEXT_BATCH_CHARS))
+            encoded = map(texts, _batches(group, num_chars=min(processes * TEXT_CHARS_A_CORE, TEXT_BATCH_CHARS)))
         for found in encoded:
             tokenized.extend(found.documents)
             problems += found.problems

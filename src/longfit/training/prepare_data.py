@@ -25,6 +25,7 @@ from longfit.data.ledger import Ledger
 from longfit.data.packing import PackedDataset, pack
 from longfit.data.token_cache import CACHED_BYTES, TokenWriter, cache_folder, entry_key, read_entry
 from longfit.data.tokenizing import TokenizedSet, tokenize_documents
+from longfit.engine.host_memory import give_back
 from longfit.errors import DataError
 from longfit.files.reading import NOT_OURS, reason
 from longfit.files.writing import writing
@@ -50,7 +51,7 @@ def read_data(config: RunConfig, *, on_event: OnEvent = ignore) -> tuple[Documen
 def read_path(path: str, data: DataSection, *, on_event: OnEvent = ignore) -> Documents:
     """Read the documents under a path as a run reads its own."""
     told = Progress("read", on_event)
-    return read_documents(
+    documents = read_documents(
         path,
         text_column=data.text_column,
         columns=data.columns,
@@ -62,6 +63,8 @@ def read_path(path: str, data: DataSection, *, on_event: OnEvent = ignore) -> Do
         cached_bytes=CACHED_BYTES if data.cache == "auto" else 0,
         on_document=told,
     )
+    give_back(torch.device("cpu"))  # what told documents apart that are equal, 100 bytes each, and their texts
+    return documents
 
 
 def tokenize(
@@ -83,10 +86,12 @@ def tokenize(
         "stop_ids": sorted(stop_ids),
     }
     told = Progress("tokenised", on_event, total=len(documents))
-    large = data.cache == "on" or (data.cache == "auto" and documents.report.num_bytes >= CACHED_BYTES)
-    key = entry_key(tokenizer, documents=documents.digest(), **settings) if large else None
+    large = documents.report.num_bytes >= CACHED_BYTES
+    processes = _processes() if large or data.cache == "on" else 1
+    kept = data.cache == "on" or (data.cache == "auto" and large)
+    key = entry_key(tokenizer, documents=documents.digest(), **settings) if kept else None
     if key is None:
-        return tokenize_documents(documents, tokenizer, **settings, on_document=told)
+        return tokenize_documents(documents, tokenizer, **settings, processes=processes, on_document=told)
     place = cache_folder() / "tokens" / key
     if (found := read_entry(place)) is not None:
         on_event(Event("phase", f"tokens of {len(documents):,} documents are in the cache: {place}"))
@@ -95,12 +100,14 @@ def tokenize(
     with writing(place, error=DataError, then=do):
         writer = TokenWriter(place, limit_bytes=data.cache_limit)
         try:
-            return tokenize_documents(
-                documents, tokenizer, **settings, processes=_processes(), on_document=told, sink=writer
+            found = tokenize_documents(
+                documents, tokenizer, **settings, processes=processes, on_document=told, sink=writer
             )
         except BaseException:
             writer.abandon()
             raise
+    give_back(torch.device("cpu"))  # what the tokenizer held of a batch: packing comes on top
+    return found
 
 
 def _processes() -> int:
