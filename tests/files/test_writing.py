@@ -9,8 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
-from longfit.errors import RunError
+from longfit.errors import ExportError, RunError
+from longfit.exporting.result_folder import result_folder
 from longfit.files import lock, writing
 
 
@@ -143,3 +146,16 @@ def test_the_lock_of_windows_is_taken_and_refused(tmp_path: Path, monkeypatch: p
     with pytest.raises(RunError, match="is being written by process"):
         lock.FolderLock(tmp_path).take()
     first.release()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full")
+def test_a_full_disk_that_a_library_only_quotes_is_the_systems_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        writing.replace_folder(tmp_path / "folder", lambda folder: Tokenizer(BPE()).save("/dev/full"))
+    assert caught.value.errno == errno.ENOSPC
+    with (
+        pytest.raises(ExportError, match="cannot be written: the disk is full"),
+        result_folder(tmp_path / "out", needed_bytes=0),
+    ):
+        Tokenizer(BPE()).save("/dev/full")
+    assert not list(tmp_path.iterdir())

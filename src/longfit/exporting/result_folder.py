@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longfit.errors import ExportError
-from longfit.files.writing import UNFINISHED, flush_folder, flush_tree, why
+from longfit.files.writing import UNFINISHED, flush_folder, flush_tree, refusals, why
 from longfit.words import format_bytes
 
 RESERVE_BYTES = 16 << 20  # tokenizer, configuration, file-system overhead
@@ -39,7 +39,8 @@ def result_folder(out: Path, *, needed_bytes: int) -> Iterator[Path]:
                 "give another place with --out"
             )
         hidden.mkdir()
-        yield hidden
+        with refusals():
+            yield hidden
         flush_tree(hidden)
         if out.exists():
             out.rmdir()

@@ -36,6 +36,20 @@ def writing(path: Path, *, error: type[LongfitError] = RunError, then: str = "")
         raise error(f"{path}: cannot be written: {why(problem)}{'; ' * bool(then)}{then}") from problem
 
 
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Let what the system refused be an OSError, where a library in Rust (safetensors, tokenizers) only quotes it."""
+    try:
+        yield
+    except (LongfitError, OSError):
+        raise
+    except Exception as problem:  # of the tokenizers it is no other class
+        found = re.search(r"\(os error (\d+)\)", str(problem))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from problem
+
+
 def why(problem: OSError) -> str:
     """Say what an error of the file system means, and what to do about it."""
     if isinstance(problem, shutil.Error) and (number := re.search(r"\[Errno (\d+)\]", str(problem))):
@@ -99,7 +113,8 @@ def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
-        write(unfinished)
+        with refusals():
+            write(unfinished)
         flush_tree(unfinished)
         _exchange(folder, unfinished)
     except BaseException:

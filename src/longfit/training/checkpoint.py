@@ -143,18 +143,13 @@ def save_result(run_dir: Path, *, model: Any, tokenizer: Any, trained: dict[str,
 @contextmanager
 def saving(run_dir: Path, final: Path, needed: int) -> Iterator[None]:
     """Turn what goes wrong with the disk while ``final`` is written into a SaveError; ``needed`` are its bytes."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except LongfitError:
         raise
     except OSError as error:
         raise SaveError(_cannot_save(run_dir, final, error, needed)) from error
-    except (
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch.save and safetensors hide a disk behind errors of their own
+    except RuntimeError as error:  # torch.save hides a disk behind an error of its own
         refused = _refusal(run_dir, needed)
         if refused is None:
             raise
@@ -349,8 +344,8 @@ def _cannot_save(run_dir: Path, final: Path, error: OSError, needed: int) -> str
 
 def what_stays(run_dir: Path) -> str:
     """Say what of a run is kept when it has to end, and how to go on."""
-    if not (run_dir / "config.yaml").exists():
-        return f"Nothing is left in {run_dir} that could go on: start the run again"
+    if not run_dir.exists():
+        return f"{run_dir} has gone with all that was in it: start the run again"
     earlier = list_checkpoints(run_dir)
     stays = f"{earlier[-1]} stays valid" if earlier else "no checkpoint was saved yet, the run will begin anew"
     return f"{stays}. Then go on with longfit train --run-dir {run_dir} --resume"
