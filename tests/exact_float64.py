@@ -18,6 +18,7 @@ def exact_float64() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "float", _kept(Tensor.float))
         patch.setattr(Tensor, "to", _kept(Tensor.to))
+        patch.setattr(Tensor, "type", _kept(Tensor.type))
         patch.setattr(F, "softmax", _kept(F.softmax))
         yield
 
