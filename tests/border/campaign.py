@@ -104,7 +104,7 @@ class Campaign:
         reply = self.server.run(*self.words(), cwd=self.place, limits=False, break_after=after, breaker=breaker)
         self.counts["breaks"] += 1
         repair()
-        self.stopped(reply, "may not be written")
+        self.stopped(reply, "may not be written", "Input/output error")  # the second while it is found out
 
     def stopped(self, reply: Reply, *said: str) -> None:
         """A command met a disk that takes nothing; it must say so, and the next one must finish the run."""

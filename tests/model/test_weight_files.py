@@ -77,6 +77,7 @@ def test_bytes_too_many_are_named(folder: Path) -> None:
         ("data_offsets", [8, 16]),
         ("data_offsets", [0, 2**63]),
         ("data_offsets", ["a", "b"]),
+        ("data_offsets", [0, 16, 16]),
         ("shape", [2**62, 4]),
         ("shape", [-1, -2]),
         ("dtype", "F7"),

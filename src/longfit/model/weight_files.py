@@ -181,7 +181,7 @@ def _read_header(path: Path) -> dict[str, TensorHeader]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         found = {name: _tensor(entry, path) for name, entry in header.items()}
-        spans = sorted((*map(int, entry["data_offsets"]), name) for name, entry in header.items())
+        spans = sorted((*_span(entry), name) for name, entry in header.items())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: the header of this safetensors file is damaged ({error}); fetch it again") from error
     end = 0
@@ -199,6 +199,11 @@ def _read_header(path: Path) -> dict[str, TensorHeader]:
             "fetch it again"
         )
     return found
+
+
+def _span(entry: Mapping[str, Any]) -> tuple[int, int]:
+    begin, end = entry["data_offsets"]
+    return int(begin), int(end)
 
 
 def _tensor(entry: Mapping[str, Any], path: Path) -> TensorHeader:
