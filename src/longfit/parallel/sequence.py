@@ -62,16 +62,16 @@ class SharedWindow:
             start, first_tile = start + size, first_tile - (-size // tile)
         return tuple(found)
 
-    def transport(self, asked: AttentionKind) -> HaloTransport:
+    def transport(self, kind: AttentionKind) -> HaloTransport:
         """How keys travel for one kind of attention."""
-        if asked not in self._transports:
+        if kind not in self._transports:
             schedule = build_schedule(
-                asked.num_heads, self._starts, group_size=asked.group_size, sliding_window=asked.sliding_window
+                kind.num_heads, self._starts, group_size=kind.group_size, sliding_window=kind.sliding_window
             )
-            self._transports[asked] = HaloTransport(
-                schedule, self._segments, self._own, asked.num_kv_heads, self._group, self._traffic
+            self._transports[kind] = HaloTransport(
+                schedule, self._segments, self._own, kind.num_kv_heads, self._group, self._traffic
             )
-        return self._transports[asked]
+        return self._transports[kind]
 
 
 class SequenceParallelLoss:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from longfit.attention.spec import AttentionSpec
 from longfit.attention.visibility import Schedule, build_schedule, document_starts
-from longfit.engine.sweep.shared_sequence import Stretch, TileLeft
+from longfit.engine.sweep.shared_sequence import KeysProjected, Stretch
 from longfit.engine.sweep.tile_pass import BackwardPass, ForwardPass, SweptTile
 from longfit.errors import ModelError
 
@@ -54,7 +54,7 @@ def test_forward_and_backward_are_attention_and_its_gradient(pattern: dict[str, 
     back = BackwardPass(stretch, tile, forward.visible)
     for index in reversed(range(5)):
         for new in back.needed(index):
-            with pytest.raises(TileLeft):
+            with pytest.raises(KeysProjected):
                 attend(back.keys_tile(new), qkv, **pattern)
         start, end = forward.span(index)
         found = torch.autograd.grad(attend(back.gradient_tile(index), qkv, **pattern), qkv, wanted[:, start:end])

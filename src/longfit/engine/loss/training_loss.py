@@ -97,7 +97,7 @@ def training_loss(
     if attention_mask is not None and nature.causal is None and not bool((attention_mask.int().diff() > 0).any()):
         attention_mask = None  # padding behind the text: nothing before it sees it, and it has no target
     give_back(input_ids.device)
-    with nullcontext() if sweeper is None or engine == "sweep" else sweeper.aside():
+    with nullcontext() if sweeper is None or engine == "sweep" else sweeper.plain():
         hidden, norm = hidden_states(
             model,
             defer_norm=nature.ends_in_norm,

@@ -37,16 +37,16 @@ from longfit.engine.sweep.recurrent_state import CarriedStates, TileState, chang
 from longfit.engine.sweep.saved_attention import SavedAttention, SavedAttentionBudget
 from longfit.engine.sweep.saved_products import SavedProducts, SavedProductsBudget
 from longfit.engine.sweep.shared_sequence import (
+    KeysProjected,
     KeyTransport,
     SharedSequence,
     Stretch,
-    TileLeft,
     late_tiles,
     num_tiles,
     project_sent,
     whole,
 )
-from longfit.engine.sweep.tile_pass import BackwardPass, ForwardPass, LeavingTile
+from longfit.engine.sweep.tile_pass import BackwardPass, ForwardPass, ProjectionTile
 from longfit.engine.sweep.unread_product import UnreadProducts
 from longfit.engine.sweep.visible_keys import VisibleKeys
 from longfit.kernels.workspace import weights_held
@@ -214,7 +214,7 @@ class _Backward:
     def run(self) -> None:
         transport = None
         if self._work.sequence is not None:
-            transport = _see_halos(self._work, self._passes, self._leave_without_grad)
+            transport = _exchange_halos(self._work, self._passes, self._project_without_grad)
         gradients = []
         for tiles in reversed(self._passes):
             for index in reversed(range(tiles.num_tiles)):
@@ -229,7 +229,7 @@ class _Backward:
             self._saved_input.prefetch(tiles.number(earlier + 1))
             hidden = self._restore(tiles.number(earlier))
             with torch.no_grad():
-                _leave(self._work.call, hidden, tiles.keys_tile(earlier), self._state(tiles, earlier))
+                _project_keys(self._work.call, hidden, tiles.keys_tile(earlier), self._state(tiles, earlier))
         self._saved_input.prefetch(max(tiles.number(index - 1), 0))
         hidden = self._restore(tiles.number(index)).requires_grad_(self._needs_hidden)
         tile, state = tiles.gradient_tile(index), self._state(tiles, index)
@@ -238,12 +238,12 @@ class _Backward:
         with changed_in_place(state, end - start):
             with torch.enable_grad(), self._unread.left_out(layer) as run, self._products.known(layer, number):
                 out = self._work.call.run(hidden, tile, state)
-                run.look(out)
+                run.check(out)
             grads = self._gradients(out, self._grad_out[:, start:end], hidden, number, state)
         del out
         if self._needs_hidden:
             if self.grad_hidden is None:
-                self.grad_hidden = _over(self._grad_out, hidden, self._donated)
+                self.grad_hidden = _gradient_memory(self._grad_out, hidden, self._donated)
             assert grads[0] is not None, "a layer's output depends on its input"
             self.grad_hidden[:, start:end] = grads[0]
             grads = grads[1:]
@@ -274,8 +274,10 @@ class _Backward:
             tiles = self._passes[number]
             hidden = self._restore(tiles.number(index)).requires_grad_(self._needs_hidden)
             with torch.enable_grad():
-                left = _leave(self._work.call, hidden, tiles.leaving_tile(index))
-            ends = [(out, d) for out, d in zip((left.key, left.value), grad, strict=True) if out.requires_grad]
+                projected = _project_keys(self._work.call, hidden, tiles.projection_tile(index))
+            ends = [
+                (out, d) for out, d in zip((projected.key, projected.value), grad, strict=True) if out.requires_grad
+            ]
             if not ends:
                 continue
             inputs = [hidden, *self._wanted] if self._needs_hidden else self._wanted
@@ -287,10 +289,10 @@ class _Backward:
                 grads = grads[1:]
             self.sums.add(grads)
 
-    def _leave_without_grad(self, number: int, index: int) -> TileLeft:
+    def _project_without_grad(self, number: int, index: int) -> KeysProjected:
         tiles = self._passes[number]
         with torch.no_grad():
-            return _leave(self._work.call, self._restore(tiles.number(index)), tiles.leaving_tile(index))
+            return _project_keys(self._work.call, self._restore(tiles.number(index)), tiles.projection_tile(index))
 
     def _restore(self, number: int) -> Tensor:
         """A tile's input again, and the random state that it was computed in."""
@@ -314,13 +316,13 @@ def _forward(
     planned: dict[int, RandomState] = {}  # random states that tiles must begin with, as their keys have begun with it
     if work.sequence is not None:
 
-        def leave(number: int, index: int) -> TileLeft:
+        def project(number: int, index: int) -> KeysProjected:
             tiles = passes[number]
             start, end = tiles.span(index)
             planned[tiles.number(index)] = RandomState.fresh(hidden.device)
-            return _leave(work.call, hidden[:, start:end], tiles.leaving_tile(index))
+            return _project_keys(work.call, hidden[:, start:end], tiles.projection_tile(index))
 
-        _see_halos(work, passes, leave)
+        _exchange_halos(work, passes, project)
     random: list[RandomState | None] = []
     result: Tensor | None = None
     for tiles in passes:
@@ -349,35 +351,37 @@ def _forward(
                 saved.input.settle(number)
             result[:, start:end] = out
         tiles.release()
-    visible = [tiles.seen(attends=work.call.attends) for tiles in passes]
+    visible = [tiles.visible_keys(attends=work.call.attends) for tiles in passes]
     assert result is not None, "a layer of no tokens"
     return result, visible, random
 
 
-def _see_halos(
-    work: _Work, passes: Sequence[ForwardPass | BackwardPass], leave: Callable[[int, int], TileLeft]
+def _exchange_halos(
+    work: _Work, passes: Sequence[ForwardPass | BackwardPass], project: Callable[[int, int], KeysProjected]
 ) -> KeyTransport:
     """Let each stretch see the keys before it that other stretches have."""
     assert work.sequence is not None
-    transport, sent = project_sent(work.sequence, work.tile, leave)
+    transport, sent = project_sent(work.sequence, work.tile, project)
     halos = [
-        tiles.see(transport.schedule(number), transport.halo(number), like)
+        tiles.begin_with_halo(transport.schedule(number), transport.halo(number), like)
         for number, (tiles, like) in enumerate(zip(passes, sent, strict=True))
     ]
     transport.gather(sent, halos)
     return transport
 
 
-def _leave(call: LayerCall, hidden: Tensor, tile: LeavingTile, state: TileState | None = None) -> TileLeft:
+def _project_keys(
+    call: LayerCall, hidden: Tensor, tile: ProjectionTile, state: TileState | None = None
+) -> KeysProjected:
     """Run a layer up to a tile's keys and values."""
     try:
         call.run(hidden, tile, state)
-    except TileLeft as left:
-        return left
+    except KeysProjected as projected:
+        return projected
     raise AssertionError("a layer went on after its keys and values were known")
 
 
-def _over(grad_out: Tensor, hidden: Tensor, donated: bool) -> Tensor:
+def _gradient_memory(grad_out: Tensor, hidden: Tensor, donated: bool) -> Tensor:
     """Where dx goes: over dy if that was donated and dx looks the same."""
     if donated and grad_out.dtype == hidden.dtype and grad_out.shape[2:] == hidden.shape[2:]:
         return grad_out

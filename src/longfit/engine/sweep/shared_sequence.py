@@ -75,17 +75,17 @@ class SharedSequence(Protocol):
         """Its stretches, in tiles of so many tokens."""
         ...
 
-    def transport(self, asked: AttentionKind) -> KeyTransport:
+    def transport(self, kind: AttentionKind) -> KeyTransport:
         """How keys travel for a layer; the same object for the same question."""
         ...
 
 
-class TileLeft(Exception):
+class KeysProjected(Exception):
     """Raised through a layer once the keys and values of a tile are known: nothing after them is wanted."""
 
-    def __init__(self, key: Tensor, value: Tensor, asked: AttentionKind) -> None:
+    def __init__(self, key: Tensor, value: Tensor, kind: AttentionKind) -> None:
         super().__init__("a layer went on after its keys and values were known")
-        self.key, self.value, self.asked = key, value, asked
+        self.key, self.value, self.kind = key, value, kind
 
 
 def whole(num_tokens: int) -> tuple[Stretch, ...]:
@@ -99,7 +99,7 @@ def num_tiles(stretch: Stretch, tile: int) -> int:
 
 
 def project_sent(
-    sequence: SharedSequence, tile: int, keys_of: Callable[[int, int], TileLeft]
+    sequence: SharedSequence, tile: int, keys_of: Callable[[int, int], KeysProjected]
 ) -> tuple[KeyTransport, list[tuple[Tensor, Tensor]]]:
     """Project the keys and values that others need, ``[B, K, n, D]`` a stretch; returns how they travel too.
 
@@ -112,16 +112,16 @@ def project_sent(
     sent = []
     for number, stretch in enumerate(stretches):
         last = num_tiles(stretch, tile) - 1
-        lefts = [keys_of(number, last)]
-        transport = sequence.transport(lefts[0].asked)
+        projected = [keys_of(number, last)]
+        transport = sequence.transport(projected[0].kind)
         first = transport.sent_from(number)
-        lefts += [keys_of(number, index) for index in reversed(range(first // tile, last))]
-        known = lefts[-1:0:-1] + lefts[:1]
+        projected += [keys_of(number, index) for index in reversed(range(first // tile, last))]
+        known = projected[-1:0:-1] + projected[:1]
         skipped = first - (last - len(known) + 1) * tile
         sent.append(
             (
-                torch.cat([left.key for left in known], 2)[:, :, skipped:],
-                torch.cat([left.value for left in known], 2)[:, :, skipped:],
+                torch.cat([one.key for one in known], 2)[:, :, skipped:],
+                torch.cat([one.value for one in known], 2)[:, :, skipped:],
             )
         )
     return transport, sent

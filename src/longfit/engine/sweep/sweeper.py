@@ -104,7 +104,7 @@ class Sweeper:
             give_back(device)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def plain(self) -> Iterator[None]:
         """Run layers as they are, without any checkpointing, while this lasts.
 
         Raises: ModelError: frozen weights are streamed to a device, which only the sweep does.

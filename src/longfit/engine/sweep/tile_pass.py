@@ -3,11 +3,11 @@
     ForwardPass     tiles first to last
         ForwardTile     stores the tile's K, V; attends over all keys it sees
     BackwardPass    tiles last to first
-        KeysTile        stores the tile's K, V and leaves the layer: nothing after them is wanted
+        KeysTile        stores the tile's K, V and ends the layer's call: nothing after them is wanted
         GradientTile    attends with a graph; its backward adds to dK, dV of all keys the tile sees, and hands the
                         tile's own k, v their finished dK, dV
     either
-        LeavingTile     leaves the layer with the tile's K, V, which the caller wants (``shared_sequence.py``)
+        ProjectionTile  ends the layer's call with the tile's K, V, which the caller wants (``shared_sequence.py``)
 
 Why finished: by causality only the queries of this tile and of later ones touch the keys of this tile, and the later
 ones have been differentiated before. So one backward per tile closes its graph, and no graph outlives its tile.
@@ -26,7 +26,7 @@ from longfit.attention.tile import QueryTile
 from longfit.attention.visibility import Schedule, keeps_own_structure
 from longfit.engine.sweep.kv_window import KeyValueWindow
 from longfit.engine.sweep.saved_attention import SavedAttention
-from longfit.engine.sweep.shared_sequence import AttentionKind, Stretch, TileLeft, num_tiles
+from longfit.engine.sweep.shared_sequence import AttentionKind, KeysProjected, Stretch, num_tiles
 from longfit.engine.sweep.visible_keys import VisibleKeys
 from longfit.errors import ModelError
 
@@ -89,14 +89,14 @@ class _Pass:
         start = self.stretch.start + index * self.tile_size
         return start, min(start + self.tile_size, self.stretch.start + self.stretch.num_tokens)
 
-    def seen(self, *, attends: bool) -> VisibleKeys:
+    def visible_keys(self, *, attends: bool) -> VisibleKeys:
         """Which keys each tile has needed, when all tiles are through."""
         if not attends:
             return VisibleKeys.of_no_attention(self.stretch.num_tokens, self.tile_size)
         assert self.visible is not None, "a layer that has not attended"
         return self.visible
 
-    def see(self, schedule: Schedule, halo: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def begin_with_halo(self, schedule: Schedule, halo: int, like: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Begin with a halo; returns where its keys and values belong, ``[B, K, halo, D]``, zero so far.
 
         Where every tile sees all of the halo, that is the window itself, so that it is held once.
@@ -123,9 +123,9 @@ class _Pass:
         """Hold no keys any more: all tiles have been gone over."""
         self._stored = self._halo = None
 
-    def leaving_tile(self, index: int) -> "LeavingTile":
+    def projection_tile(self, index: int) -> "ProjectionTile":
         """Turn to a tile whose keys and values the caller wants."""
-        return LeavingTile(self, index)
+        return ProjectionTile(self, index)
 
     def schedule(self, query: Tensor, spec: AttentionSpec) -> Schedule:
         """What every token sees, made at the first call unless a halo has brought it."""
@@ -293,8 +293,8 @@ class SweptTile:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
         """Do what this tile is for with q ``[B, H, t, D]``, k and v ``[B, K, t, D]``; returns ``[B, t, H, D]``.
 
-        Raises: ModelError: the layer attends more than once, or with other tokens than the tile's. TileLeft: the keys
-            and values were all that was wanted.
+        Raises: ModelError: the layer attends more than once, or with other tokens than the tile's. KeysProjected: only
+            the keys and values were wanted.
         """
         start, end = self.span
         if self.attended:
@@ -333,14 +333,16 @@ class GradientTile(SweptTile):
         return self._pass.attend(self.index, query, key, value, spec)
 
 
-class LeavingTile(SweptTile):
+class ProjectionTile(SweptTile):
     """A tile of which only the keys and values are wanted."""
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
-        raise TileLeft(key, value, AttentionKind(query.shape[1], key.shape[1], spec.group_size, spec.sliding_window))
+        raise KeysProjected(
+            key, value, AttentionKind(query.shape[1], key.shape[1], spec.group_size, spec.sliding_window)
+        )
 
 
-class KeysTile(LeavingTile):
+class KeysTile(ProjectionTile):
     """A tile of the backward pass whose keys a later one needs."""
 
     def __init__(self, backward: BackwardPass, index: int) -> None:

@@ -33,7 +33,7 @@ class UnreadProducts:
 
     @contextmanager
     def left_out(self, layer: nn.Module) -> Iterator["LayerRun"]:
-        """Leave the product out of what the layer computes while this lasts; end with ``Run.look`` at its output."""
+        """Leave the product out of what the layer computes while this lasts; ``check`` the output at the end."""
         module = self._known.get(layer)
         if module is None or "forward" in vars(module) or any(map(is_hooked, _around(layer, module))):
             yield LayerRun(self, layer, None)
@@ -65,7 +65,7 @@ class LayerRun:
         self._left_out = y is not None
         return type(self._module).forward(self._module, x) if y is None else y
 
-    def look(self, out: Tensor) -> None:
+    def check(self, out: Tensor) -> None:
         """Read the graph of the layer's output.
 
         Raises: ModelError: a product was left out that the graph reads.
