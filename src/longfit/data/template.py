@@ -158,10 +158,6 @@ class ChatTemplate:
         """Whether the author marked what the assistant says."""
         return "{% generation" in self.source or "{%- generation" in self.source
 
-    @cached_property
-    def knows_date(self) -> bool:
-        return "strftime_now" in self.source
-
 
 def choose_template(
     tokenizer: "PreTrainedTokenizerBase",

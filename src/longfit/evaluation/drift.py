@@ -72,15 +72,6 @@ def read_reference(model: nn.Module, windows: Sequence[Tensor]) -> Reference:
 
 
 @torch.no_grad()
-def measure_drift(name: str, model: nn.Module, reference: Reference) -> Drift:
-    """Compare a model with a reference on the reference's windows.
-
-    Raises: DataError: the two have vocabularies of different sizes.
-    """
-    return drift_between(name, read_reference(model, reference.windows), reference)
-
-
-@torch.no_grad()
 def drift_between(name: str, found: Reference, reference: Reference) -> Drift:
     """Compare what two models said about the same windows.
 

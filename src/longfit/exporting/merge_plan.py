@@ -7,7 +7,7 @@ they are written apart, and the result says so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,12 +171,6 @@ class MergePlan:
         if self.dtype == torch.float16 and not is_finite(merged):
             raise ExportError(f"{name}: holds values beyond the range of float16; use --dtype bfloat16")
         return merged
-
-    def tensors_of(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """All merged tensors, one after the other."""
-        weights = self.weights(kind)
-        for planned in self.tensors:
-            yield planned.name, self.make(planned.name, weights)
 
     def write(
         self, folder: Path, kind: str, *, max_shard_bytes: int = MAX_SHARD_BYTES, on_event: OnEvent = ignore

@@ -25,7 +25,6 @@ from typing import Any
 POLL_SECONDS = 1.0
 LAST_WAIT_SECONDS = 10.0  # for a tracker to finish once the run has ended,
 LAST_WAIT_SHARE = 0.005  # and no more than this part of the run's own time: starting them adds to it
-TRACKERS = ("tensorboard", "trackio", "wandb")
 
 Sink = Callable[[int, dict[str, float]], None]
 
