@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from tests.model_folders import byte_tokenizer
 from tests.moe_models import FAMILIES, save_mixture
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from longfit.errors import ModelError
 from longfit.layers.quantized_linear import QuantizedLinear
@@ -140,3 +142,25 @@ def test_a_constant_that_is_not_finite_is_named(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "broken")
     with pytest.raises(ModelError, match=r"layers\.1\.mlp\.experts\.down_proj holds NaN"):
         load(tmp_path / "broken")
+
+
+def test_a_bitsandbytes_mixture_keeps_its_experts_dense_and_its_layers_packed(tmp_path: Path) -> None:
+    """bitsandbytes packs linear layers alone; what it packed is what longfit packs of the same weights."""
+    base = save_mixture(tmp_path / "base", "qwen3_moe")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "theirs")
+    byte_tokenizer().save_pretrained(tmp_path / "theirs")
+    loaded, _ = load(tmp_path / "theirs", dtype=torch.float32)
+    ours, _ = load(base, dtype=torch.float32, skip_modules=["experts"])
+    assert not list(packed_parameters(loaded))
+    assert "dense in this checkpoint" in set(load_report(loaded).dense.values())
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        found, expected = (model(input_ids=ids).logits for model in (loaded, ours))
+    assert torch.equal(found, expected)

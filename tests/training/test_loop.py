@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.families.tiny_family import tiny_family
+from tests.moe_models import save_mixture
 from tests.training.conftest import MakeConfig
 from tests.training.tiny import interrupt_at, read_losses, save_tiny_model
 
@@ -261,3 +262,18 @@ def test_documents_of_a_recurrent_model_share_a_window_where_the_sweep_keeps_the
             total += float(F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
             count += ids.shape[1] - 1
     assert read_losses(tmp_path / "run")[0] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_mixture_streamed_from_a_file_trains_as_in_memory(make_config: MakeConfig, tmp_path: Path) -> None:
+    base = save_mixture(tmp_path / "base", "qwen3_moe")
+    (tmp_path / "book.txt").write_text("the long road went on and on, past hills and rivers.\n" * 9)
+    losses = {}
+    for place in ("none", "file"):
+        settings = {"model__name": str(base), "model__quant": "nf4", "data__path": str(tmp_path / "book.txt")}
+        out = tmp_path / f"run-{place}"
+        config = make_config(
+            **settings, context__context=64, adapter__experts=True, engine__stream=place, output__run_dir=str(out)
+        )
+        assert train(config).finished
+        losses[place] = read_losses(out)
+    assert losses["file"] == losses["none"]
