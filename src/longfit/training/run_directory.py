@@ -242,6 +242,11 @@ class Identity:
     model: Mapping[str, str] = field(default_factory=dict)
 
 
+def new_run_id() -> str:
+    """Return a name that no other run has."""
+    return os.urandom(8).hex()
+
+
 def create(
     run_dir: Path,
     config: RunConfig,

@@ -4,8 +4,6 @@ Read the text, plan the memory, load and quantise the model, pack, extend, adapt
 that of the run that goes on.
 """
 
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,7 +59,7 @@ from longfit.training.prepare import (
 from longfit.training.prepare_data import native_context, num_shared, pack_documents, read_data, resolve_date
 from longfit.training.same_run import data_digest, require_same_data, require_same_model
 from longfit.training.samples import keep_samples_until
-from longfit.training.trackers import missing
+from longfit.training.trackers import require_trackers
 from longfit.training.training_run import TrainingRun
 from longfit.training.warm_start import find_initial_adapter, warm_start
 
@@ -189,7 +187,7 @@ def _origin(config: RunConfig, here: _Here, documents: Documents, held_out: Docu
     require_agreement({**versions(), **_settings(config), **_data(digest)})
     fingerprints = weight_files.fingerprints(config.model.name)
     if not here.resume:
-        run_id = _same_everywhere(here.accelerator, new_run_id())
+        run_id = _same_everywhere(here.accelerator, run_directory.new_run_id())
         return _Origin(run_directory.Identity(run_id, here.layout.data, fingerprints), digest, (None, []))
     identity = run_directory.require_own_files(here.run_dir)
     require_same_model(here.run_dir, identity.model, fingerprints)
@@ -368,21 +366,6 @@ def _settings(config: RunConfig) -> dict[str, object]:
 
 def _data(digest: dict[str, dict[str, str]]) -> dict[str, object]:
     return {f"{part} data {name}": value for part, files in digest.items() for name, value in files.items()}
-
-
-def require_trackers(names: Sequence[str]) -> None:
-    """Raise ConfigError for a tracker that is not installed."""
-    lacking = missing(names)
-    if lacking:
-        raise ConfigError(
-            f"output.track: {', '.join(lacking)} is not installed; pip install {' '.join(lacking)}"
-            " (or 'longfit[track]' for tensorboard and trackio), or drop it"
-        )
-
-
-def new_run_id() -> str:
-    """Return a name that no other run has."""
-    return os.urandom(8).hex()
 
 
 def _same_everywhere(accelerator: Accelerator, text: str) -> str:

@@ -22,6 +22,8 @@ from threading import Event as Flag
 from threading import Thread
 from typing import Any
 
+from longfit.errors import ConfigError
+
 POLL_SECONDS = 1.0
 LAST_WAIT_SECONDS = 10.0  # for a tracker to finish once the run has ended,
 LAST_WAIT_SHARE = 0.005  # and no more than this part of the run's own time: starting them adds to it
@@ -90,6 +92,16 @@ class Trackers:
 def missing(names: Sequence[str]) -> list[str]:
     """Trackers whose package is not installed."""
     return [name for name in names if importlib.util.find_spec(name) is None]
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker that is not installed."""
+    lacking = missing(names)
+    if lacking:
+        raise ConfigError(
+            f"output.track: {', '.join(lacking)} is not installed; pip install {' '.join(lacking)}"
+            " (or 'longfit[track]' for tensorboard and trackio), or drop it"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ the process
