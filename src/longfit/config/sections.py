@@ -201,7 +201,7 @@ class DataSection(Section):
     """Keep tokens in the user's cache folder ($LONGFIT_CACHE) for the next run; auto: those of 8 MB of files and more;
     off holds them in memory, 4 bytes a token of text, 5 of chats."""
     cache_limit: Bytes = 32 << 30
-    """Cached tokens of all sets together; beyond it those used longest ago are removed, never those just made."""
+    """Bytes of cached tokens of all sets, such as 8GiB (unset: 32GiB); beyond it those used longest ago are removed."""
     validation: str | None = None
     """Held-out text, read like path; unset: none, unless validation_fraction is given."""
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
