@@ -165,6 +165,17 @@ def test_any_chat_is_shown_whole_and_trained_in_its_answers_or_refused(
                 prompt = encoding.encode_prompt(read_chat(turns).messages[:index], tokenizer, template=template)
                 assert decode(prompt) in before, (index, before)
 
+        if tools is None and not any("reasoning_content" in turn for turn in turns):
+            template = choose(shape, tokenizer, date="2026-01-31")
+            bos = tokenizer.bos_token or ""
+            rows_to = [
+                (head + span).removeprefix(bos).removesuffix(shape.end)
+                for head, span in zip(before, spans, strict=True)
+            ]
+            for index in trained:  # and is shown as it is where the chat ends with it
+                upto = template.render(read_chat(turns).messages[: index + 1]).removeprefix(bos)
+                assert any(upto.startswith(text) and len(upto) - len(text) < 40 for text in rows_to), (upto, rows_to)
+
     holds()
     assert accepted >= 3
     assert all(re.search(r"drops|refuses this row|0 trained tokens", text) for text in refused), refused
