@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 COUNT_SECONDS = 5.0  # between lines that say how many documents are done
 LINE_SECONDS = 2.0  # between plain step lines, so that a log of a fast run stays readable
+PACE_SECONDS = (
+    7 * 86_400.0
+)  # how far back the pace reaches that time left is told by: a step of a long context takes minutes
 
 
 def _console(*, stderr: bool) -> Console:
@@ -142,7 +145,7 @@ def show_progress(*, quiet: bool = False) -> Iterator["OnEvent"]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, speed_estimate_period=PACE_SECONDS) as progress:
         task = progress.add_task("preparing", total=None)
         losses: list[float] = []
 
@@ -164,7 +167,8 @@ def show_progress(*, quiet: bool = False) -> Iterator["OnEvent"]:
                 )
                 return
             if "total_steps" in values:
-                progress.update(task, total=int(str(values["total_steps"])), completed=int(str(values["step"])))
+                total, done = (int(str(values[name])) for name in ("total_steps", "step"))
+                progress.reset(task, total=total, completed=done, start=True)  # the documents before had another pace
             progress.console.print(visible(f"warning: {event.text}" if event.kind == "warning" else event.text))
 
         yield show
