@@ -176,8 +176,11 @@ def test_the_choice_of_held_out_documents_is_pinned_across_machines_and_versions
 
 def test_splits_that_cannot_be_are_refused() -> None:
     twins = Documents.of([Document("a", text="x"), Document("b", text="x")])
-    with pytest.raises(DataError, match=r"2 documents \(1 different\) cannot give 1 to validation"):
+    with pytest.raises(DataError, match=r"2 documents \(1 different\) cannot give 1 .*: data\.validation=FILE$"):
         split_documents(twins, validation_fraction=0.5)
+    three = Documents.of(Document(name, text=name) for name in "abc")
+    with pytest.raises(DataError, match=r"data\.validation=FILE, or give a smaller data\.validation_fraction"):
+        split_documents(three, validation_fraction=0.9)
     with pytest.raises(ConfigError, match=r"validation_fraction 1\.0: must be at least 0 and below 1"):
         split_documents(twins, validation_fraction=1.0)
 

@@ -12,7 +12,7 @@ from longfit.errors import ConfigError, RunError
 from longfit.training import run_directory
 from longfit.training.best import Best, best_of, evaluations_since_best, read_best, reason_to_stop
 from longfit.training.loop import train
-from longfit.training.metrics import read_metrics
+from longfit.training.metrics import Event, read_metrics
 
 
 def evaluations(*losses: float) -> list[dict[str, object]]:
@@ -117,7 +117,16 @@ def test_patience_without_validation_is_refused_and_validation_offered(make_conf
         train(make_config(train__patience=2))
     events = []
     train(make_config(train__steps=1), on_event=events.append)
-    assert any("data.validation_fraction=0.05 holds some out" in event.text for event in events)
+    assert any("data.validation_fraction=0.05 holds some documents out" in event.text for event in events)
+
+
+def test_one_document_is_not_offered_to_be_divided(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("the long road went on and on. " * 40)
+    events: list[Event] = []
+    train(make_config(train__steps=1, data__path=str(tmp_path / "book.txt")), on_event=events.append)
+    offered = [event.text for event in events if "no validation text" in event.text]
+    assert len(offered) == 1
+    assert offered[0].endswith("data.validation=FILE names one")
 
 
 def test_samples_are_answered_as_the_model_is(make_config: MakeConfig, tmp_path: Path) -> None:

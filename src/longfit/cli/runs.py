@@ -25,7 +25,7 @@ def runs(
     if words[0] == "diff" and len(words) == 3:
         _print_diff(words[1], words[2], as_json=as_json)
         return
-    if len(words) > 1:
+    if len(words) > 1 or (words == ["diff"] and not Path("diff").is_dir()):
         raise ConfigError(f"{' '.join(words)}: give one directory, or: longfit runs diff RUN RUN")
     directory = Path(words[0])
     found = list_runs(directory)

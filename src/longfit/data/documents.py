@@ -186,7 +186,8 @@ def split_documents(
     if (count and not held) or count >= total > 0:
         raise DataError(
             f"{total:,} documents ({len(different):,} different) cannot give {count:,} to validation and keep one for "
-            "training; ask for fewer, or point validation at another file"
+            "training; name another text: data.validation=FILE"
+            + (", or give a smaller data.validation_fraction" if len(different) > 1 and count > 1 else "")
         )
     return documents.select(~is_held[twin_of]), documents.select(is_held[twin_of])
 

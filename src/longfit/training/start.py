@@ -163,7 +163,10 @@ def _read(config: RunConfig, here: _Here) -> tuple[RunConfig, Documents, Documen
     require_start(config.adapter.start, quant=config.model.quant)
     require_trackers(config.output.track)
     if held_out is None:
-        here.say("no validation text: learning by heart would not show; data.validation_fraction=0.05 holds some out")
+        ways = "data.validation=FILE names one"
+        if len(documents) > 1:
+            ways += ", data.validation_fraction=0.05 holds some documents out"
+        here.say(f"no validation text: learning by heart would not show; {ways}")
     return config, documents, held_out
 
 
