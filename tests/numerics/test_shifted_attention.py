@@ -1,5 +1,7 @@
 """S2-Attn against the paper's roll with its wrapped halves masked apart, and what the roll alone gets wrong."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -105,3 +107,16 @@ def test_softcap_and_group_errors() -> None:
             s2.group_ids(torch.arange(4), group_size=size)
         with pytest.raises(ValueError, match="even number of tokens"):
             s2.mask(2, one_document(1, 5), group_size=size)
+
+
+def test_the_picture_of_the_explanation_has_the_borders_of_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "explanation" / "shifted-attention.md").read_text(encoding="utf-8")
+    scale, first, second = (
+        next(line for line in page.splitlines() if line.startswith(begin))
+        for begin in ("                          |", "first half of the heads ", "second half  ")
+    )
+    marks = [place for place, letter in enumerate(scale) if letter == "|"]  # a mark each 1,024 tokens
+    for line, shift in ((first, 0), (second, 1024)):
+        drawn = [marks.index(place) * 1024 for place, letter in enumerate(line) if letter == "|"]
+        groups = s2.group_ids(torch.arange(8192), group_size=2048, shift=shift)
+        assert drawn == (groups.diff().nonzero().flatten() + 1).tolist()
