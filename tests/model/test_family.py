@@ -40,7 +40,7 @@ def test_a_recurrent_layer_is_named_and_decides_packing() -> None:
     assert found.packs_swept is None
     assert "swept, carrying the last 3 inputs of a convolution and a state of 256 numbers" in str(found)
     assert "documents share windows where swept layers begin each document without a state" in str(found)
-    assert "with engine.engine=plain one a window: model.layers.0: Qwen3_5DecoderLayer carries" in str(found)
+    assert "where layers run whole one a window: model.layers.0: Qwen3_5DecoderLayer carries" in str(found)
     assert found.mixing("sweep") is None
     assert found.mixing("plain") == found.packs
 

@@ -72,7 +72,7 @@ def half_and_die(file, data, offset):
 real, os.pwrite = os.pwrite, half_and_die
 """,
     "some pages updated, one of them by half": """
-import longfit.optim.adamw as adamw
+import longfit.optim.parameter_step as parameter_step
 batches = 0
 def half_and_die(updates):
     global batches
@@ -81,7 +81,7 @@ def half_and_die(updates):
         updates[0].state.exp_avg[::2] = 123
         os.kill(os.getpid(), 9)
     real(updates)
-real, adamw.adamw_step = adamw.adamw_step, half_and_die
+real, parameter_step.adamw_step = parameter_step.adamw_step, half_and_die
 """,
 }
 

@@ -203,8 +203,10 @@ def test_every_setting_is_read_by_a_run(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny_model(tmp_path / "model")
+    monkeypatch.setenv("LONGFIT_CACHE", str(tmp_path / "cache"))
     config = make_config(
         data__validation_fraction=0.2,
+        data__cache="on",
         adapter__train_norms=True,
         context__attention="shifted",
         engine__offload="file",

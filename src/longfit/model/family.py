@@ -135,7 +135,7 @@ class Family:
             return f"one document a window: {self.packs_swept}"
         if self.packs is not None:
             begun = "swept layers begin each document without a state"
-            return f"documents share windows where {begun}; with engine.engine=plain one a window: {self.packs}"
+            return f"documents share windows where {begun}; where layers run whole one a window: {self.packs}"
         return "documents share windows"
 
 

@@ -88,7 +88,7 @@ class Frames:
         try:
             return torch.zeros(self.page_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._pinned)
         except RuntimeError as error:
-            if self._device.type != "cpu":  # of which a cache can live with less
+            if isinstance(error, torch.OutOfMemoryError):  # of an accelerator: a cache can live with less
                 raise
             raise PagingError(
                 f"no memory for a page of {self.page_bytes:,} bytes: lower optim.budget, or raise the limit of this "
