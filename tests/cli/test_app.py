@@ -50,3 +50,16 @@ def test_our_own_faults_end_with_1_and_a_traceback_only_with_debug(
     assert capsys.readouterr().err == "error: no kernel\n"
     assert main(["doctr"]) == 2
     assert "doctor" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_stream_that_the_shell_closed_is_no_fault(closed: str, tmp_path: Path) -> None:
+    command = f'{sys.executable} -m longfit runs "{tmp_path}" {closed}'
+    done = subprocess.run(command, shell=True, env={**os.environ, "PYTHONPATH": SOURCES}, check=False)
+    assert done.returncode == 0
+
+
+def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "model", "t\udcff.txt"]) == 2
+    assert "t\\udcff.txt: not UTF-8" in capsys.readouterr().err

@@ -83,6 +83,21 @@ def _refuse_renamed(words: Sequence[str]) -> None:
             raise ConfigError(f"{flag} is called {RENAMED_FLAGS[flag]} now; write that")
 
 
+def _refuse_undecodable(words: Sequence[str]) -> None:
+    for word in words:
+        if any("\ud800" <= character <= "\udfff" for character in word):  # how Python shows bytes that are no UTF-8
+            shown = word.encode("ascii", "backslashreplace").decode()
+            raise ConfigError(f"{shown}: not UTF-8, and a run writes its names down as that; rename the file or folder")
+
+
+def _open_closed_streams() -> None:
+    """Let what is written to a stream that the shell has closed (``>&-``) go nowhere."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (until the process ends)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -90,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; default: those of the process.
     Returns: the exit code.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding shows an escape for what it cannot
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -103,6 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         _refuse_renamed(words)
+        _refuse_undecodable(words)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             if not debug:  # what other libraries will change is for developers
