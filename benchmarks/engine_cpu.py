@@ -24,7 +24,6 @@ from forced_isa import DTYPE, add_argument, suffix  # before torch
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -155,6 +154,8 @@ def measure_step(cell: Cell, folder: Path) -> dict[str, Any]:
     """Peak and time of one optimiser step of the README's example, or of ``longfit train`` with its settings."""
     from benchmarks.readme_example import readme_example
 
+    from longfit.engine.host_memory import peak_bytes
+
     text = demo_text(folder)
     start = time.perf_counter()
     if cell.tool == "readme":
@@ -177,7 +178,7 @@ def measure_step(cell: Cell, folder: Path) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "tokens_per_s": None,
         "loss": loss,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_bytes(),
     }
 
 
@@ -187,6 +188,8 @@ def measure(cell: Cell, folder: Path, scratch: Path) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=scratch) as own:
             return measure_step(cell, Path(own))
     import torch
+
+    from longfit.engine.host_memory import peak_bytes
 
     torch.manual_seed(0)
     if cell.tool in ("longfit", "saving"):
@@ -216,7 +219,7 @@ def measure(cell: Cell, folder: Path, scratch: Path) -> dict[str, Any]:
         "seconds": best,
         "tokens_per_s": cell.context / best,
         "loss": losses[0],
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak_bytes(),
         "steps": len(seconds),
         "threads": torch.get_num_threads(),
     }
