@@ -118,6 +118,7 @@ def test_llama_cpp_has_the_trained_model(file_type: str, smol: Smol, tmp_path: P
 def test_llama_cpp_has_the_adapter(demo_gguf: Path, smol: Smol, tmp_path: Path) -> None:
     """On the base's own file, whose products round the inputs to 8 bits as those of Q8_0 do."""
     made = export(smol.trained.path, tmp_path / "lora", format="gguf-lora", measure=False)
+    assert any("the file's own weights" in warning for warning in made.warnings)
     model, _ = replace(smol.trained, quant="none").load(CPU, dtype=torch.float32)
     theirs = LlamaCpp(demo_gguf, lora=tmp_path / "lora" / made.files[0], context=len(smol.ids))
     assert_as_rounded(theirs.logits(smol.ids.tolist()), logits_of(model, smol.ids), "Q8_0", NUM_LAYERS)

@@ -156,14 +156,25 @@ class GgufWeights:
         return self._tensors[name][...]
 
 
-class GrownWeights:
-    """See the module; ``tables`` are the tensors that have ``rows`` rows in the model and fewer in the base."""
+class _Wrapped:
+    """A base whose tensors are those of another, read in a way of its own."""
 
-    def __init__(self, inner: BaseWeights, tables: set[str], *, rows: int) -> None:
-        self.inner, self.tables, self.rows = inner, tables, rows
+    def __init__(self, inner: BaseWeights) -> None:
+        self.inner = inner
 
     def names(self) -> list[str]:
         return self.inner.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.inner.shape(name)
+
+
+class GrownWeights(_Wrapped):
+    """See the module; ``tables`` are the tensors that have ``rows`` rows in the model and fewer in the base."""
+
+    def __init__(self, inner: BaseWeights, tables: set[str], *, rows: int) -> None:
+        super().__init__(inner)
+        self.tables, self.rows = tables, rows
 
     def shape(self, name: str) -> tuple[int, ...]:
         shape = self.inner.shape(name)
@@ -174,24 +185,19 @@ class GrownWeights:
         return grown(weight, self.rows) if name in self.tables else weight
 
 
-class HeldWeights:
+class HeldWeights(_Wrapped):
     """See the module; ``in_few_bits`` are the tensors that are stored in few bits, which no dtype rounds."""
 
     def __init__(self, inner: BaseWeights, dtype: torch.dtype, *, in_few_bits: frozenset[str] = frozenset()) -> None:
-        self.inner, self.dtype, self.in_few_bits = inner, dtype, in_few_bits
-
-    def names(self) -> list[str]:
-        return self.inner.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.inner.shape(name)
+        super().__init__(inner)
+        self.dtype, self.in_few_bits = dtype, in_few_bits
 
     def read(self, name: str) -> Tensor:
         weight = self.inner.read(name)
         return weight if name in self.in_few_bits else weight.to(self.dtype)
 
 
-class QuantizedWeights:
+class QuantizedWeights(_Wrapped):
     """See the module.
 
     Attributes:
@@ -211,15 +217,10 @@ class QuantizedWeights:
         int8: set[str],
         transposed: frozenset[str] = frozenset(),
     ) -> None:
-        self.inner, self.quantized, self.int8 = inner, quantized, quantized if quant == "int8" else int8
+        super().__init__(inner)
+        self.quantized, self.int8 = quantized, quantized if quant == "int8" else int8
         self.transposed = transposed
         self._settings: dict[str, Any] = {"quant_type": quant, "double_quant": double_quant, "block_size": block_size}
-
-    def names(self) -> list[str]:
-        return self.inner.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.inner.shape(name)
 
     def read(self, name: str) -> Tensor:
         weight = self.inner.read(name)

@@ -310,6 +310,11 @@ def _export_lora(trained: Trained, out: Path, measuring: Measuring | None) -> Ex
         warnings.append(f"a GGUF adapter does not carry the extended positions: start llama.cpp with {flags}")
     if base == "BASE.gguf":
         warnings.append(f"it needs {trained.base} as a GGUF file of your own; F16 is nearest to what was trained")
+    elif trained.quant != "none":
+        warnings.append(
+            f"trained and proven on the base in {trained.quant}; llama.cpp puts it on the file's own weights, another "
+            "model by as much as longfit merge shows for 16bit; a GGUF of the merged model is the trained one"
+        )
     command = f"llama-cli -m {base} --lora {out / name}" + (f" {flags}" if flags else "")
     drift, about = ((), "") if table is None else (tuple(table.rows), table.about)
     return ExportResult(out, (name,), "gguf-lora", "", "", drift, proof, about, (command,), tuple(warnings))
